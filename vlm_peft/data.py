@@ -1,0 +1,219 @@
+"""Data: load rows by name, and encode them as shared-prefix rows.
+
+Stage: data set on the Hub or on disk -> rows -> laid-out token ids with picture numbers.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets.fingerprint import Hasher
+
+from .pictures import Pictures, UnreadablePictureError
+from .processing_vision_qwen import VisionQwenProcessor
+from .tasks import Task
+
+logger = logging.getLogger(__name__)
+
+LAYOUT_COLUMNS = ("input_ids", "position_ids", "branch_ids", "shift_labels", "image_ids", "row", "num_branches")
+
+
+def load_rows(
+    name: str,
+    split: str,
+    *,
+    revision: str | None = None,
+    stored_split: str | None = None,
+    split_column: str | None = None,
+    limit: int | None = None,
+) -> Dataset:
+    """Loads one split.
+
+    Args:
+        name (`str`): Hub id, parquet file, folder of parquet files, or image folder with `metadata.jsonl`.
+        split (`str`): Which part: `"train"`, `"test"`, ...
+        revision (`str`, *optional*): Of the Hub repository (`refs/convert/parquet` for those with a loading script).
+        stored_split (`str`, *optional*): The split as stored when the true one is in `split_column`.
+        split_column (`str`, *optional*): Column that names each row's true split (Flickr30k stores all rows as `test`).
+        limit (`int`, *optional*): First so many rows only.
+
+    Returns:
+        `Dataset`: With a column `id` (the row number when the data has none), pictures undecoded until read.
+
+    Raises:
+        FileNotFoundError: When a local path does not exist.
+        ValueError: When the split is not there (lists those that are) or is empty.
+    """
+    stored = stored_split or split
+    path = Path(name)
+    if path.is_file():
+        rows = load_dataset("parquet", data_files={stored: str(path)}, split=stored)
+    elif name.startswith((".", "/", "~")) and not path.exists():
+        raise FileNotFoundError(f"The data set {name} is not there: expected a parquet file or a folder.")
+    else:
+        kind, arguments = name, {}
+        if path.is_dir() and any(path.rglob("metadata.jsonl")):
+            kind, arguments = "imagefolder", {"data_dir": name}
+        splits = get_dataset_split_names(kind, revision=revision, **arguments)
+        if stored not in splits:
+            raise ValueError(f"The data set {name} has no split {stored!r}; it has {', '.join(splits)}.")
+        rows = load_dataset(kind, split=stored, revision=revision, **arguments)
+    if split_column is not None:
+        if split_column not in rows.column_names:
+            raise ValueError(
+                f"The data set {name} has no column {split_column!r}; it has {', '.join(sorted(rows.column_names))}."
+            )
+        labels = rows[split_column][:]
+        rows = rows.select([index for index, value in enumerate(labels) if value == split])
+        if not len(rows):
+            raise ValueError(f"No row of {name} has {split_column} = {split!r}; found {', '.join(sorted(set(labels)))}.")
+    if limit is not None:
+        rows = rows.select(range(min(limit, len(rows))))
+    if not len(rows):
+        raise ValueError(f"The split {split!r} of {name} has no rows.")
+    if "id" not in rows.column_names:
+        rows = rows.add_column("id", [str(index) for index in range(len(rows))])
+    return rows
+
+
+@dataclass(frozen=True)
+class EncodedRows:
+    """Rows ready for the collator.
+
+    Args:
+        dataset (`Dataset`): Columns of a laid-out row, `image_ids`, and `row`, its number in the source.
+        dropped (`dict[str, list[str]]`): Reason -> ids of rows that were left out.
+    """
+
+    dataset: Dataset
+    dropped: dict[str, list[str]]
+
+
+def encode_rows(
+    rows: Dataset,
+    task: Task,
+    processor: VisionQwenProcessor,
+    pictures: Pictures,
+    *,
+    max_length: int | None,
+    unreadable: dict[int, str] | None = None,
+    on_bad_row: str = "stop",
+    num_proc: int | None = None,
+) -> EncodedRows:
+    """Lays every row out, in sequences of `max_length` tokens at most.
+
+    A row with too many completions for one sequence is spread over several, each with the pictures again; a row whose
+    pictures and one completion do not fit is never cut.
+
+    Args:
+        rows (`Dataset`): Of [`load_rows`].
+        task ([`~vlm_peft.tasks.Task`]): Row -> example.
+        processor ([`VisionQwenProcessor`]): Tokenizes.
+        pictures ([`~vlm_peft.pictures.Pictures`]): Of the same rows; numbers the pictures.
+        max_length (`int`, *optional*): Tokens of a sequence.
+        unreadable (`dict[int, str]`, *optional*): Picture number -> why it cannot be read.
+        on_bad_row (`str`, *optional*, defaults to `"stop"`): `"stop"` raises at rows that cannot be used, `"skip"`
+            leaves them out and counts them.
+        num_proc (`int`, *optional*): Processes.
+
+    Returns:
+        [`EncodedRows`].
+
+    Raises:
+        ValueError: With `on_bad_row="stop"`, naming the rows and the reasons; or when no row is left.
+    """
+    text = rows.remove_columns(task.image_columns)
+    columns = set(text.column_names)
+    fingerprint = Hasher.hash(
+        (text._fingerprint, task.name, task.example(text[0]), processor.to_json_string(), processor.chat_template)
+        + (processor.tokenizer.get_vocab(), max_length, [list(pictures.of_row(row)) for row in (0, len(rows) - 1)])
+    )
+
+    def encode(batch: dict, indices: list[int]) -> dict:
+        encoded: dict[str, list] = {name: [] for name in (*LAYOUT_COLUMNS, "problem")}
+        for position, index in enumerate(indices):
+            row = {name: batch[name][position] for name in columns}
+            image_ids = list(pictures.of_row(index))
+            try:
+                layouts = _lay_out_row(task.example(row), processor, image_ids, max_length)
+            except ValueError as error:
+                layouts = [{name: [] for name in LAYOUT_COLUMNS} | {"num_branches": 0, "problem": str(error)}]
+            for layout in layouts:
+                for name, value in {"problem": "", **layout, "row": index}.items():
+                    encoded[name].append(value)
+        return encoded
+
+    dataset = text.map(
+        encode,
+        batched=True,
+        batch_size=256,
+        with_indices=True,
+        remove_columns=text.column_names,
+        new_fingerprint=fingerprint,
+        num_proc=num_proc,
+        desc="Tokenizing",
+    )
+    problems = {row: reason for row, reason in zip(dataset["row"][:], dataset["problem"][:], strict=True) if reason}
+    for row in range(len(rows)) if unreadable else ():
+        reasons = [unreadable[image] for image in pictures.of_row(row) if image in unreadable]
+        if reasons:
+            problems[row] = reasons[0]
+    dropped: dict[str, list[str]] = {}
+    for row, reason in sorted(problems.items()):
+        dropped.setdefault(reason, []).append(str(rows[row]["id"]))
+    if dropped and on_bad_row == "stop":
+        shown = "\n".join(f"  {len(ids)} rows ({', '.join(ids[:5])}): {reason}" for reason, ids in list(dropped.items())[:10])
+        raise ValueError(
+            f"{len(problems)} of {len(rows)} rows cannot be used; repair them, or leave them out with --on_bad_row "
+            f"skip:\n{shown}"
+        )
+    keep = [index for index, row in enumerate(dataset["row"][:]) if row not in problems]
+    if not keep:
+        raise ValueError(f"None of {len(rows)} rows can be used, for example: {next(iter(dropped))}")
+    for reason, ids in dropped.items():
+        logger.warning("Left out %d of %d rows (%s): %s", len(ids), len(rows), ", ".join(ids[:5]), reason)
+    dataset = dataset if len(keep) == len(dataset) else dataset.select(keep)
+    return EncodedRows(dataset.remove_columns("problem"), dropped)
+
+
+def _lay_out_row(example, processor: VisionQwenProcessor, image_ids: list[int], max_length: int | None) -> list[dict]:
+    """One or, when the completions do not fit into one sequence, several layouts of a row."""
+    parts = [part for message in example.prompt if not isinstance(message["content"], str) for part in message["content"]]
+    placeholders = sum(part["type"] == "image" for part in parts)
+    if placeholders != len(image_ids):
+        raise ValueError(f"The row has {len(image_ids)} pictures, its prompt has places for {placeholders}.")
+    whole = processor.encode_row(example.prompt, example.completions)
+    if max_length is None or len(whole) <= max_length:
+        groups = [whole]
+        sizes = [len(example.completions)]
+    else:
+        groups, sizes, waiting = [], [], list(example.completions)
+        while waiting:
+            size = len(waiting)
+            layout = processor.encode_row(example.prompt, waiting)
+            while len(layout) > max_length and size > 1:
+                size = max(1, min(size - 1, size * max_length // len(layout)))
+                layout = processor.encode_row(example.prompt, waiting[:size])
+            if len(layout) > max_length:
+                raise ValueError(
+                    f"The pictures and one completion need {len(layout)} tokens, more than max_length={max_length} tokens."
+                )
+            groups.append(layout)
+            sizes.append(size)
+            waiting = waiting[size:]
+    return [
+        {**vars(layout), "image_ids": image_ids, "num_branches": size}
+        for layout, size in zip(groups, sizes, strict=True)
+    ]
+
+
+def find_unreadable(pictures: Pictures) -> dict[int, str]:
+    """Decodes every picture once; picture number -> why it cannot be read."""
+    unreadable = {}
+    for index in range(len(pictures)):
+        try:
+            pictures.open(index)
+        except UnreadablePictureError as error:
+            unreadable[index] = str(error)
+    return unreadable

@@ -1,0 +1,553 @@
+"""Model: a vision tower, a projector and a decoder as one `PreTrainedModel`.
+
+Stage: batch -> loss or logits. The way of one batch:
+
+1. `vision_tower`: `pixel_values` `(I, 3, H, W)` -> the chosen hidden states `(I, N_v, D_v)`; skipped when the batch
+   carries `image_features` from the feature cache.
+2. `multi_modal_projector`: `(I, N_v, D_v)` -> `(I, N, D_t)`.
+3. splice: the I * N rows replace the embeddings of the image placeholders of `input_ids` `(B, T)`, in order.
+4. `language_model`: `(B, T, D_t)` -> hidden states `(B, T, D_t)`; `segment_ids` say who sees whom.
+5. `lm_head`: logits `(B, T, V)`, or `(1, L, V)` at the L labelled positions only.
+
+Letters of all shapes in this package: B sequences, T tokens, I images in the batch, N image tokens per image (N_v before
+pixel shuffle), D_v vision width, D_t text width, V vocabulary, L labelled positions.
+"""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+import xxhash
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
+from .projector import VisionQwenProjector
+from .shared_prefix import attention_mask_from_segments, block_mask_from_segments
+
+# Decoders that rescale their logits would be wrong under a plain linear head (names as transformers spells them).
+_LOGIT_RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+@dataclass
+class VisionQwenOutput(CausalLMOutputWithPast):
+    """Output of [`VisionQwen`].
+
+    Args:
+        loss (`torch.Tensor`, scalar, *optional*): Nats per labelled token, when labels are given.
+        logits (`torch.Tensor` of shape `(B, T, V)`, or `(1, L, V)` with `label_positions`): Scores before softmax.
+        past_key_values (`Cache`, *optional*): Keys and values of the decoder.
+        hidden_states (`tuple[torch.Tensor]`, *optional*): Of the decoder, `(B, T, D_t)` each.
+        attentions (`tuple[torch.Tensor]`, *optional*): Of the decoder.
+        image_hidden_states (`torch.Tensor` of shape `(I, N, D_t)`, *optional*): Image tokens after the projector.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+
+
+class VisionQwenPreTrainedModel(PreTrainedModel):
+    """What [`VisionQwenModel`] and [`VisionQwen`] share: configuration class and what the stack may do with them."""
+
+    config_class = VisionQwenConfig
+    config: VisionQwenConfig
+    # TRL computes its loss from `model.base_model(...)`: it must be the trunk that sees the images, not the decoder.
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ("past_key_values",)
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class VisionQwenModel(VisionQwenPreTrainedModel):
+    """The multimodal trunk without the language-model head: `last_hidden_state` with the images spliced in.
+
+    Args:
+        config ([`VisionQwenConfig`]): Composite configuration.
+    """
+
+    def __init__(self, config: VisionQwenConfig):
+        super().__init__(config)
+        self.vision_tower = AutoModel.from_config(_vision_tower_config(config))
+        self.multi_modal_projector = VisionQwenProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's token embedding."""
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replaces the decoder's token embedding."""
+        self.language_model.set_input_embeddings(value)
+
+    def train(self, mode: bool = True) -> Self:
+        """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode: its features are fixed."""
+        super().train(mode)
+        if not self._vision_tower_trains:
+            self.vision_tower.eval()
+        return self
+
+    @property
+    def _vision_tower_trains(self) -> bool:
+        return any(parameter.requires_grad for parameter in self.vision_tower.parameters())
+
+    def get_vision_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Runs the vision tower up to the highest chosen layer; what the feature cache stores.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): Pictures from the image processor.
+
+        Returns:
+            `torch.Tensor` of shape `(I, N_v, D_v)`: Hidden states of the chosen layers, concatenated.
+
+        Raises:
+            ValueError: When the pictures are not of the tower's size.
+        """
+        size = self.config.vision_config.image_size
+        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (size, size):
+            raise ValueError(
+                f"pixel_values must have the shape (images, 3, {size}, {size}) in pixels, got "
+                f"{tuple(pixel_values.shape)}. Use the processor that was saved with the model."
+            )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_trains):
+            hidden_states = self.vision_tower(
+                pixel_values.to(self.vision_tower.dtype), output_hidden_states=True
+            ).hidden_states
+        chosen = [hidden_states[index] for index in self.config.hidden_state_indices]
+        if not self.config.keep_class_token:
+            chosen = [state[:, self.config.num_prefix_tokens :] for state in chosen]
+        return torch.cat(chosen, dim=-1)  # (I, N_v, D_v)
+
+    def project_vision_features(self, vision_features: torch.Tensor) -> BaseModelOutputWithPooling:
+        """Projects `(I, N_v, D_v)` vision features; `pooler_output` holds the image tokens `(I, N, D_t)`.
+
+        Raises:
+            ValueError: When the features are not of this model's encoder and layers.
+        """
+        expected = (self.config.num_vision_tokens, self.config.vision_feature_size)
+        if vision_features.shape[1:] != expected:
+            raise ValueError(
+                f"Vision features must have the shape (images, {expected[0]} tokens, {expected[1]}), got "
+                f"{tuple(vision_features.shape)}: they come from another encoder, layer or class-token setting."
+            )
+        return BaseModelOutputWithPooling(pooler_output=self.multi_modal_projector(vision_features))
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """Image tokens of pictures; the name and output that transformers' `generate` calls once before it expands.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): Pictures from the image processor.
+
+        Returns:
+            `BaseModelOutputWithPooling` whose `pooler_output` has the shape `(I, N, D_t)`.
+        """
+        return self.project_vision_features(self.get_vision_features(pixel_values))
+
+    def _splice(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
+        """Embeds `input_ids` `(B, T)` and puts the image tokens `(I, N, D_t)` at the placeholders, in order."""
+        is_image = input_ids == self.config.image_token_id  # (B, T)
+        # The placeholder may lie outside the decoder's vocabulary.
+        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D_t)
+        if not torch.compiler.is_compiling():
+            num_placeholders = int(is_image.sum())
+            num_images = 0 if image_tokens is None else image_tokens.shape[0]
+            per_image = self.config.num_image_tokens
+            if num_placeholders != num_images * per_image:
+                # TRL recognises this error by its first words and adds a hint on `max_length`.
+                raise ValueError(
+                    f"Image features and image tokens do not match: got {num_images} images, and placeholders for "
+                    f"{num_placeholders / per_image:g} images ({num_placeholders} tokens, {per_image} per image). "
+                    "Pass as many images as the text has, and never cut a sequence inside an image."
+                )
+        if image_tokens is None:
+            return inputs_embeds
+        image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        return inputs_embeds.masked_scatter(is_image[..., None], image_tokens)  # (B, T, D_t)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        label_positions: torch.LongTensor | None = None,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """Runs tower, projector, splice and decoder.
+
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Tokens with N placeholders per image.
+            pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`, *optional*): All pictures of the batch, in the order
+                of their placeholders.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 for tokens, 0 for padding; or an already
+                built 4-D mask, which is passed through.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Restart in every branch.
+            past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, D_t)`, *optional*): Instead of `input_ids`, images spliced
+                in already.
+            image_features (`torch.Tensor` of shape `(I, N_v, D_v)`, *optional*): Cached output of
+                [`~VisionQwenModel.get_vision_features`] instead of `pixel_values`.
+            segment_ids (`torch.LongTensor` of shape `(B, T, 2)`, *optional*): Row and branch of each token (see
+                `shared_prefix`); replaces `attention_mask` in the decoder.
+            label_positions (`torch.LongTensor` of shape `(L,)`, *optional*): Positions in the flattened `(B * T)`
+                sequence; only their hidden states are returned.
+            mm_encoder_outputs (`dict`, *optional*): Image tokens that `generate` computed beforehand.
+
+        Returns:
+            `BaseModelOutputWithPast`: `last_hidden_state` of shape `(B, T, D_t)`, or `(1, L, D_t)` with
+            `label_positions`.
+
+        Raises:
+            ValueError: When placeholders and images do not match, or the inputs contradict each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Expected exactly one of input_ids and inputs_embeds.")
+        image_outputs = (mm_encoder_outputs or {}).get("image")
+        if sum(value is not None for value in (pixel_values, image_features, image_outputs)) > 1:
+            raise ValueError("Expected one of pixel_values, image_features and mm_encoder_outputs, got several.")
+        if pixel_values is not None:
+            image_outputs = self.get_image_features(pixel_values)
+        elif image_features is not None:
+            image_outputs = self.project_vision_features(image_features)
+        image_tokens = image_outputs.pooler_output if image_outputs is not None else None
+        if isinstance(image_tokens, list | tuple):
+            image_tokens = torch.stack(list(image_tokens))
+
+        if inputs_embeds is None:
+            inputs_embeds = self._splice(input_ids, image_tokens)
+        elif image_tokens is not None:
+            raise ValueError("Images are spliced into input_ids: with inputs_embeds, pass no images.")
+
+        if segment_ids is not None:
+            is_flex = self.language_model.config._attn_implementation == "flex_attention"
+            build_mask = block_mask_from_segments if is_flex else attention_mask_from_segments
+            attention_mask = build_mask(segment_ids)
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        if label_positions is not None:
+            hidden_states = outputs.last_hidden_state
+            outputs.last_hidden_state = hidden_states.flatten(0, 1)[label_positions][None]  # (1, L, D_t)
+        outputs["image_hidden_states"] = image_tokens
+        return outputs
+
+
+class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
+    """A vision-language model from two pre-trained parts and a projector.
+
+    `VisionQwen.from_vision_text_pretrained("openai/clip-vit-base-patch32", "Qwen/Qwen3-0.6B-Base")` joins the parts;
+    `VisionQwen.from_pretrained(folder)` loads a full save; `VisionQwen.from_adapter(folder)` reassembles an adapter.
+
+    Args:
+        config ([`VisionQwenConfig`]): Composite configuration.
+
+    Raises:
+        ValueError: When the decoder rescales its logits, which a plain head would get wrong.
+    """
+
+    def __init__(self, config: VisionQwenConfig):
+        super().__init__(config)
+        rescaling = [name for name in _LOGIT_RESCALING if getattr(config.text_config, name, None) not in (None, 1, 1.0)]
+        if rescaling:
+            raise ValueError(
+                f"Decoders that rescale their logits are not supported: {config.text_config.model_type} sets "
+                f"{', '.join(rescaling)}."
+            )
+        self.loss_type = "ForCausalLM"
+        self.model = VisionQwenModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._tied_weights_keys = {"lm_head.weight": f"model.language_model.{_embedding_name(self.model)}.weight"}
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language-model head, `(V, D_t)`."""
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replaces the language-model head."""
+        self.lm_head = value
+
+    def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """See [`VisionQwenModel.get_image_features`]."""
+        return self.model.get_image_features(pixel_values, **kwargs)
+
+    def generate(self, *args, image_features: torch.Tensor | None = None, **kwargs):
+        """As `GenerationMixin.generate`; the images are encoded once, before beams are expanded.
+
+        Args:
+            image_features (`torch.Tensor` of shape `(I, N_v, D_v)`, *optional*): Cached vision features instead of
+                `pixel_values`.
+        """
+        if image_features is not None:
+            kwargs["mm_encoder_outputs"] = {"image": self.model.project_vision_features(image_features)}
+        return super().generate(*args, **kwargs)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        image_features: torch.Tensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
+        label_positions: torch.LongTensor | None = None,
+        shift_labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
+        **kwargs,
+    ) -> VisionQwenOutput:
+        """The trunk (see [`VisionQwenModel.forward`] for the shared arguments), the head and the loss.
+
+        Args:
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*): Target of the position before each one; -100
+                carries no loss.
+            shift_labels (`torch.LongTensor` of shape `(B, T)`, or `(1, L)` with `label_positions`, *optional*): Target
+                of each position itself; takes the place of `labels`.
+            logits_to_keep (`int` or `torch.Tensor`, *optional*, defaults to 0): Logits of the last so many positions
+                only; 0 keeps all.
+
+        Returns:
+            [`VisionQwenOutput`]: Loss in nats per labelled token.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            image_features=image_features,
+            segment_ids=segment_ids,
+            label_positions=label_positions,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+        logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits=logits,
+                labels=labels,
+                shift_labels=shift_labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=kwargs.get("num_items_in_batch"),
+                ignore_index=IGNORE_INDEX,
+            )
+        return VisionQwenOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.get("image_hidden_states"),
+        )
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls,
+        vision: str | Path,
+        text: str | Path | None = None,
+        *,
+        vision_revision: str | None = None,
+        text_revision: str | None = None,
+        text_config: PreTrainedConfig | None = None,
+        dtype: torch.dtype = torch.float32,
+        attn_implementation: str | None = None,
+        quantization_config=None,
+        device_map=None,
+        **config,
+    ) -> "VisionQwen":
+        """Joins a pre-trained vision encoder and a pre-trained decoder; only the projector is drawn at random.
+
+        Args:
+            vision (`str` or `Path`): Hub id or folder of the encoder; the vision half of a CLIP or SigLIP pair is
+                taken from its checkpoint.
+            text (`str` or `Path`, *optional*): Hub id or folder of the decoder. Without it, `text_config` gives a
+                decoder from scratch.
+            vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository.
+            text_config (`PreTrainedConfig`, *optional*): Configuration of a decoder to be drawn at random.
+            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of all weights.
+            attn_implementation (`str`, *optional*): `"sdpa"`, `"flex_attention"`, ... for the decoder.
+            quantization_config (`BitsAndBytesConfig`, *optional*): Quantizes the decoder only, never its head, the
+                encoder or the projector.
+            device_map (*optional*): Where the parts go, as in `from_pretrained`.
+            **config: Further fields of [`VisionQwenConfig`], for example `vision_feature_layer`.
+
+        Returns:
+            [`VisionQwen`] in evaluation mode.
+
+        Raises:
+            ValueError: When neither or both of `text` and `text_config` are given, or the decoder's head has a bias.
+        """
+        if (text is None) == (text_config is None):
+            raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
+        vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
+        vision_config = getattr(vision_config, "vision_config", vision_config)
+        if text is not None:
+            text_config = AutoConfig.from_pretrained(text, revision=text_revision)
+        full_config = VisionQwenConfig(
+            vision_config=vision_config.to_dict(),
+            text_config=text_config.to_dict(),
+            vision_name_or_path=str(vision),
+            vision_revision=vision_revision,
+            text_name_or_path=None if text is None else str(text),
+            text_revision=text_revision,
+            **config,
+        )
+        tower = _load_vision_tower(full_config, dtype, device_map)
+        if text is None:
+            decoder = AutoModelForCausalLM.from_config(
+                full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
+            )
+        else:
+            decoder = AutoModelForCausalLM.from_pretrained(
+                text,
+                revision=text_revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+                device_map=device_map,
+            )
+        full_config.vision_fingerprint = fingerprint(tower)
+        full_config.text_fingerprint = None if text is None else fingerprint(decoder.base_model)
+        return cls._join(full_config, tower, decoder, dtype)
+
+    @classmethod
+    def from_adapter(cls, name_or_path: str | Path, *, merge: bool = False, **arguments):
+        """Reassembles a trained adapter on its bases; see [`~vlm_peft.adapters.load_adapter`] for all arguments.
+
+        Args:
+            name_or_path (`str` or `Path`): Adapter folder or Hub id.
+            merge (`bool`, *optional*, defaults to `False`): Returns a plain [`VisionQwen`] with LoRA added to the
+                weights instead of a `PeftModel`.
+
+        Returns:
+            `PeftModel` around a [`VisionQwen`], or a [`VisionQwen`].
+        """
+        from .adapters import load_adapter
+
+        return load_adapter(name_or_path, merge=merge, **arguments)
+
+    @classmethod
+    def _join(cls, config: VisionQwenConfig, tower: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> "VisionQwen":
+        """Builds the shell without weights and puts the loaded parts and a fresh projector in."""
+        head = decoder.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"Decoders whose head has a bias are not supported: {config.text_config.model_type}.")
+        with torch.device("meta"):
+            model = cls(config)
+        model.config.text_config = decoder.config
+        model.config.name_or_path = config.text_name_or_path or ""
+        projector = VisionQwenProjector(config).to(device=decoder.device, dtype=dtype)
+        for name, parameter in projector.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
+        model.model.vision_tower = tower
+        model.model.multi_modal_projector = projector
+        model.model.language_model = decoder.base_model
+        model.lm_head = head
+        model.generation_config = copy.deepcopy(decoder.generation_config)
+        for attribute in ("quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer"):
+            if hasattr(decoder, attribute):
+                setattr(model, attribute, getattr(decoder, attribute))
+        return model.eval()
+
+
+def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map) -> PreTrainedModel:
+    """Loads the encoder without the layers above the chosen ones and without the text half of a pair.
+
+    Raises:
+        ValueError: When the checkpoint lacks weights that the features need.
+    """
+    verbosity = logging.get_verbosity()
+    # The report of unused weights would list the text half and the upper layers on every load.
+    logging.set_verbosity_error()
+    try:
+        tower, info = AutoModel.from_pretrained(
+            config.vision_name_or_path,
+            config=_vision_tower_config(config),
+            revision=config.vision_revision,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))
+    if missing:
+        raise ValueError(
+            f"{config.vision_name_or_path} lacks {len(missing)} weights of its {config.vision_config.model_type} "
+            f"encoder, for example {missing[0]}."
+        )
+    return tower
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash that tells one base from another: names, shapes and a sample of each unquantized tensor.
+
+    Values enter rounded to bfloat16, so that a base loaded in another dtype is recognised.
+
+    Args:
+        module (`nn.Module`): A vision tower or a decoder's trunk.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(module.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
+        sample = parameter.detach().flatten()[:64].cpu().to(torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _vision_tower_config(config: VisionQwenConfig) -> PreTrainedConfig:
+    """The encoder's configuration, cut above the highest chosen layer: what is not read is not built."""
+    tower_config = copy.deepcopy(config.vision_config)
+    tower_config.num_hidden_layers = max(config.hidden_state_indices)
+    return tower_config
+
+
+def _embedding_name(model: VisionQwenModel) -> str:
+    """Name of the token embedding inside the decoder (`embed_tokens`, `wte`, ...)."""
+    embedding = model.get_input_embeddings()
+    return next(name for name, module in model.language_model.named_modules() if module is embedding)
+
+
+AutoModelForImageTextToText.register(VisionQwenConfig, VisionQwen)

@@ -1,0 +1,205 @@
+"""Processor: pictures and messages -> token ids with N placeholders per picture, and `pixel_values`.
+
+Stage: in front of the model, in training (`encode_row`) as in generation (`apply_chat_template`). Text of users can never
+become a special token: control tokens inside messages are encoded as plain text.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+
+from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
+from .shared_prefix import SharedPrefixRow, lay_out
+
+_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+_TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+class VisionQwenProcessor(ProcessorMixin):
+    """Joins an image processor and a tokenizer; knows how many tokens a picture takes.
+
+    Args:
+        image_processor (`BaseImageProcessor`): Of the vision encoder.
+        tokenizer (`PreTrainedTokenizerBase`): Of the decoder, with the image placeholder in its vocabulary.
+        num_image_tokens (`int`): N, image tokens per picture; `VisionQwenConfig.num_image_tokens`.
+        chat_template (`str`, *optional*): Jinja template; ours by default, since Qwen3's own drops image parts.
+        image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): The placeholder.
+
+    Raises:
+        ValueError: When the tokenizer lacks the placeholder.
+    """
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        num_image_tokens: int | None = None,
+        chat_template: str | None = None,
+        image_token: str = IMAGE_TOKEN,
+        **kwargs,
+    ):
+        self.num_image_tokens = num_image_tokens
+        self.image_token = image_token
+        self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
+            raise ValueError(
+                f"The tokenizer has no {image_token!r}: build the processor with from_vision_text_pretrained, which adds it."
+            )
+        template = chat_template if chat_template is not None else _CHAT_TEMPLATE.read_text(encoding="utf-8")
+        super().__init__(image_processor, tokenizer, chat_template=template)
+
+    @classmethod
+    def from_vision_text_pretrained(
+        cls, vision: str | Path, text: str | Path, config: VisionQwenConfig, **kwargs
+    ) -> "VisionQwenProcessor":
+        """Joins the image processor of `vision` and the tokenizer of `text` for a model of `config`.
+
+        Tokens that the tokenizer lacks (the placeholder, ChatML turns) are added; generation then ends at the end of a
+        turn. The pair is made to agree with `config.image_token_id`, which is set from the tokenizer.
+
+        Args:
+            vision, text (`str` or `Path`): Hub ids or folders, as for [`VisionQwen.from_vision_text_pretrained`].
+            config ([`VisionQwenConfig`]): Of the model; its `image_token_id` is updated.
+        """
+        image_processor = AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
+        tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
+        missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
+        turns = [token for token in missing if token in _TURN_TOKENS]
+        if turns:
+            raise ValueError(
+                f"The tokenizer of {text} has no {' and '.join(turns)}: a decoder with ChatML turn tokens is needed "
+                "(all Qwen decoders have them), or add them to its tokenizer and embedding first."
+            )
+        tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        tokenizer.padding_side = "left"
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        processor = cls(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+        config.image_token_id = processor.image_token_id
+        return processor
+
+    @property
+    def end_of_turn_token_id(self) -> int:
+        """Id of `<|im_end|>`, which ends every turn and every generation."""
+        return self.tokenizer.convert_tokens_to_ids(_TURN_TOKENS[1])
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        """The N placeholders of one picture (called by `ProcessorMixin`)."""
+        return self.image_token * self.num_image_tokens
+
+    def apply_chat_template(self, conversation: Any, *args, tokenize: bool = False, **kwargs):
+        """As `ProcessorMixin.apply_chat_template`; with `tokenize=True`, control tokens in messages stay plain text."""
+        if tokenize and not kwargs.get("return_assistant_tokens_mask"):
+            kwargs.setdefault("sanitize_control_tokens", True)
+        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+
+    def encode_row(self, prompt: list[dict], completions: list) -> SharedPrefixRow:
+        """Token ids, positions, branches and labels of one row with all its completions.
+
+        Args:
+            prompt (`list[dict]`): Messages that all completions share, with `{"type": "image"}` parts.
+            completions (`list[str]` or `list[list[dict]]`):
+                Each is a text (the assistant's answer) or the messages that follow, for example a question and its
+                answer. A first message of the prompt's last role continues that turn. Every assistant turn is labelled,
+                with its end-of-turn token; nothing else is.
+
+        Returns:
+            [`SharedPrefixRow`]: Each picture's placeholder expanded to N tokens.
+
+        Raises:
+            ValueError: When a completion is empty or has no assistant turn.
+        """
+        conversations, ends = [], []
+        for completion in completions:
+            following = (
+                [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
+            )
+            messages = _merge_turns([*prompt, *following])
+            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            if not turns or any(not _text_of(messages[index]).strip() for index in turns):
+                raise ValueError(f"Expected a completion with text, got {completion!r}.")
+            ends.append([])
+            for index in turns:
+                conversations.append((messages[:index], True))
+                conversations.append((messages[: index + 1], False))
+                ends[-1].append(len(conversations) - 1)
+        encoded = self._encode(conversations)
+
+        branches = []
+        for turns in ends:
+            input_ids = encoded[turns[-1]]
+            labels = [IGNORE_INDEX] * len(input_ids)
+            for end in turns:
+                begin, stop = len(encoded[end - 1]), len(encoded[end])
+                labels[begin:stop] = input_ids[begin:stop]
+            branches.append((input_ids, labels))
+        return lay_out([self._expand(*branch) for branch in branches])
+
+    def encode_prompt(self, prompt: list[dict]) -> list[int]:
+        """Token ids of a prompt up to where the assistant answers, each placeholder expanded to N.
+
+        Args:
+            prompt (`list[dict]`): Messages; neighbouring ones of one role are one turn.
+        """
+        input_ids = self._encode([(_merge_turns(prompt), True)])[0]
+        return self._expand(input_ids, input_ids)[0]
+
+    def _encode(self, conversations: list[tuple[list[dict], bool]]) -> list[list[int]]:
+        """Ids of conversations, each with or without the generation prompt; one placeholder per picture.
+
+        Equal prompts (five captions of one picture) are rendered once.
+        """
+        unique: dict[str, list[int]] = {}
+        keys = [f"{add_prompt}{messages}" for messages, add_prompt in conversations]
+        for add_prompt in (True, False):
+            wanted = {
+                key: messages
+                for key, (messages, add) in zip(keys, conversations, strict=True)
+                if add == add_prompt and key not in unique
+            }
+            if wanted:
+                rendered = self.tokenizer.apply_chat_template(
+                    list(wanted.values()),
+                    chat_template=self.chat_template,
+                    add_generation_prompt=add_prompt,
+                    tokenize=True,
+                    return_dict=True,
+                    sanitize_control_tokens=True,
+                )["input_ids"]
+                unique.update(zip(wanted, rendered, strict=True))
+        return [unique[key] for key in keys]
+
+    def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        """Expands each placeholder to N."""
+        expanded_ids, expanded_labels = [], []
+        for token, label in zip(input_ids, labels, strict=True):
+            repeats = self.num_image_tokens if token == self.image_token_id else 1
+            expanded_ids += [token] * repeats
+            expanded_labels += [label] * repeats
+        return expanded_ids, expanded_labels
+
+
+def _merge_turns(messages: list[dict]) -> list[dict]:
+    """Joins neighbouring messages of one role into one turn."""
+    merged: list[dict] = []
+    for message in messages:
+        if merged and merged[-1]["role"] == message["role"]:
+            merged[-1] = {**merged[-1], "content": [*_parts(merged[-1]), *_parts(message)]}
+        else:
+            merged.append(message)
+    return merged
+
+
+def _parts(message: dict) -> list[dict]:
+    """Content of a message as a list of parts."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
+
+
+def _text_of(message: dict) -> str:
+    """All text of a message."""
+    return "".join(part.get("text", "") for part in _parts(message))
+
+
+AutoProcessor.register(VisionQwenConfig, VisionQwenProcessor, exist_ok=True)

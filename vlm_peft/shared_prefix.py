@@ -1,0 +1,135 @@
+"""Shared prefix: one row's completions as sibling branches of one sequence, and the attention mask that keeps them apart.
+
+Stage: between the processor (token ids per conversation) and the collator (tensors); the mask is built by the model.
+
+A row with K completions of the same pictures is laid out as `prefix, branch 1, ..., branch K`. Every branch sees the
+prefix and itself, never a sibling; positions restart after the prefix in each branch, so each branch is, position by
+position, the sequence that a separate sample would have been. The prefix ends one token before the shortest prompt
+does: the token before the first label heads its branch, so that every position predicts exactly one next token and
+labels that are shifted beforehand (`shift_labels`) suffice.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+from .configuration_vision_qwen import IGNORE_INDEX
+
+PADDING_SEGMENT = -1
+"""Row and branch of padding positions."""
+
+
+@dataclass(frozen=True)
+class SharedPrefixRow:
+    """One row laid out as one sequence of T tokens.
+
+    Args:
+        input_ids (`list[int]`, T): Prefix once, then the branches.
+        position_ids (`list[int]`, T): Position of each token in its own separate sequence.
+        branch_ids (`list[int]`, T): 0 for the prefix, k + 1 for branch k.
+        shift_labels (`list[int]`, T): The token that each position must predict, or -100.
+    """
+
+    input_ids: list[int]
+    position_ids: list[int]
+    branch_ids: list[int]
+    shift_labels: list[int]
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def lay_out(conversations: list[tuple[list[int], list[int]]]) -> SharedPrefixRow:
+    """Lays conversations out as branches of their longest common prefix.
+
+    Args:
+        conversations (`list[tuple[list[int], list[int]]]`):
+            `(input_ids, labels)` of each separate sequence, unshifted: `labels[i]` is `input_ids[i]` or -100. The
+            first token carries no label.
+
+    Returns:
+        [`SharedPrefixRow`]: With one sequence the prefix is everything before its first label's predecessor.
+
+    Raises:
+        ValueError: When there is no conversation, or one carries no label after its first token.
+
+    Example: prompt `1 2 3` with the completions `7 9` and `8 9` (all lower-case values are token ids):
+
+    | | prefix | | branch 1 | | branch 2 | |
+    |---|---|---|---|---|---|---|
+    | `input_ids` | 1 | 2 | 3 | 7 | 3 | 8 |
+    | `position_ids` | 0 | 1 | 2 | 3 | 2 | 3 |
+    | `branch_ids` | 0 | 0 | 1 | 1 | 2 | 2 |
+    | `shift_labels` | -100 | -100 | 7 | 9 | 8 | 9 |
+
+    The last token of a branch predicts nothing and is left out.
+    """
+    if not conversations:
+        raise ValueError("Expected at least one completion in a row, got none.")
+    shortest_prompt = min(_first_label(labels) for _, labels in conversations)
+    first = conversations[0][0]
+    prefix = 0
+    while prefix < shortest_prompt - 1 and all(ids[prefix] == first[prefix] for ids, _ in conversations):
+        prefix += 1
+
+    input_ids, position_ids, branch_ids = list(first[:prefix]), list(range(prefix)), [0] * prefix
+    shift_labels = [IGNORE_INDEX] * prefix
+    for branch, (ids, labels) in enumerate(conversations, start=1):
+        end = len(ids) - 1
+        input_ids += ids[prefix:end]
+        position_ids += range(prefix, end)
+        branch_ids += [branch] * (end - prefix)
+        shift_labels += labels[prefix + 1 : end + 1]
+    return SharedPrefixRow(input_ids, position_ids, branch_ids, shift_labels)
+
+
+def _first_label(labels: list[int]) -> int:
+    """Index of the first labelled token, which is the number of tokens before it."""
+    for index, label in enumerate(labels):
+        if label != IGNORE_INDEX:
+            if index == 0:
+                break
+            return index
+    raise ValueError("Expected a labelled token after at least one prompt token in every completion, got none.")
+
+
+def attention_mask_from_segments(segment_ids: torch.Tensor) -> torch.Tensor:
+    """Boolean mask of who may see whom, for SDPA.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(B, T, 2)`): Row and branch of each token; padding is -1, -1.
+
+    Returns:
+        `torch.BoolTensor` of shape `(B, 1, T, T)`: True where query (axis 2) sees key (axis 3): the key is not later,
+        is of the same row, and is of the row's prefix or of the query's own branch. Every position sees itself, so
+        that padding yields numbers, not NaN.
+    """
+    rows, branches = segment_ids[..., 0], segment_ids[..., 1]
+    query_row, key_row = rows[:, :, None], rows[:, None, :]  # (B, T, 1), (B, 1, T)
+    query_branch, key_branch = branches[:, :, None], branches[:, None, :]
+    visible = (query_row == key_row) & ((key_branch == 0) | (key_branch == query_branch)) & (key_row >= 0)
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    itself = torch.eye(length, dtype=torch.bool, device=segment_ids.device)
+    return ((visible & causal) | itself)[:, None]  # (B, 1, T, T)
+
+
+def block_mask_from_segments(segment_ids: torch.Tensor) -> BlockMask:
+    """The same visibility as [`attention_mask_from_segments`], as a FlexAttention `BlockMask` for CUDA.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(B, T, 2)`): Row and branch of each token; padding is -1, -1.
+
+    Returns:
+        `BlockMask` over `(B, 1, T, T)`; blocks in which nothing is visible are skipped.
+    """
+    rows, branches = segment_ids[..., 0].contiguous(), segment_ids[..., 1].contiguous()
+
+    def visible(batch, head, query, key):
+        same_row = (rows[batch, query] == rows[batch, key]) & (rows[batch, key] >= 0)
+        on_path = (branches[batch, key] == 0) | (branches[batch, key] == branches[batch, query])
+        return ((key <= query) & same_row & on_path) | (key == query)
+
+    batch_size, length = rows.shape
+    return create_block_mask(visible, batch_size, None, length, length, device=segment_ids.device)
