@@ -1,0 +1,181 @@
+"""Generate for the rows of a split, score, and write predictions.jsonl and scores.json; used by run.py and recipes/sft.py.
+
+The blind control asks the same questions about the wrong pictures: each row gets the pictures of the row half the split
+away. What a model scores there it owes to the language alone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from coco_caption.caption_scores import score_captions
+from datasets import Dataset
+from predictions import Row, score_summary, write_predictions, write_scores
+
+from vlm_peft.data import find_unreadable
+from vlm_peft.feature_cache import FeatureCache
+from vlm_peft.generation import generate_texts
+from vlm_peft.pictures import Pictures
+from vlm_peft.tasks import Task
+
+
+@dataclass
+class Split:
+    """A held-out split ready to be generated for.
+
+    Args:
+        name: What its folder is called.
+        rows: Of `vlm_peft.data.load_rows`.
+        task: Row -> prompt and references.
+        pictures: Of the same rows.
+        fetch_images: Picture numbers -> model inputs, from the feature cache or from pixels.
+        left_out: Ids of rows whose pictures cannot be read, with the reason; they are not scored.
+    """
+
+    name: str
+    rows: Dataset
+    task: Task
+    pictures: Pictures
+    fetch_images: Callable[[list[int]], dict[str, torch.Tensor]]
+    left_out: dict[str, str]
+
+
+def make_split(
+    name: str, rows: Dataset, task: Task, pictures: Pictures, image_processor, features: FeatureCache | None
+) -> Split:
+    """Joins rows, task and pictures; without a feature cache, pictures are read and processed for every batch.
+
+    Raises:
+        ValueError: if no row of the split has readable pictures.
+    """
+    unreadable = features.unreadable if features is not None else find_unreadable(pictures)
+    left_out = {}
+    for index in range(len(rows)) if unreadable else ():
+        reasons = [unreadable[image] for image in pictures.of_row(index) if image in unreadable]
+        if reasons:
+            left_out[str(rows[index]["id"])] = reasons[0]
+    if len(left_out) == len(rows):
+        raise ValueError(
+            f"none of the {len(rows)} rows of {name} has readable pictures: {next(iter(left_out.values()))}"
+        )
+
+    def from_cache(ids: list[int]) -> dict[str, torch.Tensor]:
+        return {"image_features": features.get(ids)}
+
+    def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
+        opened = [pictures.open(index) for index in ids]
+        return {"pixel_values": image_processor(opened, return_tensors="pt")["pixel_values"]}
+
+    return Split(name, rows, task, pictures, from_pixels if features is None else from_cache, left_out)
+
+
+def evaluate_split(
+    model,
+    processor,
+    split: Split,
+    output_dir: Path | str,
+    *,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    blind: bool = False,
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+    num_beams: int = 1,
+    meteor: bool = False,
+    spice: bool = False,
+    tokenizer: str = "auto",
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Generates on all processes, scores on the main one, writes two files and returns what scores.json holds.
+
+    Args:
+        model: `VisionQwen` or a `PeftModel` around it, in evaluation mode.
+        processor: Saved with the model.
+        split: What to evaluate.
+        output_dir: Gets `predictions.jsonl` and `scores.json`.
+        model_name, dataset_name: Recorded in scores.json.
+        blind: Swaps the pictures, see the module's text.
+        batch_size: Prompts at a time on each process.
+        max_new_tokens, num_beams: Decoding; recorded.
+        meteor, spice, tokenizer: See `score_captions`.
+        progress: Shows a progress bar.
+
+    Raises:
+        ValueError: for a blind control of a single row, which has no other picture.
+    """
+    state = PartialState()
+    examples, image_ids, ids = [], [], []
+    text_rows = split.rows.remove_columns(split.task.image_columns)
+    for index, row in enumerate(text_rows):
+        if str(row["id"]) in split.left_out:
+            continue
+        example = split.task.example(row)
+        for number, question in enumerate(example.questions):
+            examples.append(([*example.prompt, *question], example.references[number]))
+            image_ids.append(list(split.pictures.of_row(index)))
+            ids.append(str(row["id"]) if len(example.questions) == 1 else f"{row['id']}-{number}")
+    if blind:
+        image_ids = _swapped(image_ids)
+    mine = range(state.process_index, len(examples), state.num_processes)
+    texts = generate_texts(
+        model,
+        processor,
+        [examples[index][0] for index in mine],
+        [image_ids[index] for index in mine],
+        split.fetch_images,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        progress=f"Describing {split.name}{' (blind)' if blind else ''}"
+        if progress and state.is_main_process
+        else None,
+    )
+    gathered = dict(gather_object(list(zip(mine, texts, strict=True))))
+    summary: dict[str, Any] = {}
+    if state.is_main_process:
+        rows: list[Row] = [
+            {"id": ids[index], "prediction": gathered[index], "references": examples[index][1]}
+            for index in range(len(ids))
+        ]
+        scores = score_captions(
+            [row["prediction"] for row in rows],
+            [row["references"] for row in rows],
+            tokenizer=tokenizer,
+            meteor=meteor,
+            spice=spice,
+        )
+        if split.left_out:
+            scores.notes.append(
+                f"{len(split.left_out)} of {len(split.rows)} rows left out: their pictures cannot be read."
+            )
+        described = {
+            "model": model_name,
+            "dataset": dataset_name,
+            "split": split.name,
+            "decoding": {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "blind": blind},
+        }
+        write_predictions(Path(output_dir) / "predictions.jsonl", rows, scores.per_picture)
+        write_scores(Path(output_dir) / "scores.json", scores, **described)
+        summary = score_summary(scores, **described)
+    state.wait_for_everyone()
+    return summary
+
+
+def _swapped(image_ids: list[list[int]]) -> list[list[int]]:
+    """The pictures of the row half the split away; rows of one picture count must meet their like."""
+    by_count: dict[int, list[int]] = {}
+    for index, images in enumerate(image_ids):
+        by_count.setdefault(len(images), []).append(index)
+    swapped = list(image_ids)
+    for members in by_count.values():
+        shift = len(members) // 2
+        distinct = [image_ids[members[(place + shift) % len(members)]] for place in range(len(members))]
+        if any(other == image_ids[index] for index, other in zip(members, distinct, strict=True)):
+            raise ValueError("the blind control needs at least two rows with as many pictures each, to swap them")
+        for index, other in zip(members, distinct, strict=True):
+            swapped[index] = other
+    return swapped

@@ -1,0 +1,403 @@
+"""Fine-tune a vision-language model on pictures with texts.
+
+    accelerate launch recipes/sft.py                                            # the embedded demo, offline, on a CPU
+    accelerate launch recipes/sft.py --config recipes/configs/flickr30k.yaml    # a real data set
+    accelerate launch recipes/sft.py --config ... --learning_rate 1e-4          # the command line overrides the file
+
+LoRA on the decoder and a full projector are trained; the adapter folder, held-out scores and report.html go to
+`--output_dir`. Options are those of `VisionArguments` below, TRL's `SFTConfig` and TRL's `ModelConfig`.
+"""
+
+import difflib
+import json
+import logging
+import os
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+# Recipes share the evaluation's modules; eval/ is a folder of scripts and no package.
+sys.path.append(str(ROOT / "eval"))
+
+DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
+
+
+@dataclass
+class VisionArguments:
+    """What TRL's own arguments do not cover: the pictures, the encoder, the projector and the evaluation."""
+
+    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, parquet file or folder, or image folder."})
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
+    train_split: str = field(default="train", metadata={"help": "Rows to train on."})
+    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
+    stored_split: str | None = field(default=None, metadata={"help": "The one stored split, with --split_column."})
+    split_column: str | None = field(default=None, metadata={"help": "Column that names each row's true split."})
+    train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
+    eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
+    task: str = field(default="caption", metadata={"help": "caption or vqa."})
+    image_column: str = field(default="image", metadata={"help": "Column with the picture."})
+    text_column: str | None = field(default=None, metadata={"help": "Column with the texts; found by usual names."})
+    instruction: str = field(default="Describe the picture.", metadata={"help": "What the user says, for captions."})
+    on_bad_row: str = field(
+        default="stop", metadata={"help": "Rows with unreadable pictures or empty texts.", "choices": ["stop", "skip"]}
+    )
+    vision_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the vision encoder."})
+    vision_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the encoder."})
+    vision_feature_layer: list[int] = field(
+        default_factory=lambda: [-2], metadata={"help": "Hidden state(s) of the encoder; several are concatenated."}
+    )
+    keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
+    projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp"]})
+    pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
+    feature_cache: bool = field(default=True, metadata={"help": "Encode each picture once and keep the result on disk."})
+    feature_cache_dir: str | None = field(default=None, metadata={"help": "Where; the data sets' cache by default."})
+    feature_dtype: str = field(
+        default="float16", metadata={"help": "Stored precision of features.", "choices": ["float16", "float32"]}
+    )
+    pack_rows: bool = field(default=False, metadata={"help": "Put several rows into a sequence of max_length tokens."})
+    score_before: bool = field(default=False, metadata={"help": "Score the held-out splits before training, too."})
+    blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Prompts at a time in the evaluation."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Tokens of a generated text at most."})
+    num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
+    meteor: bool = field(default=False, metadata={"help": "Also score METEOR (needs Java, 6 s a split)."})
+
+
+def parse_arguments(arguments: list[str] | None = None):
+    """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
+
+    Raises:
+        SystemExit: for an unknown key, naming the nearest known one.
+    """
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments:
+        arguments = ["--config", str(DEFAULT_CONFIG)]
+    types = (VisionArguments, SFTConfig, ModelConfig)
+    parser = TrlParser(types, allow_abbrev=False, description=__doc__.splitlines()[0])
+    *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
+    if unknown:
+        known = sorted({each.name for kind in types for each in fields(kind)})
+        keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
+        hints = []
+        for key in keys:
+            near = difflib.get_close_matches(key, known, n=1)
+            hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        raise SystemExit(f"sft.py: unknown option: {', '.join(hints)}.")
+    vision_args, training_args, model_args = parsed
+    for name, value in (
+        ("dataset_name", vision_args.dataset_name),
+        ("vision_model", vision_args.vision_model),
+        ("model_name_or_path", model_args.model_name_or_path),
+    ):
+        if value is None:
+            raise SystemExit(f"sft.py: --{name} is missing; give it on the command line or in the --config file.")
+    return vision_args, training_args, model_args
+
+
+def local(name: str) -> str:
+    """A path that the repository has is found from any working directory."""
+    return str(ROOT / name) if not Path(name).exists() and (ROOT / name).exists() else name
+
+
+class Run:
+    """What the parts of one run share: arguments, the clock of its phases, and where it writes."""
+
+    def __init__(self, vision_args: VisionArguments, training_args, model_args):
+        from accelerate import PartialState
+
+        self.vision, self.training, self.model = vision_args, training_args, model_args
+        self.dataset = local(vision_args.dataset_name)
+        self.output_dir = Path(training_args.output_dir)
+        self.seconds: dict[str, float] = {}
+        self.is_main = PartialState().is_main_process
+
+    @contextmanager
+    def phase(self, name: str):
+        """Adds the time of the block to `seconds`."""
+        start = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0) + time.monotonic() - start
+
+    def say(self, text: str) -> None:
+        """Prints on the main process."""
+        if self.is_main:
+            print(text, flush=True)
+
+
+def load_model(run: Run):
+    """Encoder + decoder + fresh projector, with their processor."""
+    import torch
+
+    from vlm_peft import VisionQwen, VisionQwenProcessor
+
+    layers = run.vision.vision_feature_layer
+    dtype = torch.float32 if run.model.dtype in (None, "auto") else getattr(torch, run.model.dtype)
+    model = VisionQwen.from_vision_text_pretrained(
+        local(run.vision.vision_model),
+        local(run.model.model_name_or_path),
+        vision_revision=run.vision.vision_revision,
+        text_revision=None if run.model.model_revision == "main" else run.model.model_revision,
+        dtype=dtype,
+        attn_implementation=run.model.attn_implementation,
+        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+        keep_class_token=run.vision.keep_class_token,
+        projector_type=run.vision.projector_type,
+        pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
+    )
+    model.model.vision_tower.requires_grad_(False)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(
+        model.config.vision_name_or_path, model.config.text_name_or_path, model.config
+    )
+    return model.to(run.training.device), processor
+
+
+def load_split(run: Run, model, processor, name: str, limit: int | None):
+    """Rows, task, pictures and cached features of one split."""
+    from evaluation import make_split
+
+    from vlm_peft.data import load_rows
+    from vlm_peft.feature_cache import build_feature_cache
+    from vlm_peft.pictures import Pictures
+    from vlm_peft.tasks import make_task
+
+    rows = load_rows(
+        run.dataset,
+        name,
+        revision=run.vision.dataset_revision,
+        stored_split=run.vision.stored_split,
+        split_column=run.vision.split_column,
+        limit=limit,
+    )
+    task = make_task(
+        run.vision.task,
+        rows.column_names,
+        image_column=run.vision.image_column,
+        text_column=run.vision.text_column,
+        instruction=run.vision.instruction,
+    )
+    pictures = Pictures(rows, task.image_columns)
+    features = None
+    if run.vision.feature_cache:
+        features = build_feature_cache(
+            model,
+            processor.image_processor,
+            pictures,
+            directory=run.vision.feature_cache_dir,
+            dtype=run.vision.feature_dtype,
+        )
+    return make_split(name, rows, task, pictures, processor.image_processor, features), features
+
+
+def make_trainer(run: Run, model, processor, split, features):
+    """The trainer with its collator, after the table of what trains was printed and checked."""
+    from trl import get_peft_config
+
+    from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
+    from vlm_peft.collator import SharedPrefixCollator
+    from vlm_peft.data import encode_rows, find_unreadable
+    from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
+
+    unreadable = features.unreadable if features is not None else find_unreadable(split.pictures)
+    encoded = encode_rows(
+        split.rows,
+        split.task,
+        processor,
+        split.pictures,
+        max_length=run.training.max_length,
+        unreadable=unreadable,
+        on_bad_row=run.vision.on_bad_row,
+        num_proc=run.training.dataset_num_proc,
+    )
+    asked = get_peft_config(run.model)
+    peft_config = lora_config(
+        model,
+        target_modules=run.model.lora_target_modules,
+        r=asked.r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=asked.lora_dropout,
+        use_rslora=asked.use_rslora,
+        use_dora=asked.use_dora,
+        modules_to_save=asked.modules_to_save,
+    )
+    signals = StopOnSignal()
+    collator = SharedPrefixCollator(
+        processor.tokenizer.pad_token_id,
+        split.fetch_images,
+        max_length=run.training.max_length,
+        packing=run.vision.pack_rows,
+    )
+    trainer = VisionSFTTrainer(
+        model=model,
+        args=prepare_training_arguments(run.training),
+        train_dataset=encoded.dataset,
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=peft_config,
+        callbacks=[signals],
+    )
+    rows = trainable_table(trainer.model)
+    run.say("\n" + format_trainable_table(rows) + "\n")
+    check_trainable(rows)
+    completions = sum(encoded.dataset["num_branches"][:])
+    run.say(f"Training on {len(encoded.dataset):,} rows with {completions:,} texts.")
+    return trainer, signals, rows
+
+
+def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None:
+    """Scores held-out splits into `eval/<split><suffix>/` and prints a line each."""
+    from evaluation import evaluate_split
+
+    model.eval()
+    for name, split in splits.items():
+        summary = evaluate_split(
+            model,
+            processor,
+            split,
+            run.output_dir / "eval" / f"{name}{suffix}",
+            model_name=str(run.output_dir),
+            dataset_name=run.vision.dataset_name,
+            blind=suffix == "-blind",
+            batch_size=run.vision.generation_batch_size,
+            max_new_tokens=run.vision.max_new_tokens,
+            num_beams=run.vision.num_beams,
+            meteor=run.vision.meteor and not suffix,
+        )
+        if run.is_main:
+            shown = "  ".join(f"{metric} {value:.3f}" for metric, value in summary["metrics"].items())
+            run.say(f"{name + suffix:<20} n={summary['n']}  {shown}")
+
+
+def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
+    """Writes run_summary.json, log_history.json, the gallery's pictures and report.html."""
+    from dataclasses import asdict
+
+    from gallery import choose_gallery, save_gallery_pictures
+    from predictions import read_predictions, write_text
+    from report import build_report
+
+    summary = {
+        "title": f"{run.output_dir.name}: {Path(run.vision.dataset_name).name}",
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "command": command,
+        "vision_model": run.vision.vision_model,
+        "text_model": run.model.model_name_or_path,
+        "dataset": run.vision.dataset_name,
+        "device": str(run.training.device),
+        "seed": run.training.seed,
+        "parameters": sum(row.parameters for row in rows),
+        "trainable_parameters": sum(row.trainable for row in rows),
+        "trained": [{**asdict(row), "dtype": row.dtypes} for row in rows],
+        "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
+        "versions": {name: version(name) for name in ("vlm_peft", "torch", "transformers", "trl", "peft", "datasets")},
+        "adapter": str(run.output_dir),
+    }
+    write_text(run.output_dir / "run_summary.json", json.dumps(summary, indent=2) + "\n")
+    write_text(run.output_dir / "log_history.json", json.dumps(trainer.state.log_history, indent=2) + "\n")
+    for name, split in splits.items():
+        folder = run.output_dir / "eval" / name
+        wanted = set(map(str, choose_gallery(read_predictions(folder / "predictions.jsonl"))))
+        found = {}
+        for index, row_id in enumerate(split.rows["id"][:]):
+            if str(row_id) in wanted:
+                found[str(row_id)] = split.pictures.open(split.pictures.of_row(index)[0])
+        save_gallery_pictures(run.output_dir, name, found)
+    return build_report(run.output_dir)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains, saves, checks, scores and reports; returns the exit status."""
+    started = time.monotonic()
+    vision_args, training_args, model_args = parse_arguments(arguments)
+    run = Run(vision_args, training_args, model_args)
+    logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
+
+    from transformers import set_seed
+
+    from vlm_peft import VisionQwen, VisionQwenProcessor
+
+    set_seed(training_args.seed)
+    with run.phase("load models"):
+        model, processor = load_model(run)
+    with run.phase("encode pictures"):
+        train_split, train_features = load_split(run, model, processor, vision_args.train_split, vision_args.train_limit)
+        splits = {
+            name: load_split(run, model, processor, name, vision_args.eval_limit)[0] for name in vision_args.eval_splits
+        }
+    if vision_args.score_before:
+        with run.phase("score before"):
+            evaluate(run, model, processor, splits, "-before")
+
+    with run.phase("prepare training"):
+        trainer, signals, rows = make_trainer(run, model, processor, train_split, train_features)
+    with run.phase("train"):
+        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+    if signals.received is not None:
+        run.say(
+            f"Stopped by signal {signals.received} at step {trainer.state.global_step}; the checkpoint is in "
+            f"{training_args.output_dir}. Go on with --resume_from_checkpoint true."
+        )
+        return 128 + signals.received
+    with run.phase("save"):
+        trainer.save_model(training_args.output_dir)
+        check_saved(run, trainer, train_split)
+
+    trained = VisionQwen.from_adapter(training_args.output_dir).to(training_args.device)
+    processor = VisionQwenProcessor.from_pretrained(training_args.output_dir)
+    with run.phase("score"):
+        evaluate(run, trained, processor, splits)
+        blind = {name: splits[name] for name in vision_args.blind_splits}
+        evaluate(run, trained, processor, blind, "-blind")
+    if run.is_main:
+        run.seconds["total"] = time.monotonic() - started
+        command = "accelerate launch recipes/sft.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+        report = write_report(run, trainer, rows, splits, command.strip())
+        run.say(
+            f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
+            f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
+        )
+    return 0
+
+
+def checkpoint_to_resume(training_args) -> str | bool | None:
+    """`--resume_from_checkpoint true` means the newest one; a path means itself."""
+    value = training_args.resume_from_checkpoint
+    if value is None or str(value).lower() in ("false", "none", ""):
+        return None
+    return True if str(value).lower() == "true" else value
+
+
+def check_saved(run: Run, trainer, split) -> None:
+    """Reloads the adapter folder and compares logits before the run says that it is saved.
+
+    Raises:
+        RuntimeError: when they differ.
+    """
+    import torch
+
+    from vlm_peft import VisionQwen
+
+    if not run.is_main:
+        return
+    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = {key: value.to(trainer.args.device) for key, value in batch.items() if "labels" not in key}
+    reloaded = VisionQwen.from_adapter(trainer.args.output_dir).to(trainer.args.device)
+    model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
+    with torch.inference_mode():
+        difference = (model(**batch).logits - reloaded(**batch).logits).abs().max().item()
+    if difference > 0:
+        raise RuntimeError(f"The saved adapter's logits differ from the trained model's by {difference:g}.")
+    run.say(f"Saved {run.output_dir}; reloaded, its logits are equal.")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
