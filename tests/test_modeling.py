@@ -196,9 +196,7 @@ SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "nu
 TOWERS = [
     SiglipVisionConfig(**SMALL, image_size=8, patch_size=2),
     ViTConfig(**SMALL, image_size=8, patch_size=2),
-    Dinov2Config(
-        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=2
-    ),
+    Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, mlp_ratio=2, image_size=8, patch_size=2),
 ]
 
 

@@ -137,9 +137,7 @@ def test_wrong_positions_are_seen(monkeypatch):
 
     def unbroken(conversations):
         row = original(conversations)
-        return shared_prefix.SharedPrefixRow(
-            row.input_ids, list(range(len(row))), row.branch_ids, row.shift_labels
-        )
+        return shared_prefix.SharedPrefixRow(row.input_ids, list(range(len(row))), row.branch_ids, row.shift_labels)
 
     monkeypatch.setattr("vlm_peft.processing_vision_qwen.lay_out", unbroken)
     _, gradient = compare(ROWS["captions"])
@@ -164,9 +162,7 @@ def test_golden_labels_are_the_completion_and_its_end_of_turn(processor):
             if owner == branch and label != -100
         ]
         assert processor.tokenizer.decode(labels) == completion + "<|im_end|>"
-    prefix_labels = {
-        label for label, owner in zip(row.shift_labels, row.branch_ids, strict=True) if owner == 0
-    }
+    prefix_labels = {label for label, owner in zip(row.shift_labels, row.branch_ids, strict=True) if owner == 0}
     assert prefix_labels == {-100}
     assert row.input_ids.count(processor.image_token_id) == processor.num_image_tokens
 

@@ -28,11 +28,12 @@ class VisionSFTTrainer(SFTTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        save_composite_config(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        save_composite_config(self.accelerator.unwrap_model(self.model), folder)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted."""
-        if self.model.training and "loss" in logs:
+        if "loss" in logs:
             now, tokens = time.monotonic(), self._total_train_tokens
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
             self._tokens_at_last_log, self._time_of_last_log = tokens, now
@@ -48,7 +49,7 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
     if args.packing or args.padding_free:
         raise ValueError("packing and padding_free are TRL's and do not know branches: use --pack_rows instead.")
     args.remove_unused_columns = False
-    args.dataset_kwargs = {**(args.dataset_kwargs or {}), "skip_prepare_dataset": True}
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
     return args
 
 
