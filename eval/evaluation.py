@@ -4,8 +4,9 @@ The blind control asks the same questions about the wrong pictures: each row get
 away. What a model scores there it owes to the language alone.
 """
 
+import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,48 @@ from vlm_peft.feature_cache import FeatureCache
 from vlm_peft.generation import generate_texts
 from vlm_peft.pictures import Pictures
 from vlm_peft.tasks import Task
+
+TASK_FILE = "task.json"
+"""Lies beside an adapter: how the model was asked in training, so that evaluation asks the same way."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What the numbers of a model depend on beside its weights.
+
+    Args:
+        task: `"caption"` or `"vqa"`.
+        instruction: What the user says beside the picture, for captions.
+        max_new_tokens: Tokens of a generated text at most.
+        num_beams: 1 is greedy.
+    """
+
+    task: str = "caption"
+    instruction: str = "Describe the picture."
+    max_new_tokens: int = 48
+    num_beams: int = 1
+
+    def to_json(self) -> str:
+        """The content of `task.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "TaskSettings | None":
+        """Reads `task.json` of a model's folder; `None` where there is none.
+
+        Raises:
+            ValueError: if the file is not what it should be.
+        """
+        path = Path(folder) / TASK_FILE
+        if not path.is_file():
+            return None
+        known = {field.name: type(field.default) for field in fields(cls)}
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            values = {name: kind(stored[name]) for name, kind in known.items() if name in stored}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a JSON object with {', '.join(known)} ({error}).") from error
+        return cls(**values)
 
 
 @dataclass

@@ -27,6 +27,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # Recipes share the evaluation's modules; eval/ is a folder of scripts and no package.
 sys.path.append(str(ROOT / "eval"))
 
+from console import quiet_imports, quiet_progress, run_script  # noqa: E402
+
 DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
 
 
@@ -34,7 +36,9 @@ DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
 class VisionArguments:
     """What TRL's own arguments do not cover: the pictures, the encoder, the projector and the evaluation."""
 
-    dataset_name: str | None = field(default=None, metadata={"help": "Hub id, parquet file or folder, or image folder."})
+    dataset_name: str | None = field(
+        default=None, metadata={"help": "Hub id, parquet file or folder, or image folder."}
+    )
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
     train_split: str = field(default="train", metadata={"help": "Rows to train on."})
     eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
@@ -57,7 +61,9 @@ class VisionArguments:
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
     projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp"]})
     pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
-    feature_cache: bool = field(default=True, metadata={"help": "Encode each picture once and keep the result on disk."})
+    feature_cache: bool = field(
+        default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
+    )
     feature_cache_dir: str | None = field(default=None, metadata={"help": "Where; the data sets' cache by default."})
     feature_dtype: str = field(
         default="float16", metadata={"help": "Stored precision of features.", "choices": ["float16", "float32"]}
@@ -94,6 +100,8 @@ def parse_arguments(arguments: list[str] | None = None):
             hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
         raise SystemExit(f"sft.py: unknown option: {', '.join(hints)}.")
     vision_args, training_args, model_args = parsed
+    if not model_args.use_peft:
+        raise SystemExit("sft.py: --use_peft true is missing: this recipe trains LoRA and the projector.")
     for name, value in (
         ("dataset_name", vision_args.dataset_name),
         ("vision_model", vision_args.vision_model),
@@ -120,6 +128,7 @@ class Run:
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
         self.is_main = PartialState().is_main_process
+        quiet_progress(self.is_main)
 
     @contextmanager
     def phase(self, name: str):
@@ -163,6 +172,7 @@ def load_model(run: Run):
 
 def load_split(run: Run, model, processor, name: str, limit: int | None):
     """Rows, task, pictures and cached features of one split."""
+    from accelerate import PartialState
     from evaluation import make_split
 
     from vlm_peft.data import load_rows
@@ -170,14 +180,15 @@ def load_split(run: Run, model, processor, name: str, limit: int | None):
     from vlm_peft.pictures import Pictures
     from vlm_peft.tasks import make_task
 
-    rows = load_rows(
-        run.dataset,
-        name,
-        revision=run.vision.dataset_revision,
-        stored_split=run.vision.stored_split,
-        split_column=run.vision.split_column,
-        limit=limit,
-    )
+    with PartialState().main_process_first():
+        rows = load_rows(
+            run.dataset,
+            name,
+            revision=run.vision.dataset_revision,
+            stored_split=run.vision.stored_split,
+            split_column=run.vision.split_column,
+            limit=limit,
+        )
     task = make_task(
         run.vision.task,
         rows.column_names,
@@ -186,6 +197,7 @@ def load_split(run: Run, model, processor, name: str, limit: int | None):
         instruction=run.vision.instruction,
     )
     pictures = Pictures(rows, task.image_columns)
+    run.say(f"Split {name}: {len(rows):,} rows, {len(pictures):,} pictures.")
     features = None
     if run.vision.feature_cache:
         features = build_feature_cache(
@@ -200,6 +212,8 @@ def load_split(run: Run, model, processor, name: str, limit: int | None):
 
 def make_trainer(run: Run, model, processor, split, features):
     """The trainer with its collator, after the table of what trains was printed and checked."""
+    from accelerate import PartialState
+    from evaluation import TASK_FILE, TaskSettings
     from trl import get_peft_config
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
@@ -208,16 +222,17 @@ def make_trainer(run: Run, model, processor, split, features):
     from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
 
     unreadable = features.unreadable if features is not None else find_unreadable(split.pictures)
-    encoded = encode_rows(
-        split.rows,
-        split.task,
-        processor,
-        split.pictures,
-        max_length=run.training.max_length,
-        unreadable=unreadable,
-        on_bad_row=run.vision.on_bad_row,
-        num_proc=run.training.dataset_num_proc,
-    )
+    with PartialState().main_process_first():
+        encoded = encode_rows(
+            split.rows,
+            split.task,
+            processor,
+            split.pictures,
+            max_length=run.training.max_length,
+            unreadable=unreadable,
+            on_bad_row=run.vision.on_bad_row,
+            num_proc=run.training.dataset_num_proc,
+        )
     asked = get_peft_config(run.model)
     peft_config = lora_config(
         model,
@@ -228,6 +243,12 @@ def make_trainer(run: Run, model, processor, split, features):
         use_rslora=asked.use_rslora,
         use_dora=asked.use_dora,
         modules_to_save=asked.modules_to_save,
+    )
+    settings = TaskSettings(
+        task=run.vision.task,
+        instruction=run.vision.instruction,
+        max_new_tokens=run.vision.max_new_tokens,
+        num_beams=run.vision.num_beams,
     )
     signals = StopOnSignal()
     collator = SharedPrefixCollator(
@@ -244,6 +265,7 @@ def make_trainer(run: Run, model, processor, split, features):
         processing_class=processor,
         peft_config=peft_config,
         callbacks=[signals],
+        extra_files={TASK_FILE: settings.to_json()},
     )
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")
@@ -317,8 +339,10 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """Trains, saves, checks, scores and reports; returns the exit status."""
     started = time.monotonic()
+    quiet_imports()
     vision_args, training_args, model_args = parse_arguments(arguments)
     run = Run(vision_args, training_args, model_args)
+    checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
     from transformers import set_seed
@@ -329,7 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
     with run.phase("load models"):
         model, processor = load_model(run)
     with run.phase("encode pictures"):
-        train_split, train_features = load_split(run, model, processor, vision_args.train_split, vision_args.train_limit)
+        train_split, train_features = load_split(
+            run, model, processor, vision_args.train_split, vision_args.train_limit
+        )
         splits = {
             name: load_split(run, model, processor, name, vision_args.eval_limit)[0] for name in vision_args.eval_splits
         }
@@ -340,7 +366,7 @@ def main(arguments: list[str] | None = None) -> int:
     with run.phase("prepare training"):
         trainer, signals, rows = make_trainer(run, model, processor, train_split, train_features)
     with run.phase("train"):
-        trainer.train(resume_from_checkpoint=checkpoint_to_resume(training_args))
+        trainer.train(resume_from_checkpoint=checkpoint)
     if signals.received is not None:
         run.say(
             f"Stopped by signal {signals.received} at step {trainer.state.global_step}; the checkpoint is in "
@@ -368,12 +394,29 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def checkpoint_to_resume(training_args) -> str | bool | None:
-    """`--resume_from_checkpoint true` means the newest one; a path means itself."""
-    value = training_args.resume_from_checkpoint
-    if value is None or str(value).lower() in ("false", "none", ""):
+def checkpoint_to_resume(training_args) -> str | None:
+    """`--resume_from_checkpoint true` means the newest complete one in `--output_dir`; a path means itself.
+
+    Raises:
+        FileNotFoundError: when there is none.
+    """
+    value = str(training_args.resume_from_checkpoint)
+    if value.lower() in ("false", "none", ""):
         return None
-    return True if str(value).lower() == "true" else value
+    # The trainer writes this file last, so a folder without it was left half written.
+    complete = "trainer_state.json"
+    if value.lower() != "true":
+        if not Path(value, complete).is_file():
+            raise FileNotFoundError(f"{value} is no checkpoint to resume from: expected a folder with {complete}.")
+        return value
+    found = Path(training_args.output_dir).glob(f"checkpoint-*/{complete}")
+    folders = sorted((file.parent for file in found), key=lambda folder: int(folder.name.rpartition("-")[2]))
+    if not folders:
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint true: {training_args.output_dir} has no complete checkpoint-* folder. Leave the "
+            "option out to train from the beginning."
+        )
+    return str(folders[-1])
 
 
 def check_saved(run: Run, trainer, split) -> None:
@@ -400,4 +443,4 @@ def check_saved(run: Run, trainer, split) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(run_script(main, "sft.py"))

@@ -107,3 +107,69 @@ def model(config) -> VisionQwen:
 @pytest.fixture
 def processor(config) -> VisionQwenProcessor:
     return make_processor(config)
+
+
+def save_bases(folder: Path) -> tuple[Path, Path]:
+    """The two parts of `make_config` as folders that look like a CLIP and a Qwen3 from the Hub."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    config = make_config()
+    text_tower = CLIPTextConfig(
+        vocab_size=8,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    clip = CLIPConfig(text_config=text_tower.to_dict(), vision_config=config.vision_config.to_dict())
+    CLIPModel(clip).save_pretrained(folder / "clip")
+    make_processor(config).image_processor.save_pretrained(folder / "clip")
+    Qwen3ForCausalLM(config.text_config).save_pretrained(folder / "qwen3")
+    make_tokenizer().save_pretrained(folder / "qwen3")
+    return folder / "clip", folder / "qwen3"
+
+
+def flickr_rows(train: int = 24, test: int = 8) -> dict[str, list]:
+    """Rows of Flickr30k's schema as it lies on the Hub: plain pictures of one colour, five captions each."""
+    import io
+
+    from PIL import Image
+
+    colours = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+    rows: dict[str, list] = {name: [] for name in ("image", "caption", "sentids", "split", "filename", "img_id")}
+    for index in range(train + test):
+        name, (red, green, blue) = list(colours.items())[index % len(colours)]
+        encoded = io.BytesIO()
+        Image.new("RGB", (12, 10), (red, green, max(0, blue - index))).save(encoded, "PNG")
+        rows["image"].append({"bytes": encoded.getvalue(), "path": f"{index}.png"})
+        rows["caption"].append([f"{name} wall", f"a {name} wall", f"the {name} wall", f"all {name}", f"{name} paint"])
+        rows["sentids"].append([str(5 * index + place) for place in range(5)])
+        rows["split"].append("train" if index < train else ("test", "val")[index % 2])
+        rows["filename"].append(f"{index}.jpg")
+        rows["img_id"].append(str(index))
+    return rows
+
+
+def save_flickr(folder: Path, rows: dict[str, list] | None = None) -> Path:
+    """Stores rows as the Hub does: one stored split `test`, the true one in the column `split`."""
+    from datasets import Dataset, Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    dataset = Dataset.from_dict(rows or flickr_rows()).cast_column("image", Image())
+    dataset.to_parquet(folder / "test-00000-of-00001.parquet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of a tiny CLIP and a tiny Qwen3."""
+    return save_bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session")
+def flickr(tmp_path_factory) -> Path:
+    """A folder of Flickr30k's schema: 24 train, 4 val and 4 test rows."""
+    return save_flickr(tmp_path_factory.mktemp("flickr30k"))

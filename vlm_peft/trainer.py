@@ -1,14 +1,21 @@
 """Trainer: TRL's `SFTTrainer` with what a shared-prefix run needs around it.
 
-Stage: last; called by the recipe. The loss is TRL's own. Only three things are added: the composite `config.json` in every
-checkpoint, tokens per second in the log, and a checkpoint when the run is told to stop.
+Stage: last; called by the recipe. The loss is TRL's own. Only what a run leaves and shows is added: complete adapter
+folders as checkpoints, one readable line per log entry with tokens per second, and a checkpoint when the run is told to
+stop.
 """
 
+import os
 import signal
 import time
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 from .adapters import save_composite_config
@@ -17,19 +24,33 @@ from .adapters import save_composite_config
 class VisionSFTTrainer(SFTTrainer):
     """`SFTTrainer` for encoded shared-prefix rows.
 
-    Pass `args` of [`training_arguments`], `data_collator=SharedPrefixCollator(...)`, and a `PeftModel` or `peft_config`.
-    Every checkpoint is a complete adapter folder.
+    Pass `args` of [`prepare_training_arguments`], `data_collator=SharedPrefixCollator(...)`, and a `PeftModel` or
+    `peft_config`. Every checkpoint is a complete adapter folder.
+
+    Args:
+        *args, **kwargs: Of `SFTTrainer`.
+        extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
     """
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, extra_files: dict[str, str] | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        self._extra_files = extra_files or {}
         self._tokens_at_last_log = 0
         self._time_of_last_log = time.monotonic()
+        for theirs, ours in ((ProgressCallback, ProgressLines), (PrinterCallback, PrintedLines)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        folder = output_dir if output_dir is not None else str(self.args.output_dir)
+        folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         save_composite_config(self.accelerator.unwrap_model(self.model), folder)
+        for name, text in self._extra_files.items():
+            temporary = folder / f"{name}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.rename(folder / name)
+        # A pickle that nothing here reads, in a folder that is meant to be passed on.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted."""
@@ -38,6 +59,50 @@ class VisionSFTTrainer(SFTTrainer):
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
             self._tokens_at_last_log, self._time_of_last_log = tokens, now
         super().log(logs, start_time)
+
+
+def log_line(logs: dict[str, Any], state: TrainerState) -> str:
+    """One log entry as a line to read; all its numbers are in the trainer's log history and in `--report_to`.
+
+    Args:
+        logs (`dict`): The entry.
+        state (`TrainerState`): Where the run stands.
+    """
+    if "train_runtime" in logs:
+        return (
+            f"Trained to step {state.global_step} in {logs['train_runtime']:.0f} s, "
+            f"{logs['train_samples_per_second']:.1f} rows/s; mean loss {logs['train_loss']:.4f}"
+        )
+    parts = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
+    names = {"loss": "loss", "eval_loss": "eval loss", "mean_token_accuracy": "token accuracy"}
+    parts += [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
+    if "learning_rate" in logs:
+        parts.append(f"rate {logs['learning_rate']:.1e}")
+    if "tokens_per_second" in logs:
+        parts.append(f"{logs['tokens_per_second']:,} tokens/s")
+    return "  ".join(parts)
+
+
+class ProgressLines(ProgressCallback):
+    """The trainer's progress bar, with log entries as lines instead of dictionaries."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
+    ) -> None:
+        """Writes the entry above the bar."""
+        if state.is_world_process_zero and self.training_bar is not None:
+            self.training_bar.write(log_line(logs, state))
+
+
+class PrintedLines(PrinterCallback):
+    """The same lines without a bar, for `--disable_tqdm true`."""
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs=None, **kwargs
+    ) -> None:
+        """Prints the entry."""
+        if state.is_world_process_zero:
+            print(log_line(logs, state), flush=True)  # noqa: T201
 
 
 def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
@@ -56,29 +121,49 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
 class StopOnSignal(TrainerCallback):
     """Saves a checkpoint and ends training in order when SIGINT or SIGTERM arrives; a second signal ends at once.
 
-    `received` is the signal's number, or `None`.
+    `received` is the signal's number, or `None`. All processes stop after the same step. When `accelerate launch` is
+    ended, which does not tell the process that it started, training stops as for SIGTERM.
     """
+
+    # Ctrl-C in a terminal reaches a process twice, from the terminal and from a launcher that passes it on.
+    _SAME_SIGNAL_SECONDS = 3.0
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._since = 0.0
+        self._previous: dict[int, Any] = {}
+        # Without a launcher, a parent that ends is a shell that was left: nohup and disown must work.
+        self._launcher = os.getppid() if "ACCELERATE_USE_CPU" in os.environ else None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Takes over the two signals."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
+            self._previous[number] = signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_DFL)
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+            if os.environ.get("RANK", "0") == "0":
+                # print() is not safe inside a signal handler.
+                os.write(2, b"\nStopping: a checkpoint is saved after this step. A second signal ends at once.\n")
+        elif time.monotonic() - self._since > self._SAME_SIGNAL_SECONDS:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Asks the trainer for a checkpoint and the end."""
+        if self.received is None and self._launcher not in (None, os.getppid()):
+            self.received = signal.SIGTERM
+        if args.world_size > 1:
+            # A process that stops alone would leave the others waiting for it in the next step.
+            told = torch.tensor(self.received or 0, device=args.device)
+            torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+            self.received = int(told) or None
         if self.received is not None:
             control.should_save = True
             control.should_training_stop = True
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
         """Gives the signals back."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
