@@ -1,4 +1,4 @@
-"""Generate for the rows of a split, score, and write predictions.jsonl and scores.json; used by run.py and recipes/sft.py.
+"""Generate for the rows of a split, score, and write predictions.jsonl and scores.json; for run.py and recipes/sft.py.
 
 The blind control asks the same questions about the wrong pictures: each row gets the pictures of the row half the split
 away. What a model scores there it owes to the language alone.
@@ -6,7 +6,7 @@ away. What a model scores there it owes to the language alone.
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,14 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from coco_caption.caption_scores import score_captions
 from datasets import Dataset
+from peft import PeftModel
 from predictions import Row, score_summary, write_predictions, write_scores
 
-from vlm_peft.data import find_unreadable
-from vlm_peft.feature_cache import FeatureCache
+from vlm_peft.data import find_unreadable, load_rows
+from vlm_peft.feature_cache import build_feature_cache
 from vlm_peft.generation import generate_texts
 from vlm_peft.pictures import Pictures
-from vlm_peft.tasks import Task
+from vlm_peft.tasks import Task, make_task
 
 TASK_FILE = "task.json"
 """Lies beside an adapter: how the model was asked in training, so that evaluation asks the same way."""
@@ -57,7 +58,7 @@ class TaskSettings:
         path = Path(folder) / TASK_FILE
         if not path.is_file():
             return None
-        known = {field.name: type(field.default) for field in fields(cls)}
+        known = {each.name: type(each.default) for each in fields(cls)}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             values = {name: kind(stored[name]) for name, kind in known.items() if name in stored}
@@ -68,7 +69,7 @@ class TaskSettings:
 
 @dataclass
 class Split:
-    """A held-out split ready to be generated for.
+    """A split ready to be trained on or generated for.
 
     Args:
         name: What its folder is called.
@@ -76,7 +77,8 @@ class Split:
         task: Row -> prompt and references.
         pictures: Of the same rows.
         fetch_images: Picture numbers -> model inputs, from the feature cache or from pixels.
-        left_out: Ids of rows whose pictures cannot be read, with the reason; they are not scored.
+        unreadable: Picture number -> why it cannot be read.
+        left_out: Ids of rows that cannot be used, with the reason; they are not scored. See `leave_out`.
     """
 
     name: str
@@ -84,36 +86,100 @@ class Split:
     task: Task
     pictures: Pictures
     fetch_images: Callable[[list[int]], dict[str, torch.Tensor]]
-    left_out: dict[str, str]
+    unreadable: dict[int, str]
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
-def make_split(
-    name: str, rows: Dataset, task: Task, pictures: Pictures, image_processor, features: FeatureCache | None
+def load_split(
+    model,
+    processor,
+    dataset: str,
+    name: str,
+    *,
+    revision: str | None = None,
+    stored_split: str | None = None,
+    split_column: str | None = None,
+    limit: int | None = None,
+    task: str = "caption",
+    image_column: str = "image",
+    text_column: str | None = None,
+    instruction: str = "Describe the picture.",
+    feature_cache: bool = True,
+    feature_cache_dir: str | None = None,
+    feature_dtype: str = "float16",
 ) -> Split:
-    """Joins rows, task and pictures; without a feature cache, pictures are read and processed for every batch.
+    """Loads a split's rows and makes its pictures ready: encoded once, or read for every batch.
+
+    Args:
+        model: `VisionQwen` or a `PeftModel` around it; its encoder fills the feature cache.
+        processor: Of the model.
+        dataset, name, revision, stored_split, split_column, limit: See `vlm_peft.data.load_rows`.
+        task, image_column, text_column, instruction: See `vlm_peft.tasks.make_task`.
+        feature_cache: Encodes each picture once and keeps the result on disk.
+        feature_cache_dir, feature_dtype: See `vlm_peft.feature_cache.build_feature_cache`.
 
     Raises:
-        ValueError: if no row of the split has readable pictures.
+        ValueError: if the split, a column or the task is not there.
+        FileNotFoundError: if the data set is not there.
     """
-    unreadable = features.unreadable if features is not None else find_unreadable(pictures)
-    left_out = {}
-    for index in range(len(rows)) if unreadable else ():
-        reasons = [unreadable[image] for image in pictures.of_row(index) if image in unreadable]
-        if reasons:
-            left_out[str(rows[index]["id"])] = reasons[0]
-    if len(left_out) == len(rows):
-        raise ValueError(
-            f"none of the {len(rows)} rows of {name} has readable pictures: {next(iter(left_out.values()))}"
+    state = PartialState()
+    with state.main_process_first():
+        rows = load_rows(
+            dataset, name, revision=revision, stored_split=stored_split, split_column=split_column, limit=limit
         )
-
-    def from_cache(ids: list[int]) -> dict[str, torch.Tensor]:
-        return {"image_features": features.get(ids)}
+    bound = make_task(
+        task, rows.column_names, image_column=image_column, text_column=text_column, instruction=instruction
+    )
+    pictures = Pictures(rows, bound.image_columns)
+    if state.is_main_process:
+        print(f"Split {name}: {len(rows):,} rows, {len(pictures):,} pictures.", flush=True)
+    image_processor = processor.image_processor
 
     def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
         opened = [pictures.open(index) for index in ids]
         return {"pixel_values": image_processor(opened, return_tensors="pt")["pixel_values"]}
 
-    return Split(name, rows, task, pictures, from_pixels if features is None else from_cache, left_out)
+    if not feature_cache:
+        return Split(name, rows, bound, pictures, from_pixels, find_unreadable(pictures))
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    features = build_feature_cache(base, image_processor, pictures, directory=feature_cache_dir, dtype=feature_dtype)
+
+    def from_cache(ids: list[int]) -> dict[str, torch.Tensor]:
+        return {"image_features": features.get(ids)}
+
+    return Split(name, rows, bound, pictures, from_cache, features.unreadable)
+
+
+def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
+    """Finds a held-out split's rows that cannot be scored: unreadable pictures, or no text.
+
+    Args:
+        split: Its `left_out` is filled.
+        on_bad_row: `"stop"` raises when there are any, `"skip"` scores the others; scores.json then says how many.
+
+    Raises:
+        ValueError: as above, with the rows and the reasons; or when no row is left.
+    """
+    for index, row in enumerate(split.rows.remove_columns(split.task.image_columns)):
+        reasons = [split.unreadable[image] for image in split.pictures.of_row(index) if image in split.unreadable]
+        try:
+            split.task.example(row)
+        except ValueError as error:
+            reasons.append(str(error))
+        if reasons:
+            split.left_out[str(row["id"])] = reasons[0]
+    count, total = len(split.left_out), len(split.rows)
+    shown = "".join(f"\n  row {row_id}: {reason}" for row_id, reason in list(split.left_out.items())[:10])
+    if count == total:
+        raise ValueError(f"None of the {total} rows of {split.name} can be scored:{shown}")
+    if count and on_bad_row == "stop":
+        raise ValueError(
+            f"{count} of {total} rows of {split.name} cannot be scored; repair them, or leave them out with --on_bad_row "
+            f"skip:{shown}"
+        )
+    if count and PartialState().is_main_process:
+        print(f"Left out {count} of {total} rows of {split.name}:{shown}", flush=True)
+    return split
 
 
 def evaluate_split(
@@ -193,7 +259,7 @@ def evaluate_split(
         )
         if split.left_out:
             scores.notes.append(
-                f"{len(split.left_out)} of {len(split.rows)} rows left out: their pictures cannot be read."
+                f"{len(split.left_out)} of {len(split.rows)} rows left out: no readable picture, or no text."
             )
         described = {
             "model": model_name,

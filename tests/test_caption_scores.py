@@ -69,7 +69,8 @@ def test_known_answers_of_a_single_picture_and_a_warning_that_its_cider_is_zero(
 
 @needs_java
 def test_meteor_known_answer_under_a_locale_with_decimal_commas(monkeypatch):
-    monkeypatch.setenv("JAVA_TOOL_OPTIONS", "-Duser.language=de")
+    for name in ("JAVA_TOOL_OPTIONS", "_JAVA_OPTIONS"):
+        monkeypatch.setenv(name, "-Duser.language=de -Duser.country=DE")
     scores = score_captions(PREDICTIONS, REFERENCES, meteor=True)
     assert scores.metrics.pop("METEOR") == pytest.approx(0.295797, abs=1e-6)
     assert scores.metrics == pytest.approx(EXPECTED, abs=1e-6)

@@ -72,7 +72,8 @@ def make_run(folder: Path, evil: str = "", n: int = 40) -> Path:
     log = [{"step": step, "loss": 5.0 - step / 100} for step in range(0, 300, 10)] + [{"step": 290, "eval_loss": 2.5}]
     (folder / "log_history.json").write_text(json.dumps(log))
     rows, per_picture = make_rows(n, evil), [index / 10 for index in range(n)]
-    for name, cider in (("test", 1.95), ("test-before", 0.125), ("test-blind", 0.25)):
+    split = f"test{evil.replace('/', '')}"
+    for name, cider in ((split, 1.95), (f"{split}-before", 0.125), (f"{split}-blind", 0.25)):
         scores = CaptionScores(
             {"Bleu_4": 0.25, "CIDEr": cider},
             per_picture,
@@ -81,9 +82,9 @@ def make_run(folder: Path, evil: str = "", n: int = 40) -> Path:
             notes=[f"noted{evil}"],
         )
         write_scores(folder / "eval" / name / "scores.json", scores, decoding={f"num_beams{evil}": f"3{evil}"})
-    write_predictions(folder / "eval" / "test" / "predictions.jsonl", rows, per_picture)
+    write_predictions(folder / "eval" / split / "predictions.jsonl", rows, per_picture)
     chosen = choose_gallery([{**row, "cider": score} for row, score in zip(rows, per_picture, strict=True)])
-    save_gallery_pictures(folder, "test", {i: Image.new("RGB", (500, 300), "red") for i in chosen})
+    save_gallery_pictures(folder, split, {i: Image.new("RGB", (500, 300), "red") for i in chosen})
     return folder
 
 
@@ -150,7 +151,10 @@ def test_thumbnails_are_small_and_may_come_from_the_caller(tmp_path):
 
 def test_missing_parts_are_named_and_left_out(tmp_path):
     (tmp_path / "log_history.json").write_text("[]")
-    page = Page(report.build_report(tmp_path).read_text(encoding="utf-8"))
+    source = report.build_report(tmp_path).read_text(encoding="utf-8")
+    page = Page(source)
+    assert f"from_adapter({tmp_path.name!r})" in page.text
+    assert str(tmp_path.parent) not in source
     for said in ("run_summary.json", "the loss curve", "the scores", "the gallery"):
         assert said in page.text.split("Not in this report")[1]
     assert not {"svg", "img", "table"} & set(page.tags)

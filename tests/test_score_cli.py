@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -77,10 +78,10 @@ def test_skipped_metrics_and_limits_are_said(good, capsys, monkeypatch):
     assert "METEOR skipped: needs Java" in output
     assert "SPICE skipped: needs Java" in output
     assert "The first 5 of 12 pictures are scored." in output
-    assert score.main([str(good), "--limit", "1", *QUICK]) == 0
-    output = capsys.readouterr()
-    assert "CIDEr of a single picture is always 0" in output.out
-    assert output.err == ""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert score.main([str(good), "--limit", "1", *QUICK]) == 0
+    assert "CIDEr of a single picture is always 0" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -106,6 +107,8 @@ def test_bad_lines_are_named_by_number(tmp_path, capsys, line, message):
 def test_unreadable_files_are_named(tmp_path, capsys):
     path = tmp_path / "p.jsonl"
     assert "p.jsonl" in failure([path], capsys)
+    path.write_text('\ufeff{"id": 0, "prediction": "a", "references": ["a"]}', encoding="utf-8")
+    assert read_predictions(path)[0]["id"] == 0
     path.write_text("\n")
     assert "expected at least one prediction, got an empty file" in failure([path], capsys)
     path.write_bytes(b'{"id": 0, "prediction": "caf\xe9", "references": ["a"]}')
@@ -155,6 +158,12 @@ def test_two_files_are_compared_picture_by_picture(good, bad, tmp_path, capsys):
     assert entry["difference"] == pytest.approx(cider[1] - cider[0])
     assert entry["p_value"] < 0.01
     assert 0 < entry["interval"][0] < entry["difference"] < entry["interval"][1]
+
+
+def test_pictures_are_paired_by_id(bad, tmp_path, capsys):
+    write_predictions(tmp_path / "turned.jsonl", read_predictions(bad)[::-1])
+    assert score.main([str(bad), str(tmp_path / "turned.jsonl"), *QUICK]) == 0
+    assert "CIDEr +0.0000, 95 % [+0.0000, +0.0000], p = 1.0000" in capsys.readouterr().out
 
 
 def test_files_for_other_pictures_or_references_are_not_compared(good, tmp_path, capsys):

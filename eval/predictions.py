@@ -1,0 +1,197 @@
+"""The files of an evaluation: predictions.jsonl, scores.json and COCO's annotation and result files.
+
+A line of predictions.jsonl is `{"id": text or whole number, "prediction": text, "references": [text, ...]}`, and may
+have `"cider"`, the picture's own CIDEr (0..10). Other keys are kept.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from coco_caption.caption_scores import CaptionScores
+from significance import bootstrap_interval
+
+Row = dict[str, Any]
+"""One line of predictions.jsonl."""
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file so that a reader sees the old file or the whole new one, never half of it; makes the folder."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_predictions(
+    path: Path | str, rows: Iterable[Mapping[str, Any]], per_picture: Sequence[float] | None = None
+) -> None:
+    """Write predictions.jsonl.
+
+    Args:
+        path: Of the file; its folder is made.
+        rows: What the module's text describes, in any order.
+        per_picture: Each row's CIDEr (`CaptionScores.per_picture`), written as `cider`.
+
+    Raises:
+        ValueError: if a row lacks a key or has the wrong kind of value, two rows have one id, or the lengths differ.
+    """
+    checked = _checked((f"row {index}", dict(row)) for index, row in enumerate(rows))
+    if per_picture is not None:
+        if len(per_picture) != len(checked):
+            raise ValueError(f"expected a CIDEr for each of {len(checked)} rows, got {len(per_picture)}")
+        checked = [{**row, "cider": float(score)} for row, score in zip(checked, per_picture, strict=True)]
+    # ASCII only: some readers take U+2028 for the end of a line, and a lone surrogate has no UTF-8 form.
+    write_text(path, "".join(json.dumps(row) + "\n" for row in checked))
+
+
+def read_predictions(path: Path | str) -> list[Row]:
+    """Read predictions.jsonl; empty lines are skipped.
+
+    Raises:
+        ValueError: for a line that is no such row (the message has its number and what is missing), two lines with one
+            id, or a file without any.
+        OSError: if the file cannot be read.
+    """
+    rows = _checked(
+        (f"{path}, line {number}", _json(line, f"{path}, line {number}"))
+        for number, line in enumerate(_text(path).split("\n"), 1)
+        if line.strip()
+    )
+    if not rows:
+        raise ValueError(f"{path}: expected at least one prediction, got an empty file")
+    return rows
+
+
+def read_coco(annotations_path: Path | str, results_path: Path | str) -> tuple[list[Row], int]:
+    """Read COCO's caption annotations (references) and results (predictions) as rows, in the order of the results.
+
+    As in coco-caption, pictures without a result are left out, so results of a part of the pictures can be scored.
+
+    Returns:
+        The rows, `id` being the `image_id`, and the number of pictures with annotations.
+
+    Raises:
+        ValueError: if a file is not of COCO's shape, a picture has two results, or results are for unknown pictures.
+        OSError: if a file cannot be read.
+    """
+    annotations = _json(_text(annotations_path), str(annotations_path))
+    if not isinstance(annotations, dict) or not isinstance(annotations.get("annotations"), list):
+        found = sorted(annotations) if isinstance(annotations, dict) else type(annotations).__name__
+        raise ValueError(f'{annotations_path}: expected an object with the list "annotations", got {found}')
+    references: dict[str, list[str]] = {}
+    for index, entry in enumerate(annotations["annotations"]):
+        image_id, caption = _coco_entry(entry, f"{annotations_path}, annotation {index}")
+        references.setdefault(str(image_id), []).append(caption)
+
+    results = _json(_text(results_path), str(results_path))
+    if not isinstance(results, list):
+        raise ValueError(f"{results_path}: expected a list of results, got {type(results).__name__}")
+    if not results:
+        raise ValueError(f"{results_path}: expected at least one result, got none")
+    entries = [_coco_entry(entry, f"{results_path}, result {index}") for index, entry in enumerate(results)]
+    unknown = [image_id for image_id, _ in entries if str(image_id) not in references]
+    if unknown:
+        raise ValueError(
+            f"{results_path}: {len(unknown)} of {len(entries)} results are for pictures that {annotations_path} "
+            f"({len(references)} pictures) does not have, the first being image_id {unknown[0]!r}"
+        )
+    rows = _checked(
+        (f"{results_path}, result {index}", {"id": i, "prediction": c, "references": references[str(i)]})
+        for index, (i, c) in enumerate(entries)
+    )
+    return rows, len(references)
+
+
+def score_summary(
+    scores: CaptionScores,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    decoding: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what scores.json holds; what is not known is null.
+
+    `n` is the number of pictures and `intervals` has the 95 % bootstrap interval of CIDEr, `[low, high]`, unless there
+    is one picture only.
+    """
+    several = len(scores.per_picture) > 1
+    return {
+        "n": len(scores.per_picture),
+        "metrics": scores.metrics,
+        "intervals": {"CIDEr": list(bootstrap_interval(scores.per_picture))} if several else {},
+        "model": model,
+        "dataset": dataset,
+        "split": split,
+        "decoding": None if decoding is None else dict(decoding),
+        "tokenizer": scores.tokenizer,
+        "skipped": scores.skipped,
+        "notes": scores.notes,
+    }
+
+
+def write_scores(
+    path: Path | str,
+    scores: CaptionScores,
+    *,
+    model: str | None = None,
+    dataset: str | None = None,
+    split: str | None = None,
+    decoding: Mapping[str, Any] | None = None,
+) -> None:
+    """Write scores.json, see `score_summary`; its folder is made."""
+    summary = score_summary(scores, model=model, dataset=dataset, split=split, decoding=decoding)
+    write_text(path, json.dumps(summary, indent=2) + "\n")
+
+
+def _text(path: Path | str) -> str:
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x}") from error
+
+
+def _json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error.msg} at character {error.pos})") from error
+
+
+def _checked(located_rows: Iterable[tuple[str, Any]]) -> list[Row]:
+    rows: list[Row] = []
+    places: dict[str, str] = {}
+    for where, row in located_rows:
+        if not isinstance(row, dict):
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+        missing = [key for key in ("id", "prediction", "references") if key not in row]
+        if missing:
+            raise ValueError(f"{where}: {' and '.join(missing)} missing, the keys are {', '.join(map(str, row))}")
+        if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
+            raise ValueError(f"{where}: expected text or a whole number as id, got {row['id']!r}")
+        if not isinstance(row["prediction"], str):
+            raise ValueError(f"{where}: expected text as prediction, got {row['prediction']!r}")
+        references = row["references"]
+        if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
+            raise ValueError(f"{where}: expected a list of one or more texts as references, got {references!r}")
+        earlier = places.setdefault(str(row["id"]), where)
+        if earlier != where:
+            raise ValueError(f"{where}: id {row['id']!r} was already in {earlier}")
+        rows.append(row)
+    return rows
+
+
+def _coco_entry(entry: Any, where: str) -> tuple[str | int, str]:
+    if not isinstance(entry, dict) or "image_id" not in entry or "caption" not in entry:
+        found = ", ".join(map(str, entry)) if isinstance(entry, dict) else type(entry).__name__
+        raise ValueError(f"{where}: expected the keys image_id and caption, got {found or 'none'}")
+    if not isinstance(entry["caption"], str):
+        raise ValueError(f"{where}: expected text as caption, got {entry['caption']!r}")
+    return entry["image_id"], entry["caption"]

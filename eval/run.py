@@ -1,0 +1,196 @@
+"""Generate for a held-out split with a trained model, and score it.
+
+    accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir outputs/eval
+
+Writes predictions.jsonl (`{"id", "prediction", "references", "cider"}` a line) and scores.json to --output_dir. The model
+is asked as it was in training (task.json beside the adapter) unless the options say otherwise. Several processes share
+the rows.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from console import quiet_imports, quiet_progress, run_script, table
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; ends the program with a message if it is not one."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    flag = argparse.BooleanOptionalAction
+    add("--model", required=True, help="adapter folder, folder of a full save, or Hub id of either")
+    add("--dataset", required=True, help="Hub id, parquet file or folder, or image folder with metadata.jsonl")
+    add("--split", required=True, help="rows to generate for")
+    add("--output_dir", required=True, type=Path, help="gets predictions.jsonl and scores.json")
+    add("--limit", type=_count, metavar="N", help="first N rows only")
+    add("--num_beams", type=_count, metavar="K", help="1 is greedy (default: as after training)")
+    add("--max_new_tokens", type=_count, metavar="M", help="tokens of a text at most (default: as after training)")
+    add("--batch_size", type=_count, default=64, metavar="B", help="prompts at a time on each process (default: 64)")
+    add("--blind", action="store_true", help="swap the pictures: what the model says without seeing the right one")
+    add("--meteor", action=flag, default=True, help="METEOR, where Java is there; takes 6 s (default: yes)")
+    add("--spice", action=flag, default=False, help="SPICE, where Java and its models are there (default: no)")
+    add("--tokenizer", choices=("auto", "ptb-java", "treebank-python"), default="auto", help="for the scores")
+
+    parts = parser.add_argument_group("the model")
+    parts.add_argument("--model_revision", help="commit or branch, for a Hub id")
+    parts.add_argument("--vision", help="where an adapter's encoder lies when it moved")
+    parts.add_argument("--text", help="where an adapter's decoder lies when it moved")
+    parts.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+
+    data = parser.add_argument_group("the data")
+    data.add_argument("--dataset_revision", help="commit or branch of the data set")
+    data.add_argument("--stored_split", help="the split as stored, with --split_column")
+    data.add_argument("--split_column", help="column that names each row's true split")
+    data.add_argument("--task", choices=("caption", "vqa"), help="(default: as in training)")
+    data.add_argument("--image_column", default="image", help="column with the picture (default: image)")
+    data.add_argument("--text_column", help="column with the texts (default: found by usual names)")
+    data.add_argument("--instruction", help="what the user says, for captions (default: as in training)")
+    data.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="(default: stop)")
+    data.add_argument("--feature_cache", action=flag, default=True, help="keep encoded pictures (default: yes)")
+    data.add_argument("--feature_cache_dir", help="where (default: in the data sets' cache)")
+    return parser.parse_args(arguments)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def find_model(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: itself, or what the Hub has under that id.
+
+    Raises:
+        FileNotFoundError: if it is neither.
+    """
+    if Path(name).is_dir():
+        return Path(name)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"The model {name} is no folder here, and the Hub does not give it as a repository ({reason})."
+        ) from error
+
+
+def load_model(folder: Path, options: argparse.Namespace):
+    """Model in evaluation mode and processor of an adapter folder or a full save.
+
+    Raises:
+        ValueError: if the folder holds neither.
+    """
+    import torch
+
+    from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor
+    from vlm_peft.adapters import is_adapter_folder
+
+    dtype = getattr(torch, options.dtype)
+    if is_adapter_folder(folder):
+        model = VisionQwen.from_adapter(folder, vision=options.vision, text=options.text, dtype=dtype)
+    else:
+        config = folder / "config.json"
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+        if kind != VisionQwenConfig.model_type:
+            held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            raise ValueError(
+                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
+                f"{VisionQwenConfig.model_type} model; it holds {held}."
+            )
+        if options.vision or options.text:
+            raise ValueError(f"{options.model} is a full save with its own bases: leave --vision and --text out.")
+        model = VisionQwen.from_pretrained(folder, dtype=dtype)
+    return model.eval(), VisionQwenProcessor.from_pretrained(folder)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    options = parse_arguments(arguments)
+    quiet_imports()
+
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    quiet_progress(state.is_main_process)
+    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
+
+    from evaluation import TASK_FILE, TaskSettings, evaluate_split, leave_out, load_split
+
+    with state.main_process_first():
+        folder = find_model(options.model, options.model_revision)
+    settings = TaskSettings.read(folder)
+    if settings is None:
+        settings = TaskSettings()
+        state.print(
+            f"{options.model} has no {TASK_FILE}: the model is asked {settings.instruction!r}, see --instruction."
+        )
+    model, processor = load_model(folder, options)
+    model.requires_grad_(False).to(state.device)
+    split = load_split(
+        model,
+        processor,
+        options.dataset,
+        options.split,
+        revision=options.dataset_revision,
+        stored_split=options.stored_split,
+        split_column=options.split_column,
+        limit=options.limit,
+        task=options.task or settings.task,
+        image_column=options.image_column,
+        text_column=options.text_column,
+        instruction=options.instruction or settings.instruction,
+        feature_cache=options.feature_cache,
+        feature_cache_dir=options.feature_cache_dir,
+    )
+    summary = evaluate_split(
+        model,
+        processor,
+        leave_out(split, options.on_bad_row),
+        options.output_dir,
+        model_name=options.model,
+        dataset_name=options.dataset,
+        blind=options.blind,
+        batch_size=options.batch_size,
+        max_new_tokens=options.max_new_tokens or settings.max_new_tokens,
+        num_beams=options.num_beams or settings.num_beams,
+        meteor=options.meteor,
+        spice=options.spice,
+        tokenizer=options.tokenizer,
+    )
+    if state.is_main_process:
+        metrics = summary["metrics"]
+        name = options.split + (" (blind)" if options.blind else "")
+        print()
+        print(
+            table(
+                [
+                    ["split", "n", *metrics],
+                    [name, str(summary["n"]), *(f"{value:.4f}" for value in metrics.values())],
+                ]
+            )
+        )
+        for metric, reason in summary["skipped"].items():
+            print(f"{metric} skipped: {reason}")
+        for note in summary["notes"]:
+            print(note)
+        print(
+            f"\npredictions  {options.output_dir / 'predictions.jsonl'}\nscores       {options.output_dir / 'scores.json'}"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main, "run.py"))
