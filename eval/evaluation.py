@@ -174,8 +174,8 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
         raise ValueError(f"None of the {total} rows of {split.name} can be scored:{shown}")
     if count and on_bad_row == "stop":
         raise ValueError(
-            f"{count} of {total} rows of {split.name} cannot be scored; repair them, or leave them out with --on_bad_row "
-            f"skip:{shown}"
+            f"{count} of {total} rows of {split.name} cannot be scored; repair them, or leave them out with "
+            f"--on_bad_row skip:{shown}"
         )
     if count and PartialState().is_main_process:
         print(f"Left out {count} of {total} rows of {split.name}:{shown}", flush=True)

@@ -1,10 +1,10 @@
 """Generate for a held-out split with a trained model, and score it.
 
-    accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir outputs/eval
+    accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
 
-Writes predictions.jsonl (`{"id", "prediction", "references", "cider"}` a line) and scores.json to --output_dir. The model
-is asked as it was in training (task.json beside the adapter) unless the options say otherwise. Several processes share
-the rows.
+Writes predictions.jsonl (`{"id", "prediction", "references", "cider"}` a line) and scores.json to --output_dir. The
+model is asked as it was in training (task.json beside the adapter) unless the options say otherwise. Several processes
+share the rows.
 """
 
 import argparse
@@ -75,6 +75,8 @@ def find_model(name: str, revision: str | None = None) -> Path:
     """
     if Path(name).is_dir():
         return Path(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"The model {name} is not there: expected a folder, or the id of a Hub repository.")
     from huggingface_hub import snapshot_download
 
     try:
@@ -106,8 +108,8 @@ def load_model(folder: Path, options: argparse.Namespace):
         if kind != VisionQwenConfig.model_type:
             held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise ValueError(
-                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
-                f"{VisionQwenConfig.model_type} model; it holds {held}."
+                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json of "
+                f"a {VisionQwenConfig.model_type} model; it holds {held}."
             )
         if options.vision or options.text:
             raise ValueError(f"{options.model} is a full save with its own bases: leave --vision and --text out.")
@@ -131,13 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
+    model, processor = load_model(folder, options)
     settings = TaskSettings.read(folder)
     if settings is None:
         settings = TaskSettings()
-        state.print(
-            f"{options.model} has no {TASK_FILE}: the model is asked {settings.instruction!r}, see --instruction."
-        )
-    model, processor = load_model(folder, options)
+        state.print(f"{options.model} has no {TASK_FILE}: it is asked {settings.instruction!r}, see --instruction.")
     model.requires_grad_(False).to(state.device)
     split = load_split(
         model,
@@ -173,22 +173,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if state.is_main_process:
         metrics = summary["metrics"]
         name = options.split + (" (blind)" if options.blind else "")
-        print()
-        print(
-            table(
-                [
-                    ["split", "n", *metrics],
-                    [name, str(summary["n"]), *(f"{value:.4f}" for value in metrics.values())],
-                ]
-            )
-        )
+        rows = [
+            ["split", "n", *metrics],
+            [name, str(summary["n"]), *(f"{value:.4f}" for value in metrics.values())],
+        ]
+        print(f"\n{table(rows)}")
         for metric, reason in summary["skipped"].items():
             print(f"{metric} skipped: {reason}")
         for note in summary["notes"]:
             print(note)
-        print(
-            f"\npredictions  {options.output_dir / 'predictions.jsonl'}\nscores       {options.output_dir / 'scores.json'}"
-        )
+        print(f"\nwritten: {options.output_dir / 'predictions.jsonl'}, {options.output_dir / 'scores.json'}")
     return 0
 
 

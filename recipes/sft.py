@@ -170,47 +170,30 @@ def load_model(run: Run):
     return model.to(run.training.device), processor
 
 
-def load_split(run: Run, model, processor, name: str, limit: int | None):
+def load(run: Run, model, processor, name: str, limit: int | None):
     """Rows, task, pictures and cached features of one split."""
-    from accelerate import PartialState
-    from evaluation import make_split
+    from evaluation import load_split
 
-    from vlm_peft.data import load_rows
-    from vlm_peft.feature_cache import build_feature_cache
-    from vlm_peft.pictures import Pictures
-    from vlm_peft.tasks import make_task
-
-    with PartialState().main_process_first():
-        rows = load_rows(
-            run.dataset,
-            name,
-            revision=run.vision.dataset_revision,
-            stored_split=run.vision.stored_split,
-            split_column=run.vision.split_column,
-            limit=limit,
-        )
-    task = make_task(
-        run.vision.task,
-        rows.column_names,
+    return load_split(
+        model,
+        processor,
+        run.dataset,
+        name,
+        revision=run.vision.dataset_revision,
+        stored_split=run.vision.stored_split,
+        split_column=run.vision.split_column,
+        limit=limit,
+        task=run.vision.task,
         image_column=run.vision.image_column,
         text_column=run.vision.text_column,
         instruction=run.vision.instruction,
+        feature_cache=run.vision.feature_cache,
+        feature_cache_dir=run.vision.feature_cache_dir,
+        feature_dtype=run.vision.feature_dtype,
     )
-    pictures = Pictures(rows, task.image_columns)
-    run.say(f"Split {name}: {len(rows):,} rows, {len(pictures):,} pictures.")
-    features = None
-    if run.vision.feature_cache:
-        features = build_feature_cache(
-            model,
-            processor.image_processor,
-            pictures,
-            directory=run.vision.feature_cache_dir,
-            dtype=run.vision.feature_dtype,
-        )
-    return make_split(name, rows, task, pictures, processor.image_processor, features), features
 
 
-def make_trainer(run: Run, model, processor, split, features):
+def make_trainer(run: Run, model, processor, split):
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from accelerate import PartialState
     from evaluation import TASK_FILE, TaskSettings
@@ -218,10 +201,9 @@ def make_trainer(run: Run, model, processor, split, features):
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
     from vlm_peft.collator import SharedPrefixCollator
-    from vlm_peft.data import encode_rows, find_unreadable
+    from vlm_peft.data import encode_rows
     from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
 
-    unreadable = features.unreadable if features is not None else find_unreadable(split.pictures)
     with PartialState().main_process_first():
         encoded = encode_rows(
             split.rows,
@@ -229,7 +211,7 @@ def make_trainer(run: Run, model, processor, split, features):
             processor,
             split.pictures,
             max_length=run.training.max_length,
-            unreadable=unreadable,
+            unreadable=split.unreadable,
             on_bad_row=run.vision.on_bad_row,
             num_proc=run.training.dataset_num_proc,
         )
@@ -345,6 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
+    from evaluation import leave_out
     from transformers import set_seed
 
     from vlm_peft import VisionQwen, VisionQwenProcessor
@@ -353,18 +336,17 @@ def main(arguments: list[str] | None = None) -> int:
     with run.phase("load models"):
         model, processor = load_model(run)
     with run.phase("encode pictures"):
-        train_split, train_features = load_split(
-            run, model, processor, vision_args.train_split, vision_args.train_limit
-        )
+        train_split = load(run, model, processor, vision_args.train_split, vision_args.train_limit)
         splits = {
-            name: load_split(run, model, processor, name, vision_args.eval_limit)[0] for name in vision_args.eval_splits
+            name: leave_out(load(run, model, processor, name, vision_args.eval_limit), vision_args.on_bad_row)
+            for name in vision_args.eval_splits
         }
     if vision_args.score_before:
         with run.phase("score before"):
             evaluate(run, model, processor, splits, "-before")
 
     with run.phase("prepare training"):
-        trainer, signals, rows = make_trainer(run, model, processor, train_split, train_features)
+        trainer, signals, rows = make_trainer(run, model, processor, train_split)
     with run.phase("train"):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.received is not None:

@@ -147,7 +147,7 @@ def flickr_rows(train: int = 24, test: int = 8) -> dict[str, list]:
         rows["image"].append({"bytes": encoded.getvalue(), "path": f"{index}.png"})
         rows["caption"].append([f"{name} wall", f"a {name} wall", f"the {name} wall", f"all {name}", f"{name} paint"])
         rows["sentids"].append([str(5 * index + place) for place in range(5)])
-        rows["split"].append("train" if index < train else ("test", "val")[index % 2])
+        rows["split"].append("train" if index < train else "val" if index < train + test // 2 else "test")
         rows["filename"].append(f"{index}.jpg")
         rows["img_id"].append(str(index))
     return rows
