@@ -327,6 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
+    from accelerate import PartialState
     from evaluation import leave_out
     from transformers import set_seed
 
@@ -357,7 +358,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 128 + signals.received
     with run.phase("save"):
         trainer.save_model(training_args.output_dir)
-        check_saved(run, trainer, train_split)
+        check_saved(run, trainer)
+    # The other processes read what the first one writes.
+    PartialState().wait_for_everyone()
 
     trained = VisionQwen.from_adapter(training_args.output_dir).to(training_args.device)
     processor = VisionQwenProcessor.from_pretrained(training_args.output_dir)
@@ -401,7 +404,7 @@ def checkpoint_to_resume(training_args) -> str | None:
     return str(folders[-1])
 
 
-def check_saved(run: Run, trainer, split) -> None:
+def check_saved(run: Run, trainer) -> None:
     """Reloads the adapter folder and compares logits before the run says that it is saved.
 
     Raises:

@@ -115,6 +115,9 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
         raise ValueError("packing and padding_free are TRL's and do not know branches: use --pack_rows instead.")
     args.remove_unused_columns = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
+    if args.ddp_find_unused_parameters is None:
+        # Every batch has pictures, so every trained weight gets a gradient; looking for others costs time in each step.
+        args.ddp_find_unused_parameters = False
     return args
 
 
