@@ -1,12 +1,20 @@
 """Tiny models and a tokenizer built in code: no network, no downloads, a few thousand parameters."""
 
+import atexit
 import os
+import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What tests load and encode is neither read from nor left in the user's cache.
+if "VLM_PEFT_TEST_CACHE" not in os.environ:
+    os.environ["VLM_PEFT_TEST_CACHE"] = tempfile.mkdtemp(prefix="vlm_peft_tests_")
+    atexit.register(shutil.rmtree, os.environ["VLM_PEFT_TEST_CACHE"], ignore_errors=True)
+os.environ["HF_DATASETS_CACHE"] = os.environ["VLM_PEFT_TEST_CACHE"]
 
 import pytest
 import torch
@@ -15,6 +23,9 @@ from transformers import CLIPVisionConfig, PreTrainedTokenizerFast, Qwen3Config
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor
+
+# Tensors of a few kilobytes: threads cost more than they bring.
+torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT / "eval"))

@@ -1,8 +1,8 @@
 """Adapters: what trains, and the one small folder that holds it.
 
-Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA and the full projector in one
-`adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor. It
-holds no base weights and nothing that would have to be unpickled.
+Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA and the full projector in
+one `adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor.
+It holds no base weights and nothing that would have to be unpickled.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -29,8 +30,8 @@ def lora_config(model: VisionQwen, *, target_modules: str | list[str] | None = N
     Args:
         model ([`VisionQwen`]): What will be adapted.
         target_modules (`str` or `list[str]`, *optional*): Names of the decoder's layers (`["q_proj", "v_proj"]`), or a
-            regular expression over full names. All linear layers of the decoder by default; plain names would also
-            hit the encoder, so they are anchored to the decoder here.
+            regular expression over full names. All linear layers of the decoder by default and for `"all-linear"`;
+            plain names would also hit the encoder, so they are anchored to the decoder here.
         **arguments: Further fields of `peft.LoraConfig` (`r`, `lora_alpha`, `use_dora`, ...).
 
     Returns:
@@ -39,7 +40,7 @@ def lora_config(model: VisionQwen, *, target_modules: str | list[str] | None = N
     Raises:
         ValueError: When the targets include the head, or hit no layer of the decoder.
     """
-    if target_modules is None:
+    if target_modules in (None, "all-linear", ["all-linear"]):
         names = {
             name.rpartition(".")[2] for name, module in model.model.language_model.named_modules() if _is_linear(module)
         }
@@ -51,7 +52,7 @@ def lora_config(model: VisionQwen, *, target_modules: str | list[str] | None = N
     hit = [name for name, _ in model.named_modules() if re.fullmatch(target_modules, name)]
     if not hit:
         raise ValueError(f"target_modules hit no layer of the model: {target_modules}.")
-    modules_to_save = [PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]
+    modules_to_save = list(dict.fromkeys([PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]))
     return LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, modules_to_save=modules_to_save, **arguments
     )
@@ -131,8 +132,8 @@ def check_trainable(rows: list[TrainableRow], *, vision_tower_trains: bool = Fal
 
 def save_composite_config(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """Writes the composite `config.json` into an adapter folder; local bases are kept as absolute paths."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    config = base.config
+    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
+    assert isinstance(config, VisionQwenConfig)
     for field in ("vision_name_or_path", "text_name_or_path"):
         name = getattr(config, field)
         if name is not None and Path(name).exists():
@@ -177,13 +178,19 @@ def load_adapter(
     """
     folder = Path(name_or_path)
     if not folder.exists():
+        if _looks_local(str(name_or_path)):
+            raise FileNotFoundError(f"The adapter folder {name_or_path} is not there.")
         folder = Path(snapshot_download(str(name_or_path), revision=revision))
     _check_adapter_files(folder)
     config = VisionQwenConfig.from_pretrained(folder)
+    if text is None and config.text_name_or_path is None:
+        raise ValueError(
+            f"The adapter {folder} was trained on a decoder that was drawn at random, not loaded: save that decoder "
+            "and say where it lies with text=."
+        )
     bases = {"vision": str(vision or config.vision_name_or_path), "text": str(text or config.text_name_or_path)}
     for part, base in bases.items():
-        looks_local = base.startswith((".", "/", "~")) or base.count("/") > 1
-        if looks_local and not Path(base).exists():
+        if _looks_local(base) and not Path(base).exists():
             raise FileNotFoundError(
                 f"The adapter {folder} was trained on the {part} base {base}, which is not there: say where it lies "
                 f"with {part}=."
@@ -210,6 +217,11 @@ def load_adapter(
     return adapted if is_trainable else adapted.eval()
 
 
+def _looks_local(name: str) -> bool:
+    """Whether a name cannot be a Hub id, which is `owner/name`."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def _check_adapter_files(folder: Path) -> None:
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     if missing:
@@ -220,6 +232,17 @@ def _check_adapter_files(folder: Path) -> None:
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type != VisionQwenConfig.model_type:
         raise ValueError(f"{folder} is an adapter of a {model_type!r} model, expected {VisionQwenConfig.model_type!r}.")
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="pt") as file:
+            names = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}): copy or download it again.") from error
+    # peft only warns, and would leave a projector at its random start.
+    if not any(f".{PROJECTOR}." in name for name in names):
+        raise ValueError(
+            f"{weights} holds no projector among its {len(names)} tensors: it was saved by another program."
+        )
 
 
 def _check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Collator: laid-out rows -> one batch of shared-prefix sequences.
 
-Stage: encoded data set -> batch for `SFTTrainer` (`data_collator=`). Several rows may share one sequence; a row is never
-cut.
+Stage: encoded data set -> batch for `SFTTrainer` (`data_collator=`). Several rows may share one sequence; a row is
+never cut.
 """
 
 from collections.abc import Callable

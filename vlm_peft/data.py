@@ -3,6 +3,8 @@
 Stage: data set on the Hub or on disk -> rows -> laid-out token ids with picture numbers.
 """
 
+import inspect
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.fingerprint import Hasher
 
+from . import processing_vision_qwen, shared_prefix, tasks
 from .pictures import Pictures, UnreadablePictureError
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import Task
@@ -39,17 +42,21 @@ def load_rows(
         limit (`int`, *optional*): First so many rows only.
 
     Returns:
-        `Dataset`: With a column `id` (the row number when the data has none), pictures undecoded until read.
+        `Dataset`: With a column `id` (the row number in the stored split when the data has none), pictures undecoded
+            until read.
 
     Raises:
         FileNotFoundError: When a local path does not exist.
-        ValueError: When the split is not there (lists those that are) or is empty.
+        ValueError: When a file is not parquet, or the split is not there (lists those that are) or is empty.
     """
     stored = stored_split or split
-    path = Path(name)
+    path = Path(name).expanduser()
+    name = str(path) if path.exists() else name
     if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"Expected a parquet file, or a folder of parquet files or pictures, got the file {name}.")
         rows = load_dataset("parquet", data_files={stored: str(path)}, split=stored)
-    elif name.startswith((".", "/", "~")) and not path.exists():
+    elif not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"The data set {name} is not there: expected a parquet file or a folder.")
     else:
         kind, arguments = name, {}
@@ -59,6 +66,9 @@ def load_rows(
         if stored not in splits:
             raise ValueError(f"The data set {name} has no split {stored!r}; it has {', '.join(splits)}.")
         rows = load_dataset(kind, split=stored, revision=revision, **arguments)
+    if "id" not in rows.column_names:
+        # Before rows are selected: adding a column to a selection copies all its pictures to a new file.
+        rows = rows.add_column("id", [str(index) for index in range(len(rows))])
     if split_column is not None:
         if split_column not in rows.column_names:
             raise ValueError(
@@ -67,13 +77,13 @@ def load_rows(
         labels = rows[split_column][:]
         rows = rows.select([index for index, value in enumerate(labels) if value == split])
         if not len(rows):
-            raise ValueError(f"No row of {name} has {split_column} = {split!r}; found {', '.join(sorted(set(labels)))}.")
+            raise ValueError(
+                f"No row of {name} has {split_column} = {split!r}; found {', '.join(sorted(set(map(str, labels))))}."
+            )
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not len(rows):
         raise ValueError(f"The split {split!r} of {name} has no rows.")
-    if "id" not in rows.column_names:
-        rows = rows.add_column("id", [str(index) for index in range(len(rows))])
     return rows
 
 
@@ -125,9 +135,20 @@ def encode_rows(
     """
     text = rows.remove_columns(task.image_columns)
     columns = set(text.column_names)
+    # The code that lays rows out counts, too: an upgrade never reads what an older version made.
+    code = [inspect.getsource(module) for module in (processing_vision_qwen, shared_prefix, tasks)]
+    vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
     fingerprint = Hasher.hash(
-        (text._fingerprint, task.name, task.example(text[0]), processor.to_json_string(), processor.chat_template)
-        + (processor.tokenizer.get_vocab(), max_length, [list(pictures.of_row(row)) for row in (0, len(rows) - 1)])
+        {
+            "code": code,
+            "rows": text._fingerprint,
+            "task": task.example,
+            "processor": processor.to_json_string(),
+            "chat_template": processor.chat_template,
+            "vocabulary": vocabulary,
+            "max_length": max_length,
+            "pictures": len(pictures),
+        }
     )
 
     def encode(batch: dict, indices: list[int]) -> dict:
@@ -155,15 +176,18 @@ def encode_rows(
         desc="Tokenizing",
     )
     problems = {row: reason for row, reason in zip(dataset["row"][:], dataset["problem"][:], strict=True) if reason}
+    unreadable = unreadable or {}
     for row in range(len(rows)) if unreadable else ():
         reasons = [unreadable[image] for image in pictures.of_row(row) if image in unreadable]
         if reasons:
             problems[row] = reasons[0]
     dropped: dict[str, list[str]] = {}
     for row, reason in sorted(problems.items()):
-        dropped.setdefault(reason, []).append(str(rows[row]["id"]))
+        dropped.setdefault(reason, []).append(str(text[row]["id"]))
     if dropped and on_bad_row == "stop":
-        shown = "\n".join(f"  {len(ids)} rows ({', '.join(ids[:5])}): {reason}" for reason, ids in list(dropped.items())[:10])
+        shown = "\n".join(
+            f"  {len(ids)} rows ({', '.join(ids[:5])}): {reason}" for reason, ids in list(dropped.items())[:10]
+        )
         raise ValueError(
             f"{len(problems)} of {len(rows)} rows cannot be used; repair them, or leave them out with --on_bad_row "
             f"skip:\n{shown}"
@@ -179,7 +203,9 @@ def encode_rows(
 
 def _lay_out_row(example, processor: VisionQwenProcessor, image_ids: list[int], max_length: int | None) -> list[dict]:
     """One or, when the completions do not fit into one sequence, several layouts of a row."""
-    parts = [part for message in example.prompt if not isinstance(message["content"], str) for part in message["content"]]
+    parts = [
+        part for message in example.prompt if not isinstance(message["content"], str) for part in message["content"]
+    ]
     placeholders = sum(part["type"] == "image" for part in parts)
     if placeholders != len(image_ids):
         raise ValueError(f"The row has {len(image_ids)} pictures, its prompt has places for {placeholders}.")
@@ -190,14 +216,13 @@ def _lay_out_row(example, processor: VisionQwenProcessor, image_ids: list[int], 
     else:
         groups, sizes, waiting = [], [], list(example.completions)
         while waiting:
-            size = len(waiting)
-            layout = processor.encode_row(example.prompt, waiting)
+            size, layout = len(waiting), whole if not groups else processor.encode_row(example.prompt, waiting)
             while len(layout) > max_length and size > 1:
                 size = max(1, min(size - 1, size * max_length // len(layout)))
                 layout = processor.encode_row(example.prompt, waiting[:size])
             if len(layout) > max_length:
                 raise ValueError(
-                    f"The pictures and one completion need {len(layout)} tokens, more than max_length={max_length} tokens."
+                    f"The pictures and one completion need {len(layout)} tokens, more than max_length={max_length}."
                 )
             groups.append(layout)
             sizes.append(size)

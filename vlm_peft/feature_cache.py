@@ -1,15 +1,18 @@
 """Feature cache: the frozen encoder runs once per picture, ever.
 
-Stage: pictures -> `(N_v, D_v)` vision features on disk, memory-mapped, fed to the model as `image_features`. The store is
-`datasets`' own Arrow files. A file holds one shard of pictures and is named by a hash of everything that its content
+Stage: pictures -> `(N_v, D_v)` vision features on disk, memory-mapped, fed to the model as `image_features`. The store
+is `datasets`' own Arrow files. A file holds one shard of pictures and is named by a hash of everything that its content
 depends on: the pictures' bytes, the encoder's weights, the chosen layers, the image processor and the dtype. A changed
 picture, encoder or layer therefore never reads an old entry, an interrupted run finds its finished shards, and several
 processes share the work shard by shard.
 """
 
+import json
 import logging
+import os
 import shutil
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +21,7 @@ import xxhash
 from accelerate import PartialState
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
+from PIL.Image import Image
 
 from .modeling_vision_qwen import VisionQwen
 from .pictures import Pictures, UnreadablePictureError
@@ -28,6 +32,8 @@ SHARD_PICTURES = 1024
 """Pictures per shard: what an interrupted run loses at most."""
 
 _FEATURES = Features({"features": Value("binary"), "problem": Value("string")})
+# Recorded in a configuration without any effect on features.
+_UNRELATED_SETTINGS = ("transformers_version", "_name_or_path", "architectures")
 _NUMPY_DTYPES = {"float16": np.float16, "float32": np.float32}
 
 
@@ -35,29 +41,39 @@ class FeatureCache:
     """Vision features of a flat sequence of pictures.
 
     Args:
-        dataset (`Dataset`): One row per picture: `features`, the raw bytes of `(N_v, D_v)`, and `problem`, why a picture
-            has none.
+        dataset (`Dataset`): One row per picture: `features`, the raw bytes of `(N_v, D_v)`, and `problem`, why a
+            picture has none.
         shape (`tuple[int, int]`): `(N_v, D_v)`.
         dtype (`str`): `"float16"` or `"float32"`.
     """
 
     def __init__(self, dataset: Dataset, shape: tuple[int, int], dtype: str):
-        self._dataset = dataset
+        self._dataset = dataset.with_format("arrow")
         self._shape = shape
         self._dtype = _NUMPY_DTYPES[dtype]
 
     def __len__(self) -> int:
+        """Pictures."""
         return len(self._dataset)
 
-    @property
+    @cached_property
     def unreadable(self) -> dict[int, str]:
         """Picture number -> why it could not be read."""
-        return {index: reason for index, reason in enumerate(self._dataset["problem"][:]) if reason}
+        problems = self._dataset.data.table.column("problem").to_pylist()
+        return {index: reason for index, reason in enumerate(problems) if reason}
 
     def get(self, indices: list[int]) -> torch.Tensor:
-        """Features of the pictures `indices` as a tensor of shape `(len(indices), N_v, D_v)`."""
-        rows = self._dataset[list(indices)]["features"]
-        features = np.stack([np.frombuffer(row, dtype=self._dtype).reshape(self._shape) for row in rows])
+        """Features of the pictures `indices` as a tensor of shape `(len(indices), N_v, D_v)`, in the stored dtype.
+
+        Raises:
+            ValueError: When one of the pictures could not be read.
+        """
+        for index in indices:
+            if index in self.unreadable:
+                raise ValueError(f"Picture {index} has no features: {self.unreadable[index]} Leave its row out.")
+        # Arrow buffers are views of the mapped file: the only copy is the one into the batch.
+        cells = self._dataset[list(indices)].column("features")
+        features = np.stack([np.frombuffer(cell.as_buffer(), self._dtype).reshape(self._shape) for cell in cells])
         return torch.from_numpy(features)
 
 
@@ -85,7 +101,8 @@ def build_feature_cache(
         [`FeatureCache`] over all pictures, in their order.
 
     Raises:
-        ValueError: When the encoder trains, since its features would change under the cache.
+        ValueError: When the encoder trains, since its features would change under the cache, or when float16 cannot
+            hold its features.
         OSError: When the disk has too little room, with both figures.
     """
     tower = model.model.vision_tower
@@ -95,11 +112,14 @@ def build_feature_cache(
     directory = Path(directory or Path(HF_DATASETS_CACHE) / "vlm_peft_features")
     directory.mkdir(parents=True, exist_ok=True)
     key = encoder_key(model, image_processor, dtype)
-    shards = [range(start, min(start + SHARD_PICTURES, len(pictures))) for start in range(0, len(pictures), SHARD_PICTURES)]
+    shards = [
+        range(start, min(start + SHARD_PICTURES, len(pictures))) for start in range(0, len(pictures), SHARD_PICTURES)
+    ]
     files = [directory / f"{_shard_key(pictures, shard, key)}.arrow" for shard in shards]
 
     state = PartialState()
-    missing = [index for index, file in enumerate(files) if not file.exists()]
+    # Shards of equal pictures share a file, which is written once.
+    missing = list({file: index for index, file in enumerate(files) if not file.exists()}.values())
     state.wait_for_everyone()
     if missing:
         bytes_per_picture = shape[0] * shape[1] * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
@@ -123,21 +143,38 @@ def build_feature_cache(
 
 
 def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
-    """Hash of all that turns a picture into features: weights, layers, class token, processor, dtype."""
+    """Hash of all that turns a picture into features.
+
+    Args:
+        model ([`VisionQwen`]): Its tower's weights and configuration, the chosen layers and the class token enter.
+        image_processor (`BaseImageProcessor`): Its class (backends resize differently) and settings enter.
+        dtype (`str`): As stored.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    tower = model.model.vision_tower
     digest = xxhash.xxh3_128()
-    for name, tensor in sorted(model.model.vision_tower.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tower.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
+    # Equal weights compute something else with, for example, another number of heads.
+    settings = {key: value for key, value in tower.config.to_dict().items() if key not in _UNRELATED_SETTINGS}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     config = model.config
     digest.update(repr((config.hidden_state_indices, config.keep_class_token, dtype)).encode())
-    digest.update(image_processor.to_json_string().encode())
+    digest.update(f"{type(image_processor).__name__} {image_processor.to_json_string()}".encode())
     return digest.hexdigest()
 
 
 def _shard_key(pictures: Pictures, shard: range, key: str) -> str:
     digest = xxhash.xxh3_128(key.encode())
     for index in shard:
-        encoded = pictures.encoded(index)
+        try:
+            encoded = pictures.encoded(index)
+        except UnreadablePictureError as error:
+            # The entry records the problem; a picture that turns up later is another content.
+            encoded = f"unreadable: {error}".encode()
         digest.update(len(encoded).to_bytes(8, "little"))
         digest.update(encoded)
     return digest.hexdigest()
@@ -155,36 +192,57 @@ def _check_disk(directory: Path, needed: int) -> None:
 def _encode_shard(
     model: VisionQwen, image_processor, pictures: Pictures, shard: range, file: Path, dtype: str, batch_size: int
 ) -> None:
-    """Encodes one shard into a temporary file, then renames it."""
-    rows = Dataset.from_dict({"index": list(shard)})
-    temporary = file.with_suffix(".tmp")
-    temporary.unlink(missing_ok=True)
-    rows.map(
+    """Encodes one shard. `datasets` writes to a temporary name in the same folder and renames what is finished."""
+    Dataset.from_dict({"index": list(shard)}).map(
         partial(_encode_batch, model=model, image_processor=image_processor, pictures=pictures, dtype=dtype),
         batched=True,
         batch_size=batch_size,
         remove_columns=["index"],
         features=_FEATURES,
-        cache_file_name=str(temporary),
+        cache_file_name=str(file),
         new_fingerprint=file.stem,
         load_from_cache_file=False,
-        desc=f"Encoding pictures {shard.start} to {shard.stop}",
+        desc=f"Encoding pictures {shard.start} to {shard.stop - 1}",
     )
-    temporary.rename(file)
 
 
 @torch.inference_mode()
 def _encode_batch(batch: dict, model: VisionQwen, image_processor, pictures: Pictures, dtype: str) -> dict:
-    features, problems, opened = [b""] * len(batch["index"]), [""] * len(batch["index"]), {}
-    for position, index in enumerate(batch["index"]):
+    """Features of one batch of picture numbers; a picture that cannot be read gets the reason instead."""
+
+    def open_or_reason(index: int) -> Image | str:
         try:
-            opened[position] = pictures.open(index)
+            return pictures.open(index)
         except UnreadablePictureError as error:
-            problems[position] = str(error)
-    if opened:
-        pixel_values = image_processor(list(opened.values()), return_tensors="pt")["pixel_values"]
-        encoded = model.model.get_vision_features(pixel_values.to(model.model.vision_tower.device))
-        encoded = encoded.float().cpu().numpy().astype(_NUMPY_DTYPES[dtype])
-        for position, row in zip(opened, encoded, strict=True):
-            features[position] = row.tobytes()
+            return str(error)
+
+    # Pillow gives the interpreter free while it decodes.
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        opened = list(threads.map(open_or_reason, batch["index"]))
+    readable = [picture for picture in opened if not isinstance(picture, str)]
+    encoded = iter(())
+    if readable:
+        tower = model.model.vision_tower.eval()
+        pixel_values = image_processor(readable, return_tensors="pt")["pixel_values"]
+        encoded = iter(model.model.get_vision_features(pixel_values.to(tower.device)).float().cpu())
+    features, problems = [], []
+    for picture in opened:
+        if isinstance(picture, str):
+            features.append(b"")
+            problems.append(picture)
+        else:
+            features.append(_to_bytes(next(encoded), dtype))
+            problems.append("")
     return {"features": features, "problem": problems}
+
+
+def _to_bytes(features: torch.Tensor, dtype: str) -> bytes:
+    """Features `(N_v, D_v)` as stored."""
+    with np.errstate(over="ignore"):
+        stored = features.numpy().astype(_NUMPY_DTYPES[dtype])
+    if not np.isfinite(stored).all():
+        raise ValueError(
+            f"The encoder's features reach {features.abs().max():g}, more than {dtype} holds"
+            f" ({np.finfo(stored.dtype).max:g}): use --feature_dtype float32."
+        )
+    return stored.tobytes()

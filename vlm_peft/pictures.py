@@ -6,14 +6,16 @@ Stage: data set -> raw pictures, in one flat order that rows, feature cache and 
 import base64
 import binascii
 import io
+import warnings
 from bisect import bisect_right
-from collections.abc import Iterator
-from itertools import accumulate
 from pathlib import Path
 
-from datasets import Dataset, Image, List
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
+from PIL import ImageOps
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Pictures with more pixels are refused before they are decoded (64 Mi pixels take 200 MB as RGB)."""
@@ -34,23 +36,36 @@ def open_picture(value) -> PILImage.Image:
             text of one (with or without a `data:` prefix), or a `datasets` image `{"bytes": ..., "path": ...}`.
 
     Returns:
-        `PIL.Image.Image` in mode RGB; transparent parts are put on white.
+        `PIL.Image.Image` in mode RGB, upright as its EXIF orientation says; transparent parts are put on white.
 
     Raises:
         UnreadablePictureError: Naming what came and why it cannot be read.
     """
-    if isinstance(value, PILImage.Image):
-        return _to_rgb(value)
     try:
-        with PILImage.open(_as_file(value)) as picture:
+        if isinstance(value, PILImage.Image):
+            return _to_rgb(value)
+        with warnings.catch_warnings():
+            # Our own limit is lower and names the size.
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
+            picture = PILImage.open(_as_file(value))
+        with picture:
             width, height = picture.size
             if width * height > MAX_PIXELS:
                 raise UnreadablePictureError(
-                    f"The picture has {width} x {height} = {width * height} pixels, more than the {MAX_PIXELS} allowed: "
-                    "scale it down first."
+                    f"The picture has {width} x {height} = {width * height} pixels, more than the {MAX_PIXELS} "
+                    "allowed: scale it down first."
                 )
             return _to_rgb(picture)
-    except (OSError, SyntaxError, UnidentifiedImageError, PILImage.DecompressionBombError) as error:
+    except UnreadablePictureError:
+        raise
+    except PILImage.DecompressionBombError as error:
+        raise UnreadablePictureError(
+            f"The picture is larger than the {MAX_PIXELS} pixels allowed, scale it down first: {error}"
+        ) from error
+    except MemoryError:
+        raise
+    except Exception as error:
+        # Pillow's plugins let anything out on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
 
 
@@ -71,15 +86,22 @@ def _as_file(value):
     if isinstance(value, str):
         if value.startswith(("data:", *_BASE64_STARTS)):
             try:
-                return io.BytesIO(base64.b64decode(value.rpartition(",")[2], validate=True))
+                # Mail and XML break base64 into lines.
+                return io.BytesIO(base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True))
             except binascii.Error as error:
                 raise UnreadablePictureError(f"The text is no valid base64 picture: {error}") from error
         return value
-    raise UnreadablePictureError(f"Expected a picture, a path, bytes, base64 text or a dict, got {type(value).__name__}.")
+    raise UnreadablePictureError(
+        f"Expected a picture, a path, bytes, base64 text or a dict, got {type(value).__name__}."
+    )
 
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """RGB; transparency on white, as a page would show it."""
+    """RGB; upright; transparency on white, as a page would show it."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode in ("I;16", "I;16B", "I;16L"):
+        # Pillow clips 16-bit greys at 255, which turns scans white.
+        return PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         page = PILImage.new("RGBA", picture.size, "white")
@@ -91,22 +113,16 @@ class Pictures:
     """All pictures of a data set's rows as one flat, lazy sequence.
 
     Args:
-        dataset (`Dataset`): Rows; image columns are kept undecoded.
+        dataset (`Dataset`): Rows; pictures are read one by one, and decoded by [`~Pictures.open`] only.
         columns (`list[str]`): Columns that hold a picture or a list of pictures, in the order of the placeholders.
             Empty cells (`None`) hold no picture.
     """
 
     def __init__(self, dataset: Dataset, columns: list[str]):
-        dataset = dataset.select_columns(columns)
-        for column in columns:
-            feature = dataset.features[column]
-            if isinstance(feature, Image):
-                dataset = dataset.cast_column(column, Image(decode=False))
-            elif isinstance(feature, List) and isinstance(feature.feature, Image):
-                dataset = dataset.cast_column(column, List(Image(decode=False)))
-        self._dataset = dataset
+        # Arrow's own values are undecoded; casting list columns to undecoded ones would copy every picture.
+        self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._columns = columns
-        self._ends = list(accumulate(len(pictures) for pictures in self._rows()))
+        self._ends = np.cumsum(self._count()).tolist()
 
     def _of_row(self, row: dict) -> list:
         found = []
@@ -115,18 +131,20 @@ class Pictures:
             found += [item for item in (value if isinstance(value, list) else [value]) if item is not None]
         return found
 
-    def _rows(self) -> Iterator[list]:
-        if all(isinstance(self._dataset.features[column], Image) for column in self._columns):
-            # Counting must not read the pictures' bytes: only the validity of each cell is looked at.
-            table = self._dataset.with_format("arrow")[:]
-            valid = [table.column(column).is_valid().to_pylist() for column in self._columns]
-            for cells in zip(*valid, strict=True):
-                yield [cell for cell in cells if cell]
-        else:
-            for row in self._dataset:
-                yield self._of_row(row)
+    def _count(self) -> np.ndarray:
+        """Pictures of each row, from the columns' validity bits and list offsets: no picture's bytes are read."""
+        table = self._dataset.data.table
+        counts = np.zeros(len(table), dtype=np.int64)
+        for column in self._columns:
+            chunks = table.column(column).chunks
+            if chunks:
+                counts += np.concatenate([_count_cells(chunk) for chunk in chunks])
+        # Reading rows through `select`'s row numbers would copy the pictures; the counts are picked instead.
+        indices = self._dataset._indices
+        return counts if indices is None else counts[indices.column(0).to_numpy()]
 
     def __len__(self) -> int:
+        """Pictures of all rows."""
         return self._ends[-1] if self._ends else 0
 
     def of_row(self, row: int) -> range:
@@ -136,16 +154,31 @@ class Pictures:
     def raw(self, index: int):
         """Picture `index` as stored (bytes and path, undecoded)."""
         row = bisect_right(self._ends, index)
-        return self._of_row(self._dataset[row])[index - self.of_row(row).start]
+        return self._of_row(self._dataset[row].to_pylist()[0])[index - self.of_row(row).start]
 
     def open(self, index: int) -> PILImage.Image:
         """Picture `index`, decoded; see [`open_picture`] for errors."""
         return open_picture(self.raw(index))
 
     def encoded(self, index: int) -> bytes:
-        """The encoded bytes of picture `index`: what its content hash is taken of."""
-        file = self.raw(index)
-        if isinstance(file, PILImage.Image):
-            return file.tobytes()
-        source = _as_file(file)
-        return source.getvalue() if isinstance(source, io.BytesIO) else Path(source).read_bytes()
+        """The encoded bytes of picture `index`: what its content hash is taken of.
+
+        Raises:
+            UnreadablePictureError: When there is no file to take them from.
+        """
+        source = _as_file(self.raw(index))
+        if isinstance(source, io.BytesIO):
+            return source.getvalue()
+        try:
+            return Path(source).read_bytes()
+        except (OSError, ValueError) as error:
+            raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
+
+
+def _count_cells(cells: pa.Array) -> np.ndarray:
+    """Pictures in each cell of one Arrow chunk: 0 or 1, or the items of a list that are not empty."""
+    if not (pa.types.is_list(cells.type) or pa.types.is_large_list(cells.type)):
+        return cells.is_valid().to_numpy(zero_copy_only=False).astype(np.int64)
+    owners = pc.list_parent_indices(cells).to_numpy(zero_copy_only=False)
+    present = cells.flatten().is_valid().to_numpy(zero_copy_only=False)
+    return np.bincount(owners[present], minlength=len(cells))

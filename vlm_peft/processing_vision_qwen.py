@@ -1,9 +1,11 @@
 """Processor: pictures and messages -> token ids with N placeholders per picture, and `pixel_values`.
 
-Stage: in front of the model, in training (`encode_row`) as in generation (`apply_chat_template`). Text of users can never
-become a special token: control tokens inside messages are encoded as plain text.
+Stage: in front of the model, in training (`encode_row`) as in generation (`apply_chat_template`). Text of users can
+never become a special token: control tokens inside messages are encoded as plain text.
 """
 
+import re
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,10 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, Proce
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
 
-_CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
+_OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
 _TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+# Stands for a text while its surroundings are rendered. Private-use characters never come this far as text.
+_ANY_TEXT = "\uf8ff"
 
 
 class VisionQwenProcessor(ProcessorMixin):
@@ -27,7 +31,7 @@ class VisionQwenProcessor(ProcessorMixin):
         image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): The placeholder.
 
     Raises:
-        ValueError: When the tokenizer lacks the placeholder.
+        ValueError: When the number of image tokens is not given, or the tokenizer lacks the placeholder.
     """
 
     def __init__(
@@ -39,14 +43,17 @@ class VisionQwenProcessor(ProcessorMixin):
         image_token: str = IMAGE_TOKEN,
         **kwargs,
     ):
-        self.num_image_tokens = num_image_tokens
+        if num_image_tokens is None:
+            raise ValueError("Expected num_image_tokens, the tokens per picture (VisionQwenConfig.num_image_tokens).")
+        self.num_image_tokens: int = num_image_tokens
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
-                f"The tokenizer has no {image_token!r}: build the processor with from_vision_text_pretrained, which adds it."
+                f"The tokenizer has no {image_token!r}: build the processor with from_vision_text_pretrained, which "
+                "adds it."
             )
-        template = chat_template if chat_template is not None else _CHAT_TEMPLATE.read_text(encoding="utf-8")
+        template = chat_template if chat_template is not None else _OUR_TEMPLATE
         super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
@@ -55,14 +62,18 @@ class VisionQwenProcessor(ProcessorMixin):
     ) -> "VisionQwenProcessor":
         """Joins the image processor of `vision` and the tokenizer of `text` for a model of `config`.
 
-        Tokens that the tokenizer lacks (the placeholder, ChatML turns) are added; generation then ends at the end of a
-        turn. The pair is made to agree with `config.image_token_id`, which is set from the tokenizer.
+        A placeholder that the tokenizer lacks is added, and `config.image_token_id` is set from the tokenizer. Pictures
+        are scaled and cut to the size that the encoder was built for (DINOv2's own processor makes smaller ones).
 
         Args:
             vision, text (`str` or `Path`): Hub ids or folders, as for [`VisionQwen.from_vision_text_pretrained`].
             config ([`VisionQwenConfig`]): Of the model; its `image_token_id` is updated.
+
+        Raises:
+            ValueError: When the tokenizer has no ChatML turn tokens.
         """
         image_processor = AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
+        _fit_picture_size(image_processor, config.to_dict()["vision_config"]["image_size"])
         tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
         missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
         turns = [token for token in missing if token in _TURN_TOKENS]
@@ -88,11 +99,11 @@ class VisionQwenProcessor(ProcessorMixin):
         """The N placeholders of one picture (called by `ProcessorMixin`)."""
         return self.image_token * self.num_image_tokens
 
-    def apply_chat_template(self, conversation: Any, *args, tokenize: bool = False, **kwargs):
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """As `ProcessorMixin.apply_chat_template`; with `tokenize=True`, control tokens in messages stay plain text."""
-        if tokenize and not kwargs.get("return_assistant_tokens_mask"):
+        if kwargs.get("tokenize") and not kwargs.get("return_assistant_tokens_mask"):
             kwargs.setdefault("sanitize_control_tokens", True)
-        return super().apply_chat_template(conversation, *args, tokenize=tokenize, **kwargs)
+        return super().apply_chat_template(*args, **kwargs)
 
     def encode_row(self, prompt: list[dict], completions: list) -> SharedPrefixRow:
         """Token ids, positions, branches and labels of one row with all its completions.
@@ -110,7 +121,8 @@ class VisionQwenProcessor(ProcessorMixin):
         Raises:
             ValueError: When a completion is empty or has no assistant turn.
         """
-        conversations, ends = [], []
+        conversations: list[tuple[list[dict], bool]] = []
+        ends: list[list[int]] = []
         for completion in completions:
             following = (
                 [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
@@ -148,27 +160,44 @@ class VisionQwenProcessor(ProcessorMixin):
     def _encode(self, conversations: list[tuple[list[dict], bool]]) -> list[list[int]]:
         """Ids of conversations, each with or without the generation prompt; one placeholder per picture.
 
-        Equal prompts (five captions of one picture) are rendered once.
+        Equal prompts (five captions of one picture) are encoded once.
         """
-        unique: dict[str, list[int]] = {}
         keys = [f"{add_prompt}{messages}" for messages, add_prompt in conversations]
-        for add_prompt in (True, False):
-            wanted = {
-                key: messages
-                for key, (messages, add) in zip(keys, conversations, strict=True)
-                if add == add_prompt and key not in unique
-            }
-            if wanted:
-                rendered = self.tokenizer.apply_chat_template(
-                    list(wanted.values()),
-                    chat_template=self.chat_template,
-                    add_generation_prompt=add_prompt,
-                    tokenize=True,
-                    return_dict=True,
-                    sanitize_control_tokens=True,
-                )["input_ids"]
-                unique.update(zip(wanted, rendered, strict=True))
-        return [unique[key] for key in keys]
+        distinct = dict(zip(keys, conversations, strict=True))
+        suspicious = _control_tokens(tuple(self.tokenizer.added_tokens_encoder))
+        frames: dict[str, list[str]] = {}
+        encoded, texts = {}, {}
+        for key, (messages, add_prompt) in distinct.items():
+            if any(suspicious.search(_text_of(message)) for message in messages):
+                arguments = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
+                encoded[key] = self._apply(messages, add_prompt, **arguments)["input_ids"]
+            else:
+                texts[key] = self._render(messages, add_prompt, frames)
+        if texts:
+            ids = self.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
+            encoded |= zip(texts, ids, strict=True)
+        return [encoded[key] for key in keys]
+
+    def _render(self, messages: list[dict], add_prompt: bool, frames: dict[str, list[str]]) -> str:
+        """Text of a conversation; those that differ in their last text only are rendered once.
+
+        Args:
+            frames (`dict[str, list[str]]`): What was rendered before, around the last text; filled here.
+        """
+        last = messages[-1]
+        # Another template may do more with a text than copy it.
+        if not isinstance(last["content"], str) or self.chat_template != _OUR_TEMPLATE:
+            return self._apply(messages, add_prompt, tokenize=False)
+        key = f"{add_prompt}{last['role']}{messages[:-1]}"
+        if key not in frames:
+            marked = [*messages[:-1], {**last, "content": _ANY_TEXT}]
+            frames[key] = self._apply(marked, add_prompt, tokenize=False).split(_ANY_TEXT)
+        return last["content"].join(frames[key])
+
+    def _apply(self, messages: list[dict], add_prompt: bool, **arguments):
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=add_prompt, **arguments
+        )
 
     def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """Expands each placeholder to N."""
@@ -178,6 +207,25 @@ class VisionQwenProcessor(ProcessorMixin):
             expanded_ids += [token] * repeats
             expanded_labels += [label] * repeats
         return expanded_ids, expanded_labels
+
+
+def _fit_picture_size(image_processor, side: int) -> None:
+    """Makes an image processor give `side` x `side` pixels, cut from the middle where it cuts already."""
+    cuts = getattr(image_processor, "do_center_crop", False)
+    size = image_processor.crop_size if cuts else image_processor.size
+    if (size["height"], size["width"]) == (side, side):
+        return
+    if cuts:
+        image_processor.size = {"shortest_edge": side}
+        image_processor.crop_size = {"height": side, "width": side}
+    else:
+        image_processor.size = {"height": side, "width": side}
+
+
+@lru_cache
+def _control_tokens(added_tokens: tuple[str, ...]) -> re.Pattern:
+    """Matches text that could become a control token, or is a mark (private use) that transformers tells them by."""
+    return re.compile("|".join([*map(re.escape, added_tokens), "[\ue000-\uf8ff\U000f0000-\U0010fffd]"]))
 
 
 def _merge_turns(messages: list[dict]) -> list[dict]:

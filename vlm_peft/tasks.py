@@ -1,7 +1,7 @@
 """Tasks: a row of a data set -> a prompt with image parts, and completions.
 
-Stage: first of the data's way; imports nothing of ours. A task is one function from a row to an [`Example`]; pictures are
-not touched here, only counted, so that they stay undecoded until they are needed.
+Stage: first of the data's way; imports nothing of ours. A task is one function from a row to an [`Example`]; pictures
+are not touched here, only counted, so that they stay undecoded until they are needed.
 """
 
 from collections.abc import Callable
@@ -90,8 +90,8 @@ def _require(columns: list[str], *needed: str) -> None:
     missing = [name for name in needed if not any(name == column for column in columns)]
     if missing:
         raise ValueError(
-            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(columns))}. Name the "
-            "columns with --image_column and --text_column."
+            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(columns))}. Name "
+            "the columns with --image_column and --text_column."
         )
 
 
@@ -106,8 +106,8 @@ def caption_example(captions: str | list, instruction: str) -> Example:
         ValueError: When there is no caption, or one is empty.
     """
     texts = [captions] if isinstance(captions, str) else list(captions or [])
-    texts = [text["raw"] if isinstance(text, dict) else text for text in texts]
-    if not texts or any(not isinstance(text, str) or not text.strip() for text in texts):
+    texts = [text.get("raw") if isinstance(text, dict) else text for text in texts]
+    if not texts or not all(map(_has_text, texts)):
         raise ValueError(f"Expected one or more captions with text, got {captions!r}.")
     texts = [text.strip() for text in texts]
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": instruction}]}]
@@ -123,11 +123,20 @@ def vqa_example(questions: list[dict]) -> Example:
     Raises:
         ValueError: When there is no question, or a question or an answer is empty.
     """
-    if not questions or any(not (item["question"] or "").strip() or not (item["answer"] or "").strip() for item in questions):
+    if not questions or not all(
+        isinstance(item, dict) and _has_text(item.get("question")) and _has_text(item.get("answer"))
+        for item in questions
+    ):
         raise ValueError(f"Expected one or more questions with answers, got {questions!r}.")
     asked = [[{"role": "user", "content": item["question"].strip()}] for item in questions]
     answers = [item["answer"].strip() for item in questions]
     completions = [
         [*question, {"role": "assistant", "content": answer}] for question, answer in zip(asked, answers, strict=True)
     ]
-    return Example([{"role": "user", "content": [{"type": "image"}]}], completions, [[answer] for answer in answers], asked)
+    return Example(
+        [{"role": "user", "content": [{"type": "image"}]}], completions, [[answer] for answer in answers], asked
+    )
+
+
+def _has_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())

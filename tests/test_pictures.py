@@ -1,0 +1,183 @@
+"""Pictures: every kind of source, hostile files, and the flat numbering that rows, cache and collator share."""
+
+import base64
+import io
+import struct
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from datasets import Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from vlm_peft.pictures import MAX_PIXELS, Pictures, UnreadablePictureError, open_picture
+
+
+def encode(picture: PILImage.Image, kind: str = "PNG", **arguments) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **arguments)
+    return file.getvalue()
+
+
+def noise(width: int = 6, height: int = 4) -> PILImage.Image:
+    return PILImage.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that announces a size and holds one row of nothing."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_every_kind_of_source_gives_the_same_pixels(tmp_path):
+    picture = noise()
+    encoded = encode(picture)
+    path = tmp_path / "picture.png"
+    path.write_bytes(encoded)
+    text = base64.b64encode(encoded).decode()
+    in_lines = "\n".join(text[start : start + 76] for start in range(0, len(text), 76))
+    sources = [picture, encoded, path, str(path), text, in_lines, f"data:image/png;base64,{text}"]
+    sources += [{"bytes": encoded, "path": None}, {"bytes": None, "path": str(path)}]
+    for source in sources:
+        opened = open_picture(source)
+        assert opened.mode == "RGB"
+        assert opened.tobytes() == picture.tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_put_on_white(mode):
+    picture = PILImage.new("RGBA", (2, 1), (0, 0, 0, 0))
+    picture.putpixel((1, 0), (0, 0, 0, 255))
+    opened = open_picture(encode(picture.convert(mode)))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (0, 0, 0)]
+
+
+def test_exif_orientation_is_followed():
+    exif = PILImage.Exif()
+    exif[0x0112] = 6
+    picture = PILImage.new("RGB", (16, 8), "red")
+    picture.paste("blue", (0, 0, 8, 8))
+    opened = open_picture(encode(picture, "JPEG", exif=exif, quality=95))
+    assert opened.size == (8, 16)
+    top, bottom = opened.getpixel((4, 2)), opened.getpixel((4, 13))
+    assert top[2] > 200 > 100 > top[0]
+    assert bottom[0] > 200 > 100 > bottom[2]
+
+
+def test_sixteen_bit_greys_keep_their_shades():
+    levels = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
+    opened = open_picture(encode(PILImage.fromarray(levels)))
+    assert np.asarray(opened)[0, :, 0].tolist() == [0, 0x40, 0x80, 0xFF]
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (encode(noise(64, 64), "JPEG")[:-400], "truncated"),
+        (b"no picture at all", "cannot identify"),
+        (b"", "cannot identify"),
+        ("data:image/png;base64,@@@@", "no valid base64"),
+        ("nowhere/picture.png", "No such file"),
+        ("a\0b.png", "null byte"),
+        ({"bytes": None, "path": None}, r"\['bytes', 'path'\] without a value"),
+        ({}, "'bytes' or 'path'"),
+        (3, "got int"),
+    ],
+)
+def test_unreadable_pictures_are_named(source, message):
+    with pytest.raises(UnreadablePictureError, match=message):
+        open_picture(source)
+
+
+@pytest.mark.parametrize("damage", range(8))
+def test_damaged_files_raise_nothing_else(damage):
+    """Bits flipped all over a file: Pillow may read it or not, but only one kind of error comes out."""
+    rng = np.random.default_rng(damage)
+    for kind in ("PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP"):
+        encoded = np.frombuffer(encode(noise(32, 32), kind), dtype=np.uint8).copy()
+        encoded[rng.integers(0, len(encoded), 12)] = rng.integers(0, 255, 12)
+        try:
+            open_picture(encoded.tobytes())
+        except UnreadablePictureError:
+            pass
+
+
+@pytest.mark.parametrize("side", [20_000, 10_000, 8_193])
+def test_huge_pictures_are_refused_before_they_are_decoded(side, monkeypatch):
+    def decode(*args, **kwargs):
+        raise AssertionError("The picture was decoded.")
+
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
+    with pytest.raises(UnreadablePictureError, match=f"{MAX_PIXELS}.* allowed"):
+        open_picture(png_header(side, side))
+
+
+SHAPES = {"one": Image(), "many": List(Image())}
+
+
+@pytest.fixture
+def dataset():
+    """Two columns, empty cells of every kind; each picture's width tells which one it is."""
+    cells = [{"bytes": encode(PILImage.new("RGB", (width, 1))), "path": None} for width in range(1, 8)]
+    columns = {
+        "one": [cells[0], None, cells[3], cells[4]],
+        "many": [[cells[1], cells[2]], [], None, [None, cells[5], cells[6]]],
+    }
+    return Dataset.from_dict(columns, features=Features(SHAPES))
+
+
+def widths(pictures: Pictures) -> list[list[int]]:
+    return [[pictures.open(index).width for index in pictures.of_row(row)] for row in range(len(pictures._ends))]
+
+
+@pytest.mark.parametrize(
+    ("columns", "rows", "expected"),
+    [
+        (["one", "many"], None, [[1, 2, 3], [], [4], [5, 6, 7]]),
+        (["many", "one"], None, [[2, 3, 1], [], [4], [6, 7, 5]]),
+        (["many"], [3, 0], [[6, 7], [2, 3]]),
+        (["one", "many"], [3, 1, 0], [[5, 6, 7], [], [1, 2, 3]]),
+        (["one"], range(1, 3), [[], [4]]),
+        (["one"], [], []),
+    ],
+)
+def test_flat_numbering_over_columns_empty_cells_and_selected_rows(dataset, columns, rows, expected):
+    pictures = Pictures(dataset if rows is None else dataset.select(rows), columns)
+    assert widths(pictures) == expected
+    assert len(pictures) == sum(map(len, expected))
+    assert [index for row in range(len(expected)) for index in pictures.of_row(row)] == list(range(len(pictures)))
+
+
+def test_numbering_over_several_arrow_chunks(dataset):
+    from datasets import concatenate_datasets
+
+    assert widths(Pictures(concatenate_datasets([dataset, dataset]), ["many"])) == 2 * [[2, 3], [], [], [6, 7]]
+
+
+def test_columns_of_paths_are_pictures(tmp_path):
+    noise().save(tmp_path / "a.png")
+    pictures = Pictures(Dataset.from_dict({"file": [str(tmp_path / "a.png"), None]}), ["file"])
+    assert len(pictures) == 1
+    assert pictures.encoded(0) == (tmp_path / "a.png").read_bytes()
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(UnreadablePictureError, match="No such file"):
+        pictures.encoded(0)
+
+
+def test_counting_reads_no_bytes(tmp_path):
+    """16 MB of memory-mapped pictures are counted within 1 MB of Arrow memory, from a selection of rows."""
+    cell = {"bytes": b"\0" * 500_000, "path": None}
+    features = Features({"one": Image(), "many": List(Image()), "text": Value("string")})
+    rows = Dataset.from_dict({"one": [cell] * 16, "many": [[cell, None]] * 16, "text": ["a"] * 16}, features=features)
+    rows.to_parquet(tmp_path / "rows.parquet")
+    del rows
+    stored = Dataset.from_parquet(str(tmp_path / "rows.parquet"), cache_dir=str(tmp_path))
+    before = pa.total_allocated_bytes()
+    pictures = Pictures(stored.select([0, 2, 5, 7]), ["one", "many"])
+    assert len(pictures) == 8
+    assert pa.total_allocated_bytes() - before < 1_000_000
