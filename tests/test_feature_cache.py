@@ -1,0 +1,254 @@
+"""Feature cache: the model's own features, made once, never taken for another's, and safe to interrupt."""
+
+import io
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_config, make_processor
+from datasets import Dataset, Features, Image
+from PIL import Image as PILImage
+
+from vlm_peft import VisionQwen, feature_cache
+from vlm_peft.feature_cache import build_feature_cache
+from vlm_peft.pictures import Pictures
+
+
+def encode(colour: tuple[int, int, int]) -> bytes:
+    file = io.BytesIO()
+    PILImage.new("RGB", (9, 8), colour).save(file, "PNG")
+    return file.getvalue()
+
+
+def make_pictures(cells: list) -> Pictures:
+    rows = [{"bytes": cell, "path": None} if isinstance(cell, bytes) else cell for cell in cells]
+    return Pictures(Dataset.from_dict({"image": rows}, features=Features({"image": Image()})), ["image"])
+
+
+CELLS = [encode((40 * index, 255 - 40 * index, 7)) for index in range(6)]
+
+
+@pytest.fixture
+def run(model, processor, tmp_path, monkeypatch):
+    """Builds a cache of shards of two pictures; `run.encoded` counts what went through the encoder."""
+    monkeypatch.setattr(feature_cache, "SHARD_PICTURES", 2)
+    model.model.vision_tower.requires_grad_(False)
+    state = SimpleNamespace(encoded=0, model=model, processor=processor, folder=tmp_path / "cache")
+    original = type(model.model).get_vision_features
+
+    def counted(self, pixel_values):
+        state.encoded += len(pixel_values)
+        return original(self, pixel_values)
+
+    monkeypatch.setattr(type(model.model), "get_vision_features", counted)
+
+    def build(cells=CELLS, **arguments):
+        state.encoded = 0
+        used = arguments.pop("model", model), arguments.pop("image_processor", processor.image_processor)
+        return build_feature_cache(*used, make_pictures(cells), directory=state.folder, **arguments)
+
+    state.build = build
+    return state
+
+
+def expected_features(run, cells=CELLS) -> torch.Tensor:
+    pictures = make_pictures(cells)
+    opened = [pictures.open(index) for index in range(len(pictures))]
+    pixel_values = run.processor.image_processor(opened, return_tensors="pt")["pixel_values"]
+    return run.model.model.get_vision_features(pixel_values)
+
+
+def test_float32_features_are_the_models_own_in_the_asked_order(run):
+    cache = run.build(dtype="float32")
+    order = [5, 0, 0, 3, 2]
+    assert len(cache) == 6
+    torch.testing.assert_close(cache.get(order), expected_features(run)[order], rtol=0, atol=1e-6)
+    assert not torch.equal(cache.get([0]), cache.get([1]))
+
+
+def test_float16_features_are_rounded_and_cost_the_loss_less_than_a_thousandth(run):
+    """Measured here: the loss moves by 1e-5 of itself; half precision keeps 11 bits, 5e-4 of each value."""
+    cache = run.build()
+    exact = expected_features(run)
+    stored = cache.get(list(range(6)))
+    assert stored.dtype == torch.float16
+    torch.testing.assert_close(stored.float(), exact, rtol=2**-11, atol=1e-6)
+    input_ids = torch.tensor([[1, *[259] * 16, 5 * index + 2, 7, 9] for index in range(6)])
+    labels = input_ids.masked_fill(input_ids == 259, -100)
+    losses = [
+        float(run.model(input_ids=input_ids, labels=labels, image_features=value).loss.detach())
+        for value in (stored, exact)
+    ]
+    assert 0 < abs(losses[0] - losses[1]) / losses[1] < 1e-3
+
+
+def test_the_second_build_encodes_nothing(run):
+    first = run.build().get([0, 5])
+    assert run.encoded == 6
+    second = run.build().get([0, 5])
+    assert run.encoded == 0
+    assert torch.equal(first, second)
+
+
+def test_a_changed_picture_encodes_its_shard_only(run):
+    run.build()
+    changed = [*CELLS[:2], encode((1, 2, 3)), *CELLS[3:]]
+    cache = run.build(changed)
+    assert run.encoded == 2
+    torch.testing.assert_close(cache.get([2]).float(), expected_features(run, changed)[2:3], rtol=1e-3, atol=1e-4)
+
+
+def another_layer(run):
+    other = VisionQwen(make_config(vision_feature_layer=-3)).eval()
+    other.model.vision_tower.load_state_dict(run.model.model.vision_tower.state_dict(), strict=False)
+    other.model.vision_tower.requires_grad_(False)
+    return {"model": other}
+
+
+def another_layer_of_equal_weights(run):
+    run.model.config.vision_feature_layer = 1
+    return {}
+
+
+def other_weights(run):
+    parameter = next(run.model.model.vision_tower.parameters())
+    parameter.data.view(-1)[-1] += 1e-3
+    return {}
+
+
+def other_architecture(run):
+    run.model.model.vision_tower.config.num_attention_heads = 4
+    return {}
+
+
+def other_processor(run):
+    processor = make_processor(run.model.config).image_processor
+    processor.image_mean = [0.4, 0.5, 0.5]
+    return {"image_processor": processor}
+
+
+def other_dtype(run):
+    return {"dtype": "float32"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [another_layer, another_layer_of_equal_weights, other_weights, other_architecture, other_processor, other_dtype],
+)
+def test_an_entry_is_never_read_for_another_encoder(run, change):
+    run.build()
+    run.build(**change(run))
+    assert run.encoded == 6
+
+
+def test_equal_shards_are_encoded_once(run):
+    cache = run.build(CELLS[:2] * 3)
+    assert run.encoded == 2
+    assert torch.equal(cache.get([0, 1]), cache.get([4, 5]))
+
+
+def test_an_interrupted_run_keeps_finished_shards_and_leaves_no_half_file(run, monkeypatch):
+    original = feature_cache._encode_batch
+
+    def stop(batch, **arguments):
+        if 2 in batch["index"]:
+            raise KeyboardInterrupt
+        return original(batch, **arguments)
+
+    monkeypatch.setattr(feature_cache, "_encode_batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.build()
+    assert len(list(run.folder.iterdir())) == 1
+    monkeypatch.setattr(feature_cache, "_encode_batch", original)
+    run.build()
+    assert run.encoded == 4
+
+
+def test_unreadable_pictures_are_recorded_and_their_features_refused(run, tmp_path):
+    cells = [CELLS[0], b"garbage", {"bytes": None, "path": str(tmp_path / "missing.png")}, CELLS[3]]
+    cache = run.build(cells)
+    assert run.encoded == 2
+    assert cache.unreadable.keys() == {1, 2}
+    assert "cannot identify" in cache.unreadable[1]
+    assert "No such file" in cache.unreadable[2]
+    assert cache.get([3, 0]).shape == (2, 16, 16)
+    with pytest.raises(ValueError, match="Picture 1 has no features: Cannot read the picture"):
+        cache.get([0, 1])
+    (tmp_path / "missing.png").write_bytes(CELLS[2])
+    assert run.build(cells).unreadable.keys() == {1}
+
+
+def test_a_full_disk_is_refused_with_both_figures(run, monkeypatch):
+    free = 3_100_000_000
+    monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(OSError, match=r"needs 4\.20 GB in .*cache, which has 3\.10 GB free: point --feature_cache_dir"):
+        feature_cache._check_disk(run.folder / "cache", 4_200_000_000)
+    free = 6 * 16 * 16 * 2 - 1
+    with pytest.raises(OSError, match="The feature cache needs"):
+        run.build()
+    assert run.encoded == 0
+    free += 1
+    run.build()
+
+
+def test_a_trainable_tower_is_refused(run):
+    run.model.model.vision_tower.requires_grad_(True)
+    with pytest.raises(ValueError, match="trainable parameters: its features cannot be cached"):
+        run.build()
+
+
+def test_features_that_float16_cannot_hold_are_refused(run):
+    run.model.model.vision_tower.encoder.layers[-1].mlp.fc2.bias.data[0] = 1e6
+    with pytest.raises(ValueError, match=r"more than float16 holds \(65504\): use --feature_dtype float32"):
+        run.build()
+    assert run.build(dtype="float32").get([0]).max() > 9e5
+
+
+def test_a_tower_left_in_training_mode_does_not_drop_out(run):
+    run.model.model.vision_tower.config.attention_dropout = 0.5
+    for module in run.model.model.vision_tower.modules():
+        if hasattr(module, "dropout"):
+            module.dropout = 0.5
+    run.model.model.vision_tower.train()
+    stored = run.build(dtype="float32").get([0, 1])
+    run.model.model.vision_tower.eval()
+    torch.testing.assert_close(stored, expected_features(run)[:2], rtol=0, atol=1e-6)
+
+
+def test_processes_share_the_shards(run, monkeypatch):
+    """Two threads play two processes: each encodes its own shards once and reads all of them."""
+    barrier = threading.Barrier(2)
+
+    def state():
+        rank = int(threading.current_thread().name)
+        return SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: barrier.wait(30)
+        )
+
+    encoded_by: dict[str, list[int]] = {"0": [], "1": []}
+    original = feature_cache._encode_batch
+
+    def recorded(batch, **arguments):
+        encoded_by[threading.current_thread().name] += batch["index"]
+        return original(batch, **arguments)
+
+    monkeypatch.setattr(feature_cache, "PartialState", state)
+    monkeypatch.setattr(feature_cache, "_encode_batch", recorded)
+    caches = {}
+
+    def build():
+        caches[threading.current_thread().name] = run.build(dtype="float32")
+
+    threads = [threading.Thread(target=build, name=name) for name in encoded_by]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert encoded_by == {"0": [0, 1, 4, 5], "1": [2, 3]}
+    for cache in caches.values():
+        torch.testing.assert_close(cache.get(list(range(6))), expected_features(run), rtol=0, atol=1e-6)
+
+
+def test_no_pictures_give_an_empty_cache(run):
+    assert len(run.build([])) == 0
