@@ -76,7 +76,7 @@ def find_model(name: str, revision: str | None = None) -> Path:
     if Path(name).is_dir():
         return Path(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"The model {name} is not there: expected a folder, or a Hub repository's id.")
+        raise FileNotFoundError(f"The model {name} is not there: expected a folder, or an id on the Hub.")
     from huggingface_hub import snapshot_download
 
     try:
