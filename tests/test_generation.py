@@ -1,0 +1,149 @@
+"""Generation: batches give what single prompts give, in order, without the prompt, and each picture is encoded once."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import make_config, make_processor
+from peft import get_peft_model
+
+from vlm_peft import VisionQwen
+from vlm_peft.adapters import lora_config
+from vlm_peft.generation import generate_texts
+
+PICTURE = {"type": "image"}
+
+
+def ask(text: str, images: int = 1) -> list[dict]:
+    return [{"role": "user", "content": [*[PICTURE] * images, {"type": "text", "text": text}]}]
+
+
+PROMPTS = [ask("What is to be seen in this picture?"), ask("a", 2), ask("Go on.", 0), ask("b"), ask("Which one?", 2)]
+IMAGE_IDS = [[0], [1, 2], [], [3], [2, 0]]
+
+
+@pytest.fixture(scope="module")
+def world():
+    """A model whose texts differ from prompt to prompt, pictures, and their features."""
+    torch.manual_seed(2)
+    config = make_config()
+    model = VisionQwen(config).eval()
+    for parameter in model.model.multi_modal_projector.parameters():
+        parameter.data.normal_(std=0.6)
+    model.generation_config.eos_token_id = None
+    pixel_values = torch.randn(4, 3, 8, 8)
+    features = model.model.get_vision_features(pixel_values).detach()
+    return SimpleNamespace(
+        model=model,
+        processor=make_processor(config),
+        from_pixels=lambda ids: {"pixel_values": pixel_values[ids]},
+        from_features=lambda ids: {"image_features": features[ids]},
+    )
+
+
+def tokens(world, fetch, batch_size, num_beams, model=None) -> list[list[int]]:
+    """Generated tokens of each prompt, up to and with the end of the turn."""
+    seen = []
+    original = world.processor.tokenizer.batch_decode
+
+    def recorded(answers, **arguments):
+        seen.extend(answers.tolist())
+        return original(answers, **arguments)
+
+    decoder = SimpleNamespace(
+        batch_decode=recorded, pad=world.processor.tokenizer.pad, pad_token_id=world.processor.tokenizer.pad_token_id
+    )
+    processor = SimpleNamespace(
+        tokenizer=decoder,
+        encode_prompt=world.processor.encode_prompt,
+        end_of_turn_token_id=world.processor.end_of_turn_token_id,
+    )
+    generate_texts(
+        model or world.model, processor, PROMPTS, IMAGE_IDS, fetch,
+        batch_size=batch_size, max_new_tokens=12, num_beams=num_beams,
+    )  # fmt: skip
+    order = sorted(range(len(PROMPTS)), key=lambda index: len(world.processor.encode_prompt(PROMPTS[index])))
+    found: list[list[int]] = [[]] * len(PROMPTS)
+    for index, row in zip(order, seen, strict=True):
+        end = row.index(258) + 1 if 258 in row else len(row)
+        found[index] = row[:end]
+    return found
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("source", ["from_pixels", "from_features"])
+def test_a_batch_equals_one_by_one_token_for_token(world, source, num_beams):
+    fetch = getattr(world, source)
+    single = tokens(world, fetch, 1, num_beams)
+    assert tokens(world, fetch, 8, num_beams) == single
+    assert tokens(world, fetch, 2, num_beams) == single
+    assert tokens(world, world.from_features, 8, num_beams) == single
+    assert len({tuple(row) for row in single}) == len(PROMPTS)
+
+
+def test_texts_equal_those_of_generate_on_each_prompt_alone(world):
+    """Against the model's own `generate`, so that order, echo and pictures are all checked at once."""
+    texts = generate_texts(
+        world.model, world.processor, PROMPTS, IMAGE_IDS, world.from_pixels, batch_size=3, max_new_tokens=12
+    )
+    for prompt, images, text in zip(PROMPTS, IMAGE_IDS, texts, strict=True):
+        input_ids = torch.tensor([world.processor.encode_prompt(prompt)])
+        pictures = world.from_pixels(images) if images else {}
+        generated = world.model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            **pictures,
+            max_new_tokens=12,
+            do_sample=False,
+            eos_token_id=258,
+            pad_token_id=256,
+        )[0, input_ids.shape[1] :]
+        assert text == world.processor.tokenizer.decode(generated, skip_special_tokens=True).strip()
+        assert "What is to be seen" not in text
+
+
+def test_the_picture_matters(world):
+    """Otherwise the tests above would pass with pictures in any order."""
+    texts = [
+        generate_texts(world.model, world.processor, [ask("b")], [[index]], world.from_pixels, max_new_tokens=12)[0]
+        for index in range(4)
+    ]
+    assert len(set(texts)) > 1
+
+
+@pytest.mark.parametrize("num_beams", [1, 4])
+@pytest.mark.parametrize("batch_size", [1, 2, 8])
+def test_each_picture_is_fetched_and_encoded_once(world, monkeypatch, num_beams, batch_size):
+    encoded, fetched = [], []
+    original = type(world.model.model).get_vision_features
+
+    def counted(self, pixel_values):
+        encoded.append(len(pixel_values))
+        return original(self, pixel_values)
+
+    def fetch(ids):
+        fetched.extend(ids)
+        return world.from_pixels(ids)
+
+    monkeypatch.setattr(type(world.model.model), "get_vision_features", counted)
+    tokens(world, fetch, batch_size, num_beams)
+    assert sorted(fetched) == [0, 1, 2, 3]
+    assert sum(encoded) == 4
+
+
+def test_an_adapted_model_generates_with_its_adapter(world):
+    base = VisionQwen(world.model.config).eval()
+    base.load_state_dict(world.model.state_dict())
+    adapted = get_peft_model(base, lora_config(base, r=4)).eval()
+    plain = tokens(world, world.from_pixels, 8, 1)
+    assert tokens(world, world.from_pixels, 8, 1, adapted) == plain
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.5)
+    changed = tokens(world, world.from_pixels, 8, 1, adapted)
+    assert changed != plain
+    assert tokens(world, world.from_features, 1, 1, adapted) == changed
+
+
+def test_no_prompts_give_no_texts(world):
+    assert generate_texts(world.model, world.processor, [], [], world.from_pixels) == []
