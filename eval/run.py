@@ -108,8 +108,8 @@ def load_model(folder: Path, options: argparse.Namespace):
         if kind != VisionQwenConfig.model_type:
             held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise ValueError(
-                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json of "
-                f"a {VisionQwenConfig.model_type} model; it holds {held}."
+                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json "
+                f"of a {VisionQwenConfig.model_type} model; it holds {held}."
             )
         if options.vision or options.text:
             raise ValueError(f"{options.model} is a full save with its own bases: leave --vision and --text out.")

@@ -1,0 +1,94 @@
+"""Every YAML file under recipes/ is read by the parser that will read it, where an unknown key is an error."""
+
+import pytest
+import yaml
+from conftest import ROOT
+
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+LAUNCH = [path for path in RECIPES if path.parent.name == "accelerate"]
+TRAINING = [path for path in RECIPES if path not in LAUNCH]
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_both_kinds_are_found():
+    assert {"demo.yaml", "flickr30k.yaml"} <= {path.name for path in TRAINING}
+    assert {"cpu.yaml", "one_gpu.yaml", "multi_gpu.yaml"} <= {path.name for path in LAUNCH}
+
+
+def parse(*arguments: str):
+    from sft import parse_arguments
+
+    # Without a GPU, bf16 is only taken for the CPU.
+    return parse_arguments([*map(str, arguments), "--use_cpu", "true"])
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name)
+def test_training_configuration_is_understood(path, tmp_path):
+    vision, training, model = parse("--config", path, "--output_dir", tmp_path)
+    written = yaml.safe_load(path.read_text())
+    parsed = vars(vision) | vars(model) | {key: getattr(training, key) for key in written if hasattr(training, key)}
+    for key in written.keys() - {"output_dir", "use_cpu", "report_to"}:
+        assert parsed[key] == written[key], key
+
+
+@pytest.mark.parametrize("path", LAUNCH, ids=name)
+def test_launch_configuration_is_understood(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes == (2 if path.name == "multi_gpu.yaml" else 1)
+    assert config.use_cpu == (path.name == "cpu.yaml")
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=name)
+def test_unknown_key_in_a_file_names_the_nearest(path, tmp_path):
+    broken = tmp_path / "broken.yaml"
+    broken.write_text(path.read_text() + "\nlerning_rate: 1.0\n")
+    with pytest.raises(SystemExit, match=r"unknown option: 'lerning_rate' \(did you mean 'learning_rate'\?\)"):
+        parse("--config", broken)
+
+
+def test_unknown_key_on_the_command_line_names_the_nearest():
+    with pytest.raises(SystemExit, match=r"unknown option: 'visionmodel' \(did you mean 'vision_model'\?\)"):
+        parse("--config", ROOT / "recipes/configs/demo.yaml", "--visionmodel", "somewhere")
+
+
+def test_missing_model_is_said(tmp_path):
+    config = tmp_path / "little.yaml"
+    config.write_text("dataset_name: somewhere\nuse_peft: true\n")
+    with pytest.raises(SystemExit, match="--vision_model is missing"):
+        parse("--config", config, "--output_dir", tmp_path)
+
+
+def test_command_line_overrides_the_file(tmp_path):
+    _, training, model = parse(
+        "--config", ROOT / "recipes/configs/demo.yaml", "--lora_r", "3", "--output_dir", tmp_path
+    )
+    assert model.lora_r == 3
+    assert training.output_dir == str(tmp_path)
+
+
+def test_resume_names_what_is_missing_and_takes_the_newest_complete_checkpoint(tmp_path):
+    from types import SimpleNamespace
+
+    from sft import checkpoint_to_resume
+
+    def ask(value):
+        return checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))
+
+    assert ask(None) is None
+    assert ask("false") is None
+    with pytest.raises(FileNotFoundError, match="no complete checkpoint"):
+        ask("true")
+    for step, complete in ((9, True), (100, True), (200, False)):
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        if complete:
+            (folder / "trainer_state.json").write_text("{}")
+    assert ask("true") == str(tmp_path / "checkpoint-100")
+    assert ask(str(tmp_path / "checkpoint-9")) == str(tmp_path / "checkpoint-9")
+    with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):
+        ask(str(tmp_path / "checkpoint-200"))

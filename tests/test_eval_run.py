@@ -1,0 +1,193 @@
+"""eval/run.py in this process, on an untrained adapter whose projector and LoRA are drawn at random."""
+
+import json
+import os
+import subprocess
+import sys
+
+import console
+import pytest
+import run as run_py
+import torch
+from conftest import ROOT, flickr_rows, save_flickr
+from evaluation import TASK_FILE, TaskSettings
+from peft import get_peft_model
+
+from vlm_peft import VisionQwen, VisionQwenProcessor
+from vlm_peft.adapters import lora_config, save_composite_config
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory, bases):
+    """An adapter folder that says something else about each picture."""
+    torch.manual_seed(0)
+    vision, text = bases
+    model = VisionQwen.from_vision_text_pretrained(vision, text)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(vision, text, model.config)
+    adapted = get_peft_model(model, lora_config(model, r=4, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(folder)
+    save_composite_config(adapted, folder)
+    processor.save_pretrained(folder)
+    settings = TaskSettings(instruction="Say what you see.", max_new_tokens=6, num_beams=2)
+    (folder / TASK_FILE).write_text(settings.to_json())
+    return folder
+
+
+@pytest.fixture
+def evaluate(tmp_path, flickr, adapter, monkeypatch):
+    """Runs `main` and returns predictions and scores."""
+    # The module-wide list of loggers and bars is the script's own business; a test must not keep it quiet.
+    monkeypatch.setattr(run_py, "quiet_imports", lambda: None)
+    monkeypatch.setattr(run_py, "quiet_progress", lambda is_main: None)
+
+    def run(*options, model=adapter, dataset=flickr, output="scores"):
+        data = ("--dataset", dataset, "--stored_split", "test", "--split_column", "split", "--split", "test")
+        cache = ("--feature_cache_dir", tmp_path / "features")
+        fast = ("--no-meteor", "--tokenizer", "treebank-python")
+        arguments = ("--model", model, *data, "--output_dir", tmp_path / output, *cache, *fast, *options)
+        assert run_py.main([str(each) for each in arguments]) == 0
+        predictions = [json.loads(line) for line in (tmp_path / output / "predictions.jsonl").open()]
+        return predictions, json.loads((tmp_path / output / "scores.json").read_text())
+
+    return run
+
+
+def texts(predictions):
+    return [row["prediction"] for row in predictions]
+
+
+def test_files_and_table(evaluate, adapter, flickr, capsys):
+    predictions, scores = evaluate()
+    assert [row["id"] for row in predictions] == ["28", "29", "30", "31"]
+    assert len(set(texts(predictions))) > 1
+    assert all(len(row["references"]) == 5 for row in predictions)
+    assert set(scores["metrics"]) == {"Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr"}
+    assert (scores["n"], scores["model"], scores["dataset"], scores["split"]) == (4, str(adapter), str(flickr), "test")
+    printed = capsys.readouterr().out
+    assert "split  n  Bleu_1" in printed
+    assert "predictions.jsonl" in printed
+
+
+def test_the_model_is_asked_as_in_training_unless_told_otherwise(evaluate):
+    as_trained, scores = evaluate()
+    assert (scores["decoding"]["num_beams"], scores["decoding"]["max_new_tokens"]) == (2, 6)
+    assert evaluate("--instruction", "Say what you see.")[0] == as_trained
+    assert texts(evaluate("--instruction", "What is this?")[0]) != texts(as_trained)
+    greedy, scores = evaluate("--num_beams", "1", "--max_new_tokens", "3")
+    assert (scores["decoding"]["num_beams"], scores["decoding"]["max_new_tokens"]) == (1, 3)
+    assert texts(greedy) != texts(as_trained)
+
+
+def test_batches_and_the_feature_cache_change_nothing(evaluate):
+    predictions, _ = evaluate()
+    assert texts(evaluate("--batch_size", "1")[0]) == texts(predictions)
+    assert texts(evaluate("--no-feature_cache")[0]) == texts(predictions)
+
+
+def test_blind_swaps_the_pictures(evaluate):
+    seen, blind = texts(evaluate()[0]), evaluate("--blind")
+    assert texts(blind[0]) == seen[2:] + seen[:2]
+    assert blind[1]["decoding"]["blind"] is True
+
+
+def test_limit(evaluate):
+    predictions, scores = evaluate("--limit", "3")
+    assert scores["n"] == len(predictions) == 3
+
+
+def test_full_save_gives_what_the_adapter_gives(evaluate, adapter, tmp_path, capsys):
+    folder = tmp_path / "full"
+    VisionQwen.from_adapter(adapter, merge=True).save_pretrained(folder)
+    VisionQwenProcessor.from_pretrained(adapter).save_pretrained(folder)
+    (folder / TASK_FILE).write_text((adapter / TASK_FILE).read_text())
+    assert texts(evaluate(model=folder)[0]) == texts(evaluate()[0])
+    (folder / TASK_FILE).unlink()
+    capsys.readouterr()
+    evaluate(model=folder)
+    assert f"has no {TASK_FILE}: it is asked 'Describe the picture.'" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="leave --vision and --text out"):
+        evaluate("--vision", "elsewhere", model=folder)
+
+
+def test_bases_that_moved(evaluate, adapter, bases, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    for file in adapter.iterdir():
+        text = file.read_bytes()
+        (moved / file.name).write_bytes(text.replace(str(bases[0]).encode(), b"/was/here/clip"))
+    with pytest.raises(FileNotFoundError, match="vision"):
+        evaluate(model=moved)
+    assert evaluate("--vision", bases[0], model=moved)[0] == evaluate()[0]
+
+
+def test_bad_rows_stop_or_are_skipped_with_a_count(evaluate, tmp_path):
+    rows = flickr_rows()
+    rows["image"][29]["bytes"] = rows["image"][29]["bytes"][:40]
+    rows["caption"][30] = ["  "]
+    data = save_flickr(tmp_path / "bad", rows)
+    with pytest.raises(ValueError, match=r"2 of 4 rows of test cannot be scored(.|\n)*row 29: (.|\n)*row 30: "):
+        evaluate(dataset=data)
+    predictions, scores = evaluate("--on_bad_row", "skip", dataset=data)
+    assert [row["id"] for row in predictions] == ["28", "31"]
+    assert "2 of 4 rows left out" in scores["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "message"),
+    [
+        ((), "/no/such/folder", "The model /no/such/folder is not there"),
+        ((), "nobody/nothing", "is no folder here, and the Hub does not give it"),
+        (("--text_column", "words"), None, "no column 'words'; it has caption, filename, id, image"),
+        (("--image_column", "photo"), None, "no column 'photo'"),
+        (("--split", "dev"), None, "No row of .* has split = 'dev'; found test, train, val"),
+    ],
+)
+def test_what_is_wrong_is_said(evaluate, adapter, options, model, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        evaluate(*options, model=model or adapter)
+
+
+def test_folder_without_a_model_is_said(evaluate, bases):
+    with pytest.raises(ValueError, match=r"holds no trained model: .*it holds config\.json, model\.safetensors"):
+        evaluate(model=bases[0])
+
+
+def test_broken_task_file_is_said(tmp_path):
+    (tmp_path / TASK_FILE).write_text("[")
+    with pytest.raises(ValueError, match=r"task\.json: expected a JSON object with task, instruction"):
+        TaskSettings.read(tmp_path)
+
+
+def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
+    def user():
+        # A check of ours, called from a script.
+        run_py.find_model("/no/such/folder")
+
+    assert console.run_script(user, "run.py") == 2
+    assert capsys.readouterr().err.startswith("run.py: The model /no/such/folder is not there")
+
+    def bug():
+        torch.zeros(2).view(3, 3, [])
+
+    with pytest.raises(TypeError):
+        console.run_script(bug, "run.py")
+
+    def theirs():
+        json.loads("{")
+
+    with pytest.raises(json.JSONDecodeError):
+        console.run_script(theirs, "run.py")
+
+
+def test_help_is_quick():
+    code = f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import run\n"
+    code += "try: run.parse_arguments(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules, 'torch'"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
+    )
+    assert "--num_beams" in done.stdout
