@@ -3,6 +3,7 @@
 Importing the package registers its classes with `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor`.
 """
 
+from . import attention as attention
 from .configuration_vision_qwen import VisionQwenConfig
 from .modeling_vision_qwen import VisionQwen, VisionQwenModel
 from .processing_vision_qwen import VisionQwenProcessor

@@ -441,7 +441,9 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
                 device_map=device_map,
             )
         full_config.vision_fingerprint = fingerprint(tower)
-        full_config.text_fingerprint = None if text is None else fingerprint(decoder.base_model)
+        # A quantized decoder's weights cannot be compared with those that it was made from.
+        is_comparable = text is not None and quantization_config is None
+        full_config.text_fingerprint = fingerprint(decoder.base_model) if is_comparable else None
         return cls._join(full_config, tower, decoder, dtype)
 
     @classmethod
