@@ -248,6 +248,17 @@ def test_another_text_base_is_refused(folder, bases, tmp_path, fields, message):
         VisionQwen.from_adapter(folder, text=other)
 
 
+@pytest.mark.parametrize("name", ["text_fingerprint", "vision_fingerprint"])
+def test_bases_without_a_fingerprint_are_compared_by_shape(copied, bases, trained, tmp_path, name):
+    """Quantized decoders have none: an adapter trained on one loads on the plain weights, and the other way round."""
+    config = json.loads((copied / "config.json").read_text()) | {name: None}
+    (copied / "config.json").write_text(json.dumps(config))
+    assert torch.equal(logits(VisionQwen.from_adapter(copied)), logits(trained))
+    other = other_decoder(bases, tmp_path / "other", vocab_size=272)
+    with pytest.raises(ValueError, match=r"another text base: .*\(vocab_size: 264 against 272\)"):
+        VisionQwen.from_adapter(copied, text=other)
+
+
 def test_another_vision_base_is_refused(folder, bases, tmp_path):
     torch.manual_seed(5)
     from transformers import CLIPVisionConfig, CLIPVisionModel

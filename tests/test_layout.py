@@ -9,7 +9,7 @@ from conftest import ROOT
 PACKAGE = ROOT / "vlm_peft"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 LEVELS = [
-    {"configuration_vision_qwen", "pictures", "tasks"},
+    {"attention", "configuration_vision_qwen", "pictures", "tasks"},
     {"projector", "shared_prefix"},
     {"modeling_vision_qwen", "processing_vision_qwen"},
     {"adapters", "collator", "feature_cache", "generation"},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -203,6 +204,18 @@ def test_pictures_get_the_size_that_the_encoder_was_built_for(image_processor, u
     for size in ((30, 20), (5, 9)):
         pixel_values = image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"]
         assert pixel_values.shape == (1, 3, 8, 8)
+
+
+def test_a_processor_of_bases_makes_pictures_of_the_encoders_size(bases, tmp_path):
+    """DINOv2's own processor makes smaller pictures than the encoder's configuration says."""
+    shutil.copytree(bases[0], tmp_path / "clip")
+    BitImageProcessorPil(size={"shortest_edge": 7}, crop_size={"height": 6, "width": 6}).save_pretrained(
+        tmp_path / "clip"
+    )
+    model = VisionQwen.from_vision_text_pretrained(tmp_path / "clip", bases[1])
+    processor = VisionQwenProcessor.from_vision_text_pretrained(tmp_path / "clip", bases[1], model.config)
+    pixel_values = processor.image_processor(Image.new("RGB", (30, 20)), return_tensors="pt")["pixel_values"]
+    assert model.model.get_vision_features(pixel_values).shape == (1, 16, 16)
 
 
 def test_full_folder_loads_with_auto_model(saved):
