@@ -90,7 +90,9 @@ def parse_arguments(arguments: list[str] | None = None):
     if not arguments:
         arguments = ["--config", str(DEFAULT_CONFIG)]
     types = (VisionArguments, SFTConfig, ModelConfig)
-    parser = TrlParser(types, allow_abbrev=False, description=__doc__.splitlines()[0])
+    # The usage that argparse makes of 250 options would push its message off the screen.
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
+    parser = TrlParser(types, allow_abbrev=False, description=__doc__.splitlines()[0], usage=usage)
     try:
         *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
     except (ValueError, YAMLError) as error:
@@ -117,9 +119,19 @@ def parse_arguments(arguments: list[str] | None = None):
     return vision_args, training_args, model_args
 
 
-def local(name: str) -> str:
-    """A path that the repository has is found from any working directory."""
-    return str(ROOT / name) if not Path(name).exists() and (ROOT / name).exists() else name
+def local(name: str, option: str) -> str:
+    """A path that the repository has is found from any working directory.
+
+    Raises:
+        FileNotFoundError: for a path, not a Hub id, that is not there; names the option.
+    """
+    if Path(name).exists():
+        return name
+    if (ROOT / name).exists():
+        return str(ROOT / name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
+    return name
 
 
 class Run:
@@ -129,7 +141,7 @@ class Run:
         from accelerate import PartialState
 
         self.vision, self.training, self.model = vision_args, training_args, model_args
-        self.dataset = local(vision_args.dataset_name)
+        self.dataset = local(vision_args.dataset_name, "dataset_name")
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
         self.is_main = PartialState().is_main_process
@@ -166,17 +178,23 @@ def load_model(run: Run):
     from vlm_peft import VisionQwen, VisionQwenProcessor
 
     layers = run.vision.vision_feature_layer
-    model = VisionQwen.from_vision_text_pretrained(
-        local(run.vision.vision_model),
-        local(run.model.model_name_or_path),
-        vision_revision=run.vision.vision_revision,
-        text_revision=None if run.model.model_revision == "main" else run.model.model_revision,
-        **run.loading,
-        vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-        keep_class_token=run.vision.keep_class_token,
-        projector_type=run.vision.projector_type,
-        pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
-    )
+    vision = local(run.vision.vision_model, "vision_model")
+    text = local(run.model.model_name_or_path, "model_name_or_path")
+    try:
+        model = VisionQwen.from_vision_text_pretrained(
+            vision,
+            text,
+            vision_revision=run.vision.vision_revision,
+            text_revision=None if run.model.model_revision == "main" else run.model.model_revision,
+            **run.loading,
+            vision_feature_layer=layers[0] if len(layers) == 1 else layers,
+            keep_class_token=run.vision.keep_class_token,
+            projector_type=run.vision.projector_type,
+            pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
+        )
+    except OSError as error:
+        # What transformers says when the Hub cannot be reached names no repository.
+        raise OSError(f"Cannot load the encoder {vision} or the decoder {text}. {error}") from error
     model.model.vision_tower.requires_grad_(False)
     processor = VisionQwenProcessor.from_vision_text_pretrained(
         model.config.vision_name_or_path, model.config.text_name_or_path, model.config

@@ -63,6 +63,24 @@ def test_missing_model_is_said(tmp_path):
         parse("--config", config, "--output_dir", tmp_path)
 
 
+def test_wrong_value_is_one_line_without_a_list_of_all_options(capsys):
+    with pytest.raises(SystemExit):
+        parse("--config", ROOT / "recipes/configs/demo.yaml", "--learning_rate", "fast")
+    printed = capsys.readouterr().err
+    assert "invalid float value: 'fast'" in printed
+    assert len(printed.splitlines()) == 2
+
+
+def test_paths_are_found_from_anywhere_and_missing_ones_named(tmp_path, monkeypatch):
+    from sft import local
+
+    monkeypatch.chdir(tmp_path)
+    assert local("recipes/configs", "dataset_name") == str(ROOT / "recipes/configs")
+    assert local("openai/clip-vit-base-patch32", "vision_model") == "openai/clip-vit-base-patch32"
+    with pytest.raises(FileNotFoundError, match=r"--vision_model \./clip is not there"):
+        local("./clip", "vision_model")
+
+
 def test_command_line_overrides_the_file(tmp_path):
     _, training, model = parse(
         "--config", ROOT / "recipes/configs/demo.yaml", "--lora_r", "3", "--output_dir", tmp_path
