@@ -65,9 +65,10 @@ class Runner:
 
     def finish(self, folder: str, process: subprocess.Popen) -> Finished:
         try:
-            log, _ = process.communicate(timeout=200)
+            log, _ = process.communicate(timeout=300)
         except subprocess.TimeoutExpired:
-            process.terminate()
+            # The launcher's children, too.
+            os.killpg(process.pid, signal.SIGKILL)
             raise
         return Finished(self.tmp / folder, process.returncode, log)
 
@@ -79,6 +80,7 @@ class Runner:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            start_new_session=True,
         )
 
     def training(self, name: str, data: Path, *overrides: str) -> list[str]:
