@@ -94,7 +94,8 @@ def build_feature_cache(
         pictures ([`Pictures`]): What to encode.
         directory (`str` or `Path`, *optional*): Where the Arrow files lie; `vlm_peft_features` in the data sets' cache
             by default.
-        dtype (`str`, *optional*, defaults to `"float16"`): `"float16"` or `"float32"`, as stored.
+        dtype (`str`, *optional*, defaults to `"float16"`): `"float16"` or `"float32"`, as stored. Half precision moves
+            the loss by about a millionth of itself (measured in `tests/test_feature_cache.py`).
         batch_size (`int`, *optional*, defaults to 64): Pictures per run of the encoder.
 
     Returns:
