@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 READY := $(VENV)/.ready
 
 .PHONY: demo test check format clean
@@ -14,7 +15,8 @@ $(READY): pyproject.toml constraints.txt
 	touch $(READY)
 
 demo: $(READY)
-	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/sft.py
+	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
+		recipes/sft.py
 
 test: $(READY)
 	$(BIN)/python -m pytest

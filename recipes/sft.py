@@ -314,10 +314,11 @@ def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None
 
 
 def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
-    """Writes run_summary.json, log_history.json, the gallery's pictures and report.html."""
+    """Writes run_summary.json, log_history.json, the gallery's pictures, README.md and report.html."""
     from dataclasses import asdict
 
     from gallery import choose_gallery, save_gallery_pictures
+    from model_card import write_model_card
     from predictions import read_predictions, write_text
     from report import build_report
 
@@ -347,6 +348,7 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
             if str(row_id) in wanted:
                 found[str(row_id)] = split.pictures.open(split.pictures.of_row(index)[0])
         save_gallery_pictures(run.output_dir, name, found)
+    write_model_card(run.output_dir)
     return build_report(run.output_dir)
 
 

@@ -1,8 +1,8 @@
 """Attention for training on CPUs under bfloat16 autocast: `attn_implementation="sdpa_float32"`.
 
-Stage: inside the decoder. On a CPU, bfloat16 matrix products are faster than float32 ones, but PyTorch's masked attention
-is slower in bfloat16 than in float32, its backward pass several times so (PyTorch 2.13, AMD Zen 4). This variant leaves
-autocast for the attention alone. Without autocast it is plain SDPA.
+Stage: inside the decoder. On a CPU, bfloat16 matrix products are faster than float32 ones, but PyTorch's masked
+attention is slower in bfloat16 than in float32, its backward pass several times so (PyTorch 2.13, AMD Zen 4). This
+variant leaves autocast for the attention alone. Without autocast it is plain SDPA.
 """
 
 import torch

@@ -3,7 +3,7 @@
 Stage: first. Imports nothing of ours; every other module reads it.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -60,7 +60,7 @@ class VisionQwenConfig(PreTrainedConfig):
     """
 
     model_type = "vision_qwen"
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar = {
         "vision_config": SubConfigSpec(config_class=AutoConfig, model_type="clip_vision_model"),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="qwen3"),
     }

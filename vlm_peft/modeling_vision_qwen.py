@@ -9,8 +9,8 @@ Stage: batch -> loss or logits. The way of one batch:
 4. `language_model`: `(B, T, D_t)` -> hidden states `(B, T, D_t)`; `segment_ids` say who sees whom.
 5. `lm_head`: logits `(B, T, V)`, or `(1, L, V)` at the L labelled positions only.
 
-Letters of all shapes in this package: B sequences, T tokens, I images in the batch, N image tokens per image (N_v before
-pixel shuffle), D_v vision width, D_t text width, V vocabulary, L labelled positions.
+Letters of all shapes in this package: B sequences, T tokens, I images in the batch, N image tokens per image (N_v
+before pixel shuffle), D_v vision width, D_t text width, V vocabulary, L labelled positions.
 """
 
 import copy

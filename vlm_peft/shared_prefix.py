@@ -1,4 +1,4 @@
-"""Shared prefix: one row's completions as sibling branches of one sequence, and the attention mask that keeps them apart.
+"""Shared prefix: a row's completions as sibling branches of one sequence, and the mask that keeps them apart.
 
 Stage: between the processor (token ids per conversation) and the collator (tensors); the mask is built by the model.
 
