@@ -9,6 +9,8 @@ does: the token before the first label heads its branch, so that every position 
 labels that are shifted beforehand (`shift_labels`) suffice.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -132,4 +134,12 @@ def block_mask_from_segments(segment_ids: torch.Tensor) -> BlockMask:
         return ((key <= query) & same_row & on_path) | (key == query)
 
     batch_size, length = rows.shape
-    return create_block_mask(visible, batch_size, None, length, length, device=segment_ids.device)
+    is_compiled = segment_ids.is_cuda and not torch.compiler.is_compiling()
+    create = _compiled_create_block_mask() if is_compiled else create_block_mask
+    return create(visible, batch_size, None, length, length, device=segment_ids.device)
+
+
+@functools.cache
+def _compiled_create_block_mask() -> Callable[..., BlockMask]:
+    """`create_block_mask` without its `(B, T, T)` intermediates; compiled once for each shape."""
+    return torch.compile(create_block_mask)
