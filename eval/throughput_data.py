@@ -120,6 +120,7 @@ PRESETS = {
         packing=False,
         attn_implementation="sdpa",
         switches=("no shared prefix", "no feature cache", "no labelled-only head", "TRL's head", "packing"),
+        generated_pictures=40,
     ),
     "b32": Preset(
         summary="CLIP-B/32 at 224 px (50 image tokens, class token kept) and Qwen3-0.6B shapes",
