@@ -60,6 +60,10 @@ class VisionArguments:
     )
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
     projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp"]})
+    projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
+    )
     pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
     feature_cache: bool = field(
         default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
@@ -190,6 +194,7 @@ def load_model(run: Run):
             vision_feature_layer=layers[0] if len(layers) == 1 else layers,
             keep_class_token=run.vision.keep_class_token,
             projector_type=run.vision.projector_type,
+        projector_layer_norm=run.vision.projector_layer_norm,
             pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
         )
     except OSError as error:
@@ -280,6 +285,7 @@ def make_trainer(run: Run, model, processor, split):
         peft_config=peft_config,
         callbacks=[signals],
         extra_files={TASK_FILE: settings.to_json()},
+        projector_learning_rate=run.vision.projector_learning_rate,
     )
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")

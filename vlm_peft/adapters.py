@@ -207,6 +207,7 @@ def load_adapter(
         projector_type=config.projector_type,
         projector_hidden_act=config.projector_hidden_act,
         projector_bias=config.projector_bias,
+        projector_layer_norm=config.projector_layer_norm,
         pixel_shuffle_factor=config.pixel_shuffle_factor,
         **arguments,
     )

@@ -40,6 +40,9 @@ class VisionQwenConfig(PreTrainedConfig):
             `"linear"` (one layer) or `"mlp"` (two layers with an activation, as LLaVA-1.5, arXiv 2310.03744).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation of the `"mlp"` projector.
+        projector_layer_norm (`bool`, *optional*, defaults to `False`):
+            Whether the projector normalizes its input first, as InternVL's does (arXiv 2404.16821); it learns faster
+            from encoders whose hidden states vary much in scale.
         projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the projector's layers have a bias.
         pixel_shuffle_factor (`int`, *optional*, defaults to 1):
@@ -73,6 +76,7 @@ class VisionQwenConfig(PreTrainedConfig):
     projector_type: Literal["linear", "mlp"] = "mlp"
     projector_hidden_act: str = "gelu"
     projector_bias: bool = True
+    projector_layer_norm: bool = False
     pixel_shuffle_factor: int = 1
     vision_name_or_path: str | None = None
     vision_revision: str | None = None

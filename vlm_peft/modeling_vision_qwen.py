@@ -476,7 +476,7 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         for name, parameter in projector.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            else:
+            elif not name.startswith("layer_norm"):
                 nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
         model.model.vision_tower = tower
         model.model.multi_modal_projector = projector

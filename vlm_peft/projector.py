@@ -33,7 +33,7 @@ def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
 
 
 class VisionQwenProjector(nn.Module):
-    """The trained joint: pixel shuffle, then one linear layer or two with an activation.
+    """The trained joint: pixel shuffle, optional layer norm, then one linear layer or two with an activation.
 
     Parameter names follow `LlavaMultiModalProjector` (`linear_1`, `linear_2`), so that weights map one to one.
 
@@ -46,6 +46,8 @@ class VisionQwenProjector(nn.Module):
         self.pixel_shuffle_factor = config.pixel_shuffle_factor
         input_size = config.vision_feature_size * config.pixel_shuffle_factor**2
         output_size = config.text_config.hidden_size
+        if config.projector_layer_norm:
+            self.layer_norm = nn.LayerNorm(input_size)
         self.linear_1 = nn.Linear(input_size, output_size, bias=config.projector_bias)
         if config.projector_type == "mlp":
             self.act = ACT2FN[config.projector_hidden_act]
@@ -54,6 +56,8 @@ class VisionQwenProjector(nn.Module):
     def forward(self, vision_features: torch.Tensor) -> torch.Tensor:
         """Projects `(I, N_v, D_v)` to `(I, N, D_t)`; computes in the dtype of its own weights."""
         features = pixel_shuffle(vision_features.to(self.linear_1.weight.dtype), self.pixel_shuffle_factor)
+        if hasattr(self, "layer_norm"):
+            features = self.layer_norm(features)
         features = self.linear_1(features)
         if hasattr(self, "linear_2"):
             features = self.linear_2(self.act(features))

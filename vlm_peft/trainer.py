@@ -18,7 +18,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
-from .adapters import save_composite_config
+from .adapters import PROJECTOR, save_composite_config
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -30,9 +30,18 @@ class VisionSFTTrainer(SFTTrainer):
     Args:
         *args, **kwargs: Of `SFTTrainer`.
         extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
+        projector_learning_rate (`float`, *optional*): Per optimizer step, for the projector; `args.learning_rate` by
+            default. Both follow the same schedule.
     """
 
-    def __init__(self, *args, extra_files: dict[str, str] | None = None, **kwargs):
+    def __init__(
+        self,
+        *args,
+        extra_files: dict[str, str] | None = None,
+        projector_learning_rate: float | None = None,
+        **kwargs,
+    ):
+        self._projector_learning_rate = projector_learning_rate
         super().__init__(*args, **kwargs)
         self._extra_files = extra_files or {}
         self._tokens_at_last_log = 0
@@ -40,6 +49,20 @@ class VisionSFTTrainer(SFTTrainer):
         for theirs, ours in ((ProgressCallback, ProgressLines), (PrinterCallback, PrintedLines)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """As the trainer's; with `projector_learning_rate`, the projector's parameters are groups of their own."""
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self._projector_learning_rate is not None:
+            trained = (model if model is not None else self.model).named_parameters()
+            projector = {id(parameter) for name, parameter in trained if PROJECTOR in name}
+            for group in list(optimizer.param_groups):
+                own = [parameter for parameter in group["params"] if id(parameter) in projector]
+                if own:
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
+                    optimizer.add_param_group({**group, "params": own, "lr": self._projector_learning_rate})
+        return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
