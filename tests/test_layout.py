@@ -10,7 +10,7 @@ PACKAGE = ROOT / "vlm_peft"
 MODULES = sorted(path.stem for path in PACKAGE.glob("*.py"))
 LEVELS = [
     {"attention", "configuration_vision_qwen", "pictures", "tasks"},
-    {"projector", "shared_prefix"},
+    {"head", "projector", "shared_prefix"},
     {"modeling_vision_qwen", "processing_vision_qwen"},
     {"adapters", "collator", "feature_cache", "generation"},
     {"data", "trainer"},

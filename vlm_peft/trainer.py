@@ -1,10 +1,11 @@
 """Trainer: TRL's `SFTTrainer` with what a shared-prefix run needs around it.
 
-Stage: last; called by the recipe. The loss is TRL's own. Only what a run leaves and shows is added: complete adapter
-folders as checkpoints, one readable line per log entry with tokens per second, and a checkpoint when the run is told to
-stop.
+Stage: last; called by the recipe. The loss is TRL's own; on a CPU its head is computed by `FrozenHeadLogProbs`, equal
+and several times faster. Otherwise only what a run leaves and shows is added: complete adapter folders as checkpoints,
+one readable line per log entry with tokens per second, and a checkpoint when the run is told to stop.
 """
 
+import functools
 import os
 import signal
 import time
@@ -17,8 +18,12 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback, Tra
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from .adapters import PROJECTOR, save_composite_config
+from .configuration_vision_qwen import IGNORE_INDEX
+from .head import FrozenHeadLogProbs
+from .modeling_vision_qwen import VisionQwen
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -43,6 +48,8 @@ class VisionSFTTrainer(SFTTrainer):
     ):
         self._projector_learning_rate = projector_learning_rate
         super().__init__(*args, **kwargs)
+        if self.args.device.type == "cpu":
+            use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
         self._tokens_at_last_log = 0
         self._time_of_last_log = time.monotonic()
@@ -82,6 +89,38 @@ class VisionSFTTrainer(SFTTrainer):
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
             self._tokens_at_last_log, self._time_of_last_log = tokens, now
         super().log(logs, start_time)
+
+
+def use_frozen_head(model: VisionQwen) -> None:
+    """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`] in training.
+
+    Evaluation, other layouts of labels, a head that trains, and GPUs, which have TRL's Triton kernel, stay as they are.
+    """
+    fused_forward = model.forward
+
+    @functools.wraps(fused_forward)
+    def forward(*args, **kwargs):
+        weight, shift_labels = model.get_output_embeddings().weight, kwargs.get("shift_labels")
+        is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None and torch.is_grad_enabled()
+        if not is_ours or shift_labels is None or weight.requires_grad or weight.device.type != "cpu":
+            return fused_forward(*args, **kwargs)
+        num_items = kwargs.pop("num_items_in_batch", None)
+        for name in ("fused_lm_head", "labels", "shift_labels"):
+            kwargs.pop(name, None)
+        kwargs["use_cache"] = False
+        hidden_states = model.base_model(*args, **kwargs).last_hidden_state  # (1, L, D_t)
+        is_label = shift_labels != IGNORE_INDEX
+        scores = FrozenHeadLogProbs.apply(hidden_states[0], weight, shift_labels[0].clamp(min=0))
+        log_probs, entropy, is_top1 = (score[None].masked_fill(~is_label, 0) for score in scores)
+        return FusedCausalLMOutput(
+            loss=-log_probs.sum() / (is_label.sum().clamp(min=1) if num_items is None else num_items),
+            log_probs=log_probs,
+            entropy=entropy,
+            is_top1=is_top1,
+            label_mask=is_label,
+        )
+
+    model.forward = forward
 
 
 def log_line(logs: dict[str, Any], state: TrainerState) -> str:
