@@ -1,5 +1,6 @@
 """Generation: batches give what single prompts give, in order, without the prompt, and each picture is encoded once."""
 
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -147,3 +148,46 @@ def test_an_adapted_model_generates_with_its_adapter(world):
 
 def test_no_prompts_give_no_texts(world):
     assert generate_texts(world.model, world.processor, [], [], world.from_pixels) == []
+
+
+QUESTIONS = ["What?", "What is this here?", "Who", "What is it", "Which one is it?"]
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+@pytest.mark.parametrize("batch_size", [2, 64])
+def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, num_beams, batch_size, monkeypatch):
+    prompts = [ask(text) for text in QUESTIONS] + [ask(text) for text in QUESTIONS[:3]] + [ask("a", 2)]
+    images = [[0]] * 5 + [[1]] * 3 + [[2, 3]]
+    read = []
+    forward = VisionQwen.forward
+
+    # `generate` reads the signature.
+    @functools.wraps(forward)
+    def counted(self, *args, **kwargs):
+        read.append(kwargs["input_ids"].numel())
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(VisionQwen, "forward", counted)
+
+    def texts(size):
+        read.clear()
+        found = generate_texts(
+            world.model, world.processor, prompts, images, world.from_features,
+            batch_size=size, max_new_tokens=12, num_beams=num_beams,
+        )  # fmt: skip
+        return found, sum(read)
+
+    single = [
+        generate_texts(
+            world.model, world.processor, [prompt], [ids], world.from_features, max_new_tokens=12, num_beams=num_beams
+        )[0]
+        for prompt, ids in zip(prompts, images, strict=True)
+    ]
+    monkeypatch.setattr("vlm_peft.generation._common_prefix", lambda sequences: [])
+    plain, tokens_read = texts(batch_size)
+    monkeypatch.undo()
+    monkeypatch.setattr(VisionQwen, "forward", counted)
+    shared, fewer = texts(batch_size)
+    assert shared == plain == single
+    assert len(set(shared)) > 3
+    assert fewer < tokens_read

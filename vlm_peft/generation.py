@@ -29,7 +29,8 @@ def generate_texts(
     """Generates one text for each prompt, greedily or with beams; the result does not depend on `batch_size`.
 
     Prompts are sorted by length, so that a batch has little padding, and returned in their own order. A picture that
-    several prompts ask about is fetched and encoded once; its features are kept until the last of them is done.
+    several prompts ask about is fetched and encoded once; its features are kept until the last of them is done. What
+    the beams of a prompt, and the prompts about the same pictures, have in common is read once, too.
 
     Args:
         model ([`VisionQwen`] or `PeftModel`): In evaluation mode.
@@ -48,26 +49,35 @@ def generate_texts(
     """
     encoded = [processor.encode_prompt(prompt) for prompt in prompts]
     features = _Features(model, image_ids, fetch_images)
-    order = sorted(range(len(prompts)), key=lambda index: (len(encoded[index]), index))
-    device = model.device
+    longest: dict[tuple[int, ...], int] = {}
+    for ids, images in zip(encoded, map(tuple, image_ids), strict=True):
+        longest[images] = max(longest.get(images, 0), len(ids))
+
+    def sort_key(index: int) -> tuple:
+        # Prompts about the same pictures stay together.
+        images = tuple(image_ids[index])
+        shares = len(longest) < len(prompts)
+        return (longest[images], images, len(encoded[index]), index) if shares else (len(encoded[index]), index)
+
+    order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = processor.tokenizer.pad(
-            {"input_ids": [encoded[index] for index in chosen]}, padding_side="left", return_tensors="pt"
-        )
         with torch.inference_mode():
-            inputs = dict(batch) | features.get([image for index in chosen for image in image_ids[index]])
+            images = features.get([image for index in chosen for image in image_ids[index]])
+            inputs = _prefill(
+                model, processor, [encoded[i] for i in chosen], [image_ids[i] for i in chosen], images, num_beams
+            )
             generated = model.generate(
-                **{key: value.to(device) for key, value in inputs.items()},
+                **inputs,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
                 do_sample=False,
                 eos_token_id=processor.end_of_turn_token_id,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-        answers = generated[:, batch["input_ids"].shape[1] :]
+        answers = generated[:, inputs["input_ids"].shape[1] :]
         for index, text in zip(
             chosen, processor.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True
         ):
@@ -75,6 +85,63 @@ def generate_texts(
         bar.update(len(chosen))
     bar.close()
     return texts
+
+
+def _prefill(
+    model: VisionQwen | PeftModel,
+    processor: VisionQwenProcessor,
+    encoded: list[list[int]],
+    image_ids: list[list[int]],
+    images: dict[str, torch.Tensor],
+    num_beams: int,
+) -> dict:
+    """Inputs of `generate` for one batch; the prefixes that several rows or beams share are in its cache already.
+
+    A row's sequence is then `prefix, padding, rest`, with the padding masked and not counted in the positions.
+    """
+    device, pad = model.device, processor.tokenizer.pad
+    images = {key: value.to(device) for key, value in images.items()}
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for row, pictures in enumerate(image_ids):
+        groups.setdefault(tuple(pictures), []).append(row)
+    prefixes = [_common_prefix([encoded[row] for row in rows]) for rows in groups.values()]
+    ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
+    rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
+    is_shared = len(groups) < len(encoded) * num_beams and all(prefixes)
+    if not is_shared or any(model.config.image_token_id in rest for rest in rests):
+        batch = pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
+        return {key: value.to(device) for key, value in batch.items()} | images
+
+    first = [rows[0] for rows in groups.values()]
+    if images:
+        counts = [len(pictures) for pictures in image_ids]
+        starts = [sum(counts[:row]) for row in first]
+        chosen = [start + offset for start, row in zip(starts, first, strict=True) for offset in range(counts[row])]
+        images = {key: value[chosen] for key, value in images.items()}
+    prefix = pad({"input_ids": prefixes}, padding_side="left", return_tensors="pt").to(device)
+    rest = pad({"input_ids": rests}, padding_side="left", return_tensors="pt").to(device)
+    cache = model(
+        **prefix,
+        **images,
+        position_ids=(prefix["attention_mask"].cumsum(-1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    ).past_key_values
+    group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
+    owners = torch.tensor([group_of[row] for row in range(len(encoded))], device=device)
+    cache.batch_select_indices(owners.repeat_interleave(num_beams))
+    return {key: torch.cat([prefix[key][owners], rest[key]], dim=1) for key in ("input_ids", "attention_mask")} | {
+        "past_key_values": cache
+    }
+
+
+def _common_prefix(sequences: list[list[int]]) -> list[int]:
+    """The longest beginning that all have, without the last token of any."""
+    prefix = sequences[0][: min(map(len, sequences)) - 1]
+    for ids in sequences[1:]:
+        while prefix != ids[: len(prefix)]:
+            prefix = prefix[:-1]
+    return prefix
 
 
 class _Features:
