@@ -194,7 +194,7 @@ def load_model(run: Run):
             vision_feature_layer=layers[0] if len(layers) == 1 else layers,
             keep_class_token=run.vision.keep_class_token,
             projector_type=run.vision.projector_type,
-        projector_layer_norm=run.vision.projector_layer_norm,
+            projector_layer_norm=run.vision.projector_layer_norm,
             pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
         )
     except OSError as error:

@@ -50,14 +50,14 @@ def generate_texts(
     encoded = [processor.encode_prompt(prompt) for prompt in prompts]
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
-    for ids, images in zip(encoded, map(tuple, image_ids), strict=True):
-        longest[images] = max(longest.get(images, 0), len(ids))
+    for ids, pictures in zip(encoded, map(tuple, image_ids), strict=True):
+        longest[pictures] = max(longest.get(pictures, 0), len(ids))
 
     def sort_key(index: int) -> tuple:
         # Prompts about the same pictures stay together.
-        images = tuple(image_ids[index])
+        pictures = tuple(image_ids[index])
         shares = len(longest) < len(prompts)
-        return (longest[images], images, len(encoded[index]), index) if shares else (len(encoded[index]), index)
+        return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)

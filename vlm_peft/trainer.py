@@ -48,6 +48,7 @@ class VisionSFTTrainer(SFTTrainer):
     ):
         self._projector_learning_rate = projector_learning_rate
         super().__init__(*args, **kwargs)
+        assert self.model is not None
         if self.args.device.type == "cpu":
             use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
@@ -62,8 +63,9 @@ class VisionSFTTrainer(SFTTrainer):
         is_new = self.optimizer is None
         optimizer = super().create_optimizer(model)
         if is_new and self._projector_learning_rate is not None:
-            trained = (model if model is not None else self.model).named_parameters()
-            projector = {id(parameter) for name, parameter in trained if PROJECTOR in name}
+            trained = model if model is not None else self.model
+            assert trained is not None
+            projector = {id(parameter) for name, parameter in trained.named_parameters() if PROJECTOR in name}
             for group in list(optimizer.param_groups):
                 own = [parameter for parameter in group["params"] if id(parameter) in projector]
                 if own:
