@@ -120,6 +120,16 @@ def test_loaded_equals_saved_bit_for_bit_in_a_fresh_process_and_another_director
     assert torch.equal(torch.load(tmp_path / "logits.pt"), logits(trained))
 
 
+def test_a_projector_with_layer_norm_is_saved_and_loaded_whole(bases, tmp_path):
+    adapted = adapt(load_bases(*bases, projector_layer_norm=True))
+    expected = logits(adapted)
+    trained_norm = adapted.get_base_model().model.multi_modal_projector.layer_norm
+    assert (trained_norm.weight - 1).abs().max() > 1e-3
+    folder = save(adapted, tmp_path / "run")
+    assert torch.equal(logits(VisionQwen.from_adapter(folder)), expected)
+    torch.testing.assert_close(logits(VisionQwen.from_adapter(folder, merge=True)), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_bases_named_by_a_relative_path_are_found_from_another_directory(bases, tmp_path, monkeypatch):
     monkeypatch.chdir(bases[0].parent)
     adapted = adapt(load_bases(Path("clip"), Path("qwen3")))

@@ -25,7 +25,7 @@ COMPLETIONS = [["a dog", "two dogs on a lawn"], ["a"], ["a very long text about 
 def setup(bases):
     """A frozen encoder, LoRA and projector, four encoded rows, and a trainer factory."""
 
-    def build(**settings):
+    def build(projector_learning_rate=None, **settings):
         base = VisionQwen.from_vision_text_pretrained(*bases, image_token_id=259)
         base.model.vision_tower.requires_grad_(False)
         torch.manual_seed(4)
@@ -59,6 +59,7 @@ def setup(bases):
             train_dataset=Dataset.from_list(rows),
             data_collator=collator,
             processing_class=processor,
+            projector_learning_rate=projector_learning_rate,
         )
         return SimpleNamespace(trainer=trainer, model=model, rows=rows, collator=collator)
 
@@ -101,6 +102,22 @@ def test_projector_and_lora_move_and_nothing_else(setup, tmp_path):
     moved = {name for name, parameter in run.model.named_parameters() if not torch.equal(parameter, before[name])}
     assert moved == {name for name in before if "lora_" in name or "modules_to_save" in name}
     assert sum("multi_modal_projector" in name for name in moved) == 4
+
+
+def test_the_projector_learns_at_its_own_rate_and_nothing_else_does(setup, tmp_path):
+    run = setup(output_dir=str(tmp_path), projector_learning_rate=0.5, max_steps=1, weight_decay=0.1)
+    train(run)
+    names = {id(parameter): name for name, parameter in run.model.named_parameters()}
+    groups = run.trainer.optimizer.param_groups
+    rates = {names[id(parameter)]: group["lr"] for group in groups for parameter in group["params"]}
+    assert rates == {
+        name: 0.5 if "multi_modal_projector" in name else 1e-2
+        for name, parameter in run.model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    decays = {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+    assert all(decay == (0 if name.endswith("bias") else 0.1) for name, decay in decays.items())
 
 
 def test_trl_finds_the_trunk_that_sees_the_pictures(setup, tmp_path):
