@@ -173,7 +173,7 @@ print(json.dumps(scores))
         env=environment | {"HF_HOME": str(tmp_path / "hf")},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1]) == pytest.approx(EXPECTED, abs=1e-6)

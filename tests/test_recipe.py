@@ -65,7 +65,7 @@ class Runner:
 
     def finish(self, folder: str, process: subprocess.Popen) -> Finished:
         try:
-            log, _ = process.communicate(timeout=300)
+            log, _ = process.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             # The launcher's children, too.
             os.killpg(process.pid, signal.SIGKILL)
@@ -108,7 +108,7 @@ class Runner:
                 break
         # The recipe outlives the launcher until its checkpoint is written; then the pipe closes.
         log += process.stdout.read()
-        return Finished(self.tmp / name, process.wait(timeout=60), log)
+        return Finished(self.tmp / name, process.wait(timeout=300), log)
 
 
 @pytest.fixture(scope="module")
