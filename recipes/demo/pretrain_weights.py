@@ -1,8 +1,9 @@
-"""Make the demo's weights: the small Qwen3 first (its tokenizer serves both), then the small CLIP.
+"""Make the demo's weights: the small Qwen3 first (its tokenizer serves both) in two stages, then the small CLIP.
 
     python recipes/demo/pretrain_weights.py --art DIR --output recipes/demo
 
-Takes the data set of ``build_scenes.py`` for its held-out pairs only; see ``pretrain_lm.py`` and ``pretrain_clip.py``.
+Takes the data set of ``build_scenes.py`` for its held-out pairs only; see ``pretrain_lm.py``,
+``pretrain_reading.py`` and ``pretrain_clip.py``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run both scripts with the same art, output folder and seed."""
+    """Run the three scripts with the same output folder and seed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--art", type=Path, default=DEFAULT_ART, help="folder of unpacked npm packs and WordNet; filled"
@@ -27,12 +28,16 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, default=HERE / "scenes")
     parser.add_argument("--clip_minutes", type=float, default=80.0)
     parser.add_argument("--lm_minutes", type=float, default=7.0)
+    parser.add_argument("--reading_minutes", type=float, default=9.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shared = ["--art", args.art, "--scenes", args.scenes, "--seed", args.seed]
-    language = ["--output", args.output / "qwen3", "--minutes", args.lm_minutes]
-    vision = ["--output", args.output / "clip", "--tokenizer", args.output / "qwen3", "--minutes", args.clip_minutes]
-    for script, own in (("pretrain_lm.py", language), ("pretrain_clip.py", vision)):
+    shared = ["--scenes", args.scenes, "--seed", args.seed]
+    language = ["--art", args.art, "--output", args.output / "qwen3", "--minutes", args.lm_minutes]
+    reading = ["--model", args.output / "qwen3", "--minutes", args.reading_minutes]
+    vision = ["--art", args.art, "--output", args.output / "clip", "--tokenizer", args.output / "qwen3"]
+    vision += ["--minutes", args.clip_minutes]
+    stages = (("pretrain_lm.py", language), ("pretrain_reading.py", reading), ("pretrain_clip.py", vision))
+    for script, own in stages:
         subprocess.run([sys.executable, str(HERE / script), *map(str, shared + own)], check=True)
 
 
