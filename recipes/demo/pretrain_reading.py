@@ -2,10 +2,10 @@
 
     python recipes/demo/pretrain_reading.py --model recipes/demo/qwen3 --minutes 8
 
-A picture reaches the decoder as a grid of tokens, row by row. A decoder that has only read a dictionary cannot yet look
-something up in its context, and learning that from captions is slow: the names of the objects stayed at chance for 20,000
-captions. Here a grid of 4 x 4 words stands for the picture: a word or three on a ground of colour words. The answers are
-worded differently from the demo's captions, and no grid holds a held-out pair.
+A picture reaches the decoder as a grid of tokens, row by row. A decoder that has only read a dictionary cannot yet
+look something up in its context, and learning that from captions is slow: after 20,000 captions the names of most
+objects were still at chance. Here a grid of 4 x 4 words stands for the picture: one to three words on a ground of
+colour words. The answers are worded differently from the demo's captions, and no grid holds a held-out pair.
 """
 
 from __future__ import annotations
@@ -163,8 +163,8 @@ def main() -> None:
     figures = train(model, Grids(tokenizer, held_out, options.seed), options.minutes, options.rate, options.batch)
     card = (options.model / "README.md").read_text(encoding="utf-8").split("\n## Reading\n")[0].rstrip()
     card += (
-        "\n\n## Reading\n\nThen trained by `recipes/demo/pretrain_reading.py` to read grids of 4 x 4 words and to say what "
-        f"stands where, in text only: {figures['texts']:,} grids in {figures['minutes']:.0f} minutes, last loss on "
+        "\n\n## Reading\n\nThen trained by `recipes/demo/pretrain_reading.py` to read grids of 4 x 4 words and to say "
+        f"say what stands where, in text only: {figures['texts']:,} grids in {figures['minutes']:.0f} minutes, last loss on "
         f"answers {figures['loss']:.3f} nats per token (running mean). The answers are worded differently from the "
         "demo's captions; no grid holds a held-out pair.\n"
     )
