@@ -164,8 +164,8 @@ def main() -> None:
     card = (options.model / "README.md").read_text(encoding="utf-8").split("\n## Reading\n")[0].rstrip()
     card += (
         "\n\n## Reading\n\nThen trained by `recipes/demo/pretrain_reading.py` to read grids of 4 x 4 words and to say "
-        f"say what stands where, in text only: {figures['texts']:,} grids in {figures['minutes']:.0f} minutes, last loss on "
-        f"answers {figures['loss']:.3f} nats per token (running mean). The answers are worded differently from the "
+        f"what stands where, in text only: {figures['texts']:,} grids in {figures['minutes']:.0f} minutes, last loss "
+        f"on answers {figures['loss']:.3f} nats per token (running mean). The answers are worded differently from the "
         "demo's captions; no grid holds a held-out pair.\n"
     )
     fresh = output.with_name(output.name + ".new")
