@@ -134,10 +134,11 @@ def build_feature_cache(
                 dtype,
                 directory,
             )
-        mine = missing[state.process_index :: state.num_processes]
-        for index in mine:
-            _encode_shard(model, image_processor, pictures, shards[index], files[index], dtype, batch_size)
-        state.wait_for_everyone()
+        # By the shard's own number: another run may write a shard between two processes' looks at the folder.
+        for index in missing:
+            if index % state.num_processes == state.process_index:
+                _encode_shard(model, image_processor, pictures, shards[index], files[index], dtype, batch_size)
+    state.wait_for_everyone()
     stored = [Dataset.from_file(str(file)) for file in files]
     dataset = concatenate_datasets(stored) if stored else Dataset.from_dict({"features": [], "problem": []}, _FEATURES)
     return FeatureCache(dataset, shape, dtype)
