@@ -12,13 +12,14 @@ LEVELS = [
     {"attention", "configuration_vision_qwen", "pictures", "tasks"},
     {"head", "projector", "shared_prefix"},
     {"modeling_vision_qwen", "processing_vision_qwen"},
+    {"joining"},
     {"adapters", "collator", "feature_cache", "generation"},
     {"data", "trainer"},
 ]
 """Lowest first; a module imports from the levels below its own. Modules that are not here stand above all of them."""
 
-# Called at run time only: `VisionQwen.from_adapter` is the public door to `adapters`.
-LATE = {("modeling_vision_qwen", "adapters")}
+# Called at run time only: `VisionQwen` is the public door to both.
+LATE = {("modeling_vision_qwen", "adapters"), ("modeling_vision_qwen", "joining")}
 THIRD_PARTIES = {"trl": {"trainer"}, "peft": {"adapters", "generation"}, "bitsandbytes": {"adapters"}}
 
 

@@ -201,14 +201,7 @@ def load_adapter(
         vision_revision=config.vision_revision,
         text_revision=config.text_revision,
         dtype=dtype,
-        image_token_id=config.image_token_id,
-        vision_feature_layer=config.vision_feature_layer,
-        keep_class_token=config.keep_class_token,
-        projector_type=config.projector_type,
-        projector_hidden_act=config.projector_hidden_act,
-        projector_bias=config.projector_bias,
-        projector_layer_norm=config.projector_layer_norm,
-        pixel_shuffle_factor=config.pixel_shuffle_factor,
+        **config.joint_fields,
         **arguments,
     )
     _check_bases(config, model.config, folder)

@@ -3,7 +3,8 @@
 Stage: first. Imports nothing of ours; every other module reads it.
 """
 
-from typing import ClassVar, Literal
+import copy
+from typing import Any, ClassVar, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
@@ -17,6 +18,17 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 # These towers put no class token in front of the patches (transformers, `models/siglip*/modeling_*.py`).
 _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
+
+_JOINT_FIELDS = (
+    "image_token_id",
+    "vision_feature_layer",
+    "keep_class_token",
+    "projector_type",
+    "projector_hidden_act",
+    "projector_bias",
+    "projector_layer_norm",
+    "pixel_shuffle_factor",
+)
 
 
 @strict
@@ -113,6 +125,18 @@ class VisionQwenConfig(PreTrainedConfig):
                 f"{image_size!r} and patch_size={patch_size!r}."
             )
         return image_size // patch_size
+
+    @property
+    def joint_fields(self) -> dict[str, Any]:
+        """How the parts are joined, without the parts themselves: what rebuilds this model from its two bases."""
+        return {name: getattr(self, name) for name in _JOINT_FIELDS}
+
+    @property
+    def vision_tower_config(self) -> PreTrainedConfig:
+        """The encoder's configuration, cut above the highest chosen layer: what is not read is not built."""
+        tower_config = copy.deepcopy(self.vision_config)
+        tower_config.num_hidden_layers = max(self.hidden_state_indices)
+        return tower_config
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -13,27 +13,21 @@ Letters of all shapes in this package: B sequences, T tokens, I images in the ba
 before pixel shuffle), D_v vision width, D_t text width, V vocabulary, L labelled positions.
 """
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
-import xxhash
 from torch import nn
 from transformers import (
-    AutoConfig,
     AutoModel,
-    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     GenerationMixin,
-    PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
-from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
@@ -85,7 +79,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
 
     def __init__(self, config: VisionQwenConfig):
         super().__init__(config)
-        self.vision_tower = AutoModel.from_config(_vision_tower_config(config))
+        self.vision_tower = AutoModel.from_config(config.vision_tower_config)
         self.multi_modal_projector = VisionQwenProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -375,76 +369,21 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         )
 
     @classmethod
-    def from_vision_text_pretrained(
-        cls,
-        vision: str | Path,
-        text: str | Path | None = None,
-        *,
-        vision_revision: str | None = None,
-        text_revision: str | None = None,
-        text_config: PreTrainedConfig | None = None,
-        dtype: torch.dtype = torch.float32,
-        attn_implementation: str | None = None,
-        quantization_config=None,
-        device_map=None,
-        **config,
-    ) -> "VisionQwen":
+    def from_vision_text_pretrained(cls, vision: str | Path, text: str | Path | None = None, **arguments):
         """Joins a pre-trained vision encoder and a pre-trained decoder; only the projector is drawn at random.
 
+        See [`~vlm_peft.joining.join_pretrained`] for all arguments.
+
         Args:
-            vision (`str` or `Path`): Hub id or folder of the encoder; the vision half of a CLIP or SigLIP pair is
-                taken from its checkpoint.
-            text (`str` or `Path`, *optional*): Hub id or folder of the decoder. Without it, `text_config` gives a
-                decoder from scratch.
-            vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository.
-            text_config (`PreTrainedConfig`, *optional*): Configuration of a decoder to be drawn at random.
-            dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of all weights.
-            attn_implementation (`str`, *optional*): `"sdpa"`, `"flex_attention"`, ... for the decoder.
-            quantization_config (`BitsAndBytesConfig`, *optional*): Quantizes the decoder only, never its head, the
-                encoder or the projector.
-            device_map (*optional*): Where the parts go, as in `from_pretrained`.
-            **config: Further fields of [`VisionQwenConfig`], for example `vision_feature_layer`.
+            vision (`str` or `Path`): Hub id or folder of the encoder.
+            text (`str` or `Path`, *optional*): Hub id or folder of the decoder.
 
         Returns:
             [`VisionQwen`] in evaluation mode.
-
-        Raises:
-            ValueError: When neither or both of `text` and `text_config` are given, or the decoder's head has a bias.
         """
-        if (text is None) == (text_config is None):
-            raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
-        vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
-        vision_config = getattr(vision_config, "vision_config", vision_config)
-        if text is not None:
-            text_config = AutoConfig.from_pretrained(text, revision=text_revision)
-        full_config = VisionQwenConfig(
-            vision_config=vision_config.to_dict(),
-            text_config=text_config.to_dict(),
-            vision_name_or_path=str(vision),
-            vision_revision=vision_revision,
-            text_name_or_path=None if text is None else str(text),
-            text_revision=text_revision,
-            **config,
-        )
-        tower = _load_vision_tower(full_config, dtype, device_map)
-        if text is None:
-            decoder = AutoModelForCausalLM.from_config(
-                full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
-            )
-        else:
-            decoder = AutoModelForCausalLM.from_pretrained(
-                text,
-                revision=text_revision,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                quantization_config=quantization_config,
-                device_map=device_map,
-            )
-        full_config.vision_fingerprint = fingerprint(tower)
-        # A quantized decoder's weights cannot be compared with those that it was made from.
-        is_comparable = text is not None and quantization_config is None
-        full_config.text_fingerprint = fingerprint(decoder.base_model) if is_comparable else None
-        return cls._join(full_config, tower, decoder, dtype)
+        from .joining import join_pretrained
+
+        return join_pretrained(vision, text, **arguments)
 
     @classmethod
     def from_adapter(cls, name_or_path: str | Path, *, merge: bool = False, **arguments):
@@ -461,89 +400,6 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         from .adapters import load_adapter
 
         return load_adapter(name_or_path, merge=merge, **arguments)
-
-    @classmethod
-    def _join(cls, config: VisionQwenConfig, tower: nn.Module, decoder: nn.Module, dtype: torch.dtype) -> "VisionQwen":
-        """Builds the shell without weights and puts the loaded parts and a fresh projector in."""
-        head = decoder.get_output_embeddings()
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(f"Decoders whose head has a bias are not supported: {config.text_config.model_type}.")
-        with torch.device("meta"):
-            model = cls(config)
-        model.config.text_config = decoder.config
-        model.config.name_or_path = config.text_name_or_path or ""
-        projector = VisionQwenProjector(config).to(device=decoder.device, dtype=dtype)
-        for name, parameter in projector.named_parameters():
-            if name.endswith("bias"):
-                nn.init.zeros_(parameter)
-            elif not name.startswith("layer_norm"):
-                nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
-        model.model.vision_tower = tower
-        model.model.multi_modal_projector = projector
-        model.model.language_model = decoder.base_model
-        model.lm_head = head
-        model.generation_config = copy.deepcopy(decoder.generation_config)
-        for attribute in ("quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer"):
-            if hasattr(decoder, attribute):
-                setattr(model, attribute, getattr(decoder, attribute))
-        return model.eval()
-
-
-def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map) -> PreTrainedModel:
-    """Loads the encoder without the layers above the chosen ones and without the text half of a pair.
-
-    Raises:
-        ValueError: When the checkpoint lacks weights that the features need.
-    """
-    verbosity = logging.get_verbosity()
-    # The report of unused weights would list the text half and the upper layers on every load.
-    logging.set_verbosity_error()
-    try:
-        tower, info = AutoModel.from_pretrained(
-            config.vision_name_or_path,
-            config=_vision_tower_config(config),
-            revision=config.vision_revision,
-            dtype=dtype,
-            device_map=device_map,
-            output_loading_info=True,
-        )
-    finally:
-        logging.set_verbosity(verbosity)
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))
-    if missing:
-        raise ValueError(
-            f"{config.vision_name_or_path} lacks {len(missing)} weights of its {config.vision_config.model_type} "
-            f"encoder, for example {missing[0]}."
-        )
-    return tower
-
-
-def fingerprint(module: nn.Module) -> str:
-    """Hash that tells one base from another: names, shapes and a sample of each unquantized tensor.
-
-    Values enter rounded to bfloat16, so that a base loaded in another dtype is recognised.
-
-    Args:
-        module (`nn.Module`): A vision tower or a decoder's trunk.
-
-    Returns:
-        `str`: 32 hexadecimal digits.
-    """
-    digest = xxhash.xxh3_128()
-    for name, parameter in sorted(module.named_parameters()):
-        if not parameter.is_floating_point():
-            continue
-        sample = parameter.detach().flatten()[:64].cpu().to(torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _vision_tower_config(config: VisionQwenConfig) -> PreTrainedConfig:
-    """The encoder's configuration, cut above the highest chosen layer: what is not read is not built."""
-    tower_config = copy.deepcopy(config.vision_config)
-    tower_config.num_hidden_layers = max(config.hidden_state_indices)
-    return tower_config
 
 
 def _embedding_name(model: VisionQwenModel) -> str:

@@ -1,0 +1,167 @@
+"""Joining: a vision encoder and a decoder, each loaded from its own checkpoint, become one `VisionQwen`.
+
+Stage: two Hub ids or folders -> model; called by `VisionQwen.from_vision_text_pretrained`.
+"""
+
+# transformers declares sub-configurations as `dict | PreTrainedConfig | None`.
+# mypy: disable-error-code="union-attr, arg-type"
+
+import copy
+from pathlib import Path
+
+import torch
+import xxhash
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging
+
+from .configuration_vision_qwen import VisionQwenConfig
+from .modeling_vision_qwen import VisionQwen
+from .projector import VisionQwenProjector
+
+
+def join_pretrained(
+    vision: str | Path,
+    text: str | Path | None = None,
+    *,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    text_config: PreTrainedConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    quantization_config=None,
+    device_map=None,
+    **config,
+) -> VisionQwen:
+    """Joins a pre-trained vision encoder and a pre-trained decoder; only the projector is drawn at random.
+
+    Args:
+        vision (`str` or `Path`): Hub id or folder of the encoder; the vision half of a CLIP or SigLIP pair is
+            taken from its checkpoint.
+        text (`str` or `Path`, *optional*): Hub id or folder of the decoder. Without it, `text_config` gives a
+            decoder from scratch.
+        vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository.
+        text_config (`PreTrainedConfig`, *optional*): Configuration of a decoder to be drawn at random.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of all weights.
+        attn_implementation (`str`, *optional*): `"sdpa"`, `"flex_attention"`, ... for the decoder.
+        quantization_config (`BitsAndBytesConfig`, *optional*): Quantizes the decoder only, never its head, the
+            encoder or the projector.
+        device_map (*optional*): Where the parts go, as in `from_pretrained`.
+        **config: Further fields of [`VisionQwenConfig`], for example `vision_feature_layer`.
+
+    Returns:
+        [`VisionQwen`] in evaluation mode.
+
+    Raises:
+        ValueError: When neither or both of `text` and `text_config` are given, or the decoder's head has a bias.
+    """
+    if (text is None) == (text_config is None):
+        raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
+    vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    if text is not None:
+        text_config = AutoConfig.from_pretrained(text, revision=text_revision)
+    full_config = VisionQwenConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=text_config.to_dict(),
+        vision_name_or_path=str(vision),
+        vision_revision=vision_revision,
+        text_name_or_path=None if text is None else str(text),
+        text_revision=text_revision,
+        **config,
+    )
+    tower = _load_vision_tower(full_config, dtype, device_map)
+    if text is None:
+        decoder = AutoModelForCausalLM.from_config(
+            full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    else:
+        decoder = AutoModelForCausalLM.from_pretrained(
+            text,
+            revision=text_revision,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=device_map,
+        )
+    full_config.vision_fingerprint = fingerprint(tower)
+    # A quantized decoder's weights cannot be compared with those that it was made from.
+    is_comparable = text is not None and quantization_config is None
+    full_config.text_fingerprint = fingerprint(decoder.base_model) if is_comparable else None
+    return _join(full_config, tower, decoder, dtype)
+
+
+def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel, dtype: torch.dtype) -> VisionQwen:
+    """Builds the shell without weights and puts the loaded parts and a fresh projector in."""
+    head = decoder.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ValueError(f"Decoders whose head has a bias are not supported: {config.text_config.model_type}.")
+    with torch.device("meta"):
+        model = VisionQwen(config)
+    model.config.text_config = decoder.config
+    model.config.name_or_path = config.text_name_or_path or ""
+    projector = VisionQwenProjector(config).to(device=decoder.device, dtype=dtype)
+    for name, parameter in projector.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif not name.startswith("layer_norm"):
+            nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
+    model.model.vision_tower = tower
+    model.model.multi_modal_projector = projector
+    model.model.language_model = decoder.base_model
+    model.lm_head = head
+    model.generation_config = copy.deepcopy(decoder.generation_config)
+    for attribute in ("quantization_method", "is_loaded_in_4bit", "is_loaded_in_8bit", "hf_quantizer"):
+        if hasattr(decoder, attribute):
+            setattr(model, attribute, getattr(decoder, attribute))
+    return model.eval()
+
+
+def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map) -> PreTrainedModel:
+    """Loads the encoder without the layers above the chosen ones and without the text half of a pair.
+
+    Raises:
+        ValueError: When the checkpoint lacks weights that the features need.
+    """
+    verbosity = logging.get_verbosity()
+    # The report of unused weights would list the text half and the upper layers on every load.
+    logging.set_verbosity_error()
+    try:
+        tower, info = AutoModel.from_pretrained(
+            config.vision_name_or_path,
+            config=config.vision_tower_config,
+            revision=config.vision_revision,
+            dtype=dtype,
+            device_map=device_map,
+            output_loading_info=True,
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))
+    if missing:
+        raise ValueError(
+            f"{config.vision_name_or_path} lacks {len(missing)} weights of its {config.vision_config.model_type} "
+            f"encoder, for example {missing[0]}."
+        )
+    return tower
+
+
+def fingerprint(module: nn.Module) -> str:
+    """Hash that tells one base from another: names, shapes and a sample of each unquantized tensor.
+
+    Values enter rounded to bfloat16, so that a base loaded in another dtype is recognised.
+
+    Args:
+        module (`nn.Module`): A vision tower or a decoder's trunk.
+
+    Returns:
+        `str`: 32 hexadecimal digits.
+    """
+    digest = xxhash.xxh3_128()
+    for name, parameter in sorted(module.named_parameters()):
+        if not parameter.is_floating_point():
+            continue
+        sample = parameter.detach().flatten()[:64].cpu().to(torch.bfloat16)
+        digest.update(f"{name} {tuple(parameter.shape)}".encode())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
