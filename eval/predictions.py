@@ -1,7 +1,7 @@
 """The files of an evaluation: predictions.jsonl, scores.json and COCO's annotation and result files.
 
 A line of predictions.jsonl is `{"id": text or whole number, "prediction": text, "references": [text, ...]}`, and may
-have `"cider"`, the picture's own CIDEr (0..10). Other keys are kept.
+have the row's own scores under their names in lower case (`"cider"`, 0..10). Other keys are kept.
 """
 
 import json
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coco_caption.caption_scores import CaptionScores
 from significance import bootstrap_interval
+from task_scores import Scores
 
 Row = dict[str, Any]
 """One line of predictions.jsonl."""
@@ -30,23 +30,24 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_predictions(
-    path: Path | str, rows: Iterable[Mapping[str, Any]], per_picture: Sequence[float] | None = None
+    path: Path | str, rows: Iterable[Mapping[str, Any]], per_row: Mapping[str, Sequence[float]] | None = None
 ) -> None:
     """Write predictions.jsonl.
 
     Args:
         path: Of the file; its folder is made.
         rows: What the module's text describes, in any order.
-        per_picture: Each row's CIDEr (`CaptionScores.per_picture`), written as `cider`.
+        per_row: Each row's scores (`Scores.per_row`), written under the metrics' names in lower case.
 
     Raises:
         ValueError: if a row lacks a key or has the wrong kind of value, two rows have one id, or the lengths differ.
     """
     checked = _checked((f"row {index}", dict(row)) for index, row in enumerate(rows))
-    if per_picture is not None:
-        if len(per_picture) != len(checked):
-            raise ValueError(f"expected a CIDEr for each of {len(checked)} rows, got {len(per_picture)}")
-        checked = [{**row, "cider": float(score)} for row, score in zip(checked, per_picture, strict=True)]
+    for metric, values in (per_row or {}).items():
+        if len(values) != len(checked):
+            raise ValueError(f"expected a {metric} for each of {len(checked)} rows, got {len(values)}")
+        for row, value in zip(checked, values, strict=True):
+            row[metric.lower()] = float(value)
     # ASCII only: some readers take U+2028 for the end of a line, and a lone surrogate has no UTF-8 form.
     write_text(path, "".join(json.dumps(row) + "\n" for row in checked))
 
@@ -110,23 +111,27 @@ def read_coco(annotations_path: Path | str, results_path: Path | str) -> tuple[l
 
 
 def score_summary(
-    scores: CaptionScores,
+    scores: Scores,
     *,
     model: str | None = None,
     dataset: str | None = None,
+    task: str | None = None,
     split: str | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what scores.json holds; what is not known is null.
 
-    `n` is the number of pictures and `intervals` has the 95 % bootstrap interval of CIDEr, `[low, high]`, unless there
-    is one picture only.
+    `n` is the number of rows, `primary` the metric that stands for the task, and `intervals` has the 95 % bootstrap
+    intervals `[low, high]` of the metrics that each row has, unless there is one row only.
     """
-    several = len(scores.per_picture) > 1
+    n = len(scores.per_row[scores.primary])
+    intervals = {name: list(bootstrap_interval(values)) for name, values in scores.per_row.items()} if n > 1 else {}
     return {
-        "n": len(scores.per_picture),
+        "n": n,
+        "task": task,
+        "primary": scores.primary,
         "metrics": scores.metrics,
-        "intervals": {"CIDEr": list(bootstrap_interval(scores.per_picture))} if several else {},
+        "intervals": intervals,
         "model": model,
         "dataset": dataset,
         "split": split,
@@ -139,15 +144,16 @@ def score_summary(
 
 def write_scores(
     path: Path | str,
-    scores: CaptionScores,
+    scores: Scores,
     *,
     model: str | None = None,
     dataset: str | None = None,
+    task: str | None = None,
     split: str | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> None:
     """Write scores.json, see `score_summary`; its folder is made."""
-    summary = score_summary(scores, model=model, dataset=dataset, split=split, decoding=decoding)
+    summary = score_summary(scores, model=model, dataset=dataset, task=task, split=split, decoding=decoding)
     write_text(path, json.dumps(summary, indent=2) + "\n")
 
 

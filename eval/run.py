@@ -51,10 +51,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     data.add_argument("--dataset_revision", help="commit or branch of the data set")
     data.add_argument("--stored_split", help="the split as stored, with --split_column")
     data.add_argument("--split_column", help="column that names each row's true split")
-    data.add_argument("--task", choices=("caption", "vqa"), help="(default: as in training)")
+    data.add_argument("--task", help="caption, vqa, slides, chat, grounding or digits (default: as in training)")
     data.add_argument("--image_column", default="image", help="column with the picture (default: image)")
     data.add_argument("--text_column", help="column with the texts (default: found by usual names)")
-    data.add_argument("--instruction", help="what the user says, for captions (default: as in training)")
+    data.add_argument("--instruction", help="what the user says beside the picture (default: as in training)")
+    data.add_argument("--slide_pages", choices=("evidence", "all"), help="of a deck (default: as in training)")
     data.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="(default: stop)")
     data.add_argument("--feature_cache", action=flag, default=True, help="keep encoded pictures (default: yes)")
     data.add_argument("--feature_cache_dir", help="where (default: in the data sets' cache)")
@@ -129,7 +130,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_progress(state.is_main_process)
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
 
-    from evaluation import TASK_FILE, TaskSettings, evaluate_split, leave_out, load_split
+    from evaluation import evaluate_split
+
+    from vlm_peft.arguments import DataArguments
+    from vlm_peft.splits import encode_pictures, leave_out, load_split
+    from vlm_peft.tasks import TASK_FILE, TaskSettings
 
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
@@ -137,23 +142,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     settings = TaskSettings.read(folder)
     if settings is None:
         settings = TaskSettings()
-        state.print(f"{options.model} has no {TASK_FILE}: it is asked {settings.instruction!r}, see --instruction.")
+        state.print(f"{options.model} has no {TASK_FILE}: see --task and --instruction for how it is asked.")
     model.requires_grad_(False).to(state.device)
-    split = load_split(
-        model,
-        processor,
-        options.dataset,
-        options.split,
-        revision=options.dataset_revision,
+    data = DataArguments(
+        dataset_name=options.dataset,
+        dataset_revision=options.dataset_revision,
         stored_split=options.stored_split,
         split_column=options.split_column,
-        limit=options.limit,
         task=options.task or settings.task,
         image_column=options.image_column,
         text_column=options.text_column,
-        instruction=options.instruction or settings.instruction,
+        instruction=settings.instruction if options.instruction is None else options.instruction,
+        slide_pages=options.slide_pages or settings.slide_pages,
+        name_pages=settings.name_pages,
+    )
+    split = encode_pictures(
+        load_split(data, options.split, processor, limit=options.limit),
+        model,
+        processor,
         feature_cache=options.feature_cache,
-        feature_cache_dir=options.feature_cache_dir,
+        directory=options.feature_cache_dir,
     )
     summary = evaluate_split(
         model,
@@ -161,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_out(split, options.on_bad_row),
         options.output_dir,
         model_name=options.model,
-        dataset_name=options.dataset,
         blind=options.blind,
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or settings.max_new_tokens,

@@ -5,17 +5,16 @@
     accelerate launch recipes/sft.py --config ... --learning_rate 1e-4          # the command line overrides the file
 
 LoRA on the decoder and a full projector are trained; the adapter folder, held-out scores and report.html go to
-`--output_dir`. Options are those of `VisionArguments` below, TRL's `SFTConfig` and TRL's `ModelConfig`.
+`--output_dir`. Options are those of `vlm_peft.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
 """
 
-import difflib
 import json
 import logging
 import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -30,97 +29,6 @@ sys.path.append(str(ROOT / "eval"))
 from console import quiet_imports, quiet_progress, run_script  # noqa: E402
 
 DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
-
-
-@dataclass
-class VisionArguments:
-    """What TRL's own arguments do not cover: the pictures, the encoder, the projector and the evaluation."""
-
-    dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, parquet file or folder, or image folder."}
-    )
-    dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
-    train_split: str = field(default="train", metadata={"help": "Rows to train on."})
-    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
-    stored_split: str | None = field(default=None, metadata={"help": "The one stored split, with --split_column."})
-    split_column: str | None = field(default=None, metadata={"help": "Column that names each row's true split."})
-    train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
-    eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
-    task: str = field(default="caption", metadata={"help": "caption or vqa."})
-    image_column: str = field(default="image", metadata={"help": "Column with the picture."})
-    text_column: str | None = field(default=None, metadata={"help": "Column with the texts; found by usual names."})
-    instruction: str = field(default="Describe the picture.", metadata={"help": "What the user says, for captions."})
-    on_bad_row: str = field(
-        default="stop", metadata={"help": "Rows with unreadable pictures or empty texts.", "choices": ["stop", "skip"]}
-    )
-    vision_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the vision encoder."})
-    vision_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the encoder."})
-    vision_feature_layer: list[int] = field(
-        default_factory=lambda: [-2], metadata={"help": "Hidden state(s) of the encoder; several are concatenated."}
-    )
-    keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
-    projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp"]})
-    projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
-    projector_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
-    )
-    pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
-    feature_cache: bool = field(
-        default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
-    )
-    feature_cache_dir: str | None = field(default=None, metadata={"help": "Where; the data sets' cache by default."})
-    feature_dtype: str = field(
-        default="float16", metadata={"help": "Stored precision of features.", "choices": ["float16", "float32"]}
-    )
-    pack_rows: bool = field(default=False, metadata={"help": "Put several rows into a sequence of max_length tokens."})
-    score_before: bool = field(default=False, metadata={"help": "Score the held-out splits before training, too."})
-    blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})
-    generation_batch_size: int = field(default=64, metadata={"help": "Prompts at a time in the evaluation."})
-    max_new_tokens: int = field(default=48, metadata={"help": "Tokens of a generated text at most."})
-    num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
-    meteor: bool = field(default=False, metadata={"help": "Also score METEOR (needs Java, 6 s a split)."})
-
-
-def parse_arguments(arguments: list[str] | None = None):
-    """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
-
-    Raises:
-        SystemExit: for an unknown key, naming the nearest known one.
-    """
-    from trl import ModelConfig, SFTConfig, TrlParser
-    from yaml import YAMLError
-
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
-    if not arguments:
-        arguments = ["--config", str(DEFAULT_CONFIG)]
-    types = (VisionArguments, SFTConfig, ModelConfig)
-    # The usage that argparse makes of 250 options would push its message off the screen.
-    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
-    parser = TrlParser(types, allow_abbrev=False, description=__doc__.splitlines()[0], usage=usage)
-    try:
-        *parsed, unknown = parser.parse_args_and_config(arguments, return_remaining_strings=True)
-    except (ValueError, YAMLError) as error:
-        # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), or a broken file.
-        raise SystemExit(f"sft.py: {error}") from error
-    if unknown:
-        known = sorted({each.name for kind in types for each in fields(kind)})
-        keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
-        hints = []
-        for key in keys:
-            near = difflib.get_close_matches(key, known, n=1)
-            hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        raise SystemExit(f"sft.py: unknown option: {', '.join(hints)}.")
-    vision_args, training_args, model_args = parsed
-    if not model_args.use_peft:
-        raise SystemExit("sft.py: --use_peft true is missing: this recipe trains LoRA and the projector.")
-    for name, value in (
-        ("dataset_name", vision_args.dataset_name),
-        ("vision_model", vision_args.vision_model),
-        ("model_name_or_path", model_args.model_name_or_path),
-    ):
-        if value is None:
-            raise SystemExit(f"sft.py: --{name} is missing; give it on the command line or in the --config file.")
-    return vision_args, training_args, model_args
 
 
 def local(name: str, option: str) -> str:
@@ -141,11 +49,13 @@ def local(name: str, option: str) -> str:
 class Run:
     """What the parts of one run share: arguments, the clock of its phases, and where it writes."""
 
-    def __init__(self, vision_args: VisionArguments, training_args, model_args):
+    def __init__(self, vision_args, training_args, model_args):
         from accelerate import PartialState
 
+        from vlm_peft.arguments import data_arguments
+
         self.vision, self.training, self.model = vision_args, training_args, model_args
-        self.dataset = local(vision_args.dataset_name, "dataset_name")
+        self.data = data_arguments(vision_args)
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
         self.is_main = PartialState().is_main_process
@@ -209,41 +119,34 @@ def load_model(run: Run):
 
 def load(run: Run, model, processor, name: str, limit: int | None):
     """Rows, task, pictures and cached features of one split."""
-    from evaluation import load_split
+    from vlm_peft.splits import encode_pictures, load_split
 
-    return load_split(
+    data = replace(run.data, dataset_name=local(run.data.dataset_name, "dataset_name"))
+    split = load_split(data, name, processor, limit=limit)
+    return encode_pictures(
+        split,
         model,
         processor,
-        run.dataset,
-        name,
-        revision=run.vision.dataset_revision,
-        stored_split=run.vision.stored_split,
-        split_column=run.vision.split_column,
-        limit=limit,
-        task=run.vision.task,
-        image_column=run.vision.image_column,
-        text_column=run.vision.text_column,
-        instruction=run.vision.instruction,
         feature_cache=run.vision.feature_cache,
-        feature_cache_dir=run.vision.feature_cache_dir,
-        feature_dtype=run.vision.feature_dtype,
+        directory=run.vision.feature_cache_dir,
+        dtype=run.vision.feature_dtype,
     )
 
 
 def make_trainer(run: Run, model, processor, split):
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from accelerate import PartialState
-    from evaluation import TASK_FILE, TaskSettings
     from trl import get_peft_config
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
     from vlm_peft.collator import SharedPrefixCollator
     from vlm_peft.data import encode_rows
+    from vlm_peft.tasks import TASK_FILE, TaskSettings
     from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
 
     with PartialState().main_process_first():
         encoded = encode_rows(
-            split.rows,
+            split.texts,
             split.task,
             processor,
             split.pictures,
@@ -264,8 +167,10 @@ def make_trainer(run: Run, model, processor, split):
         modules_to_save=asked.modules_to_save,
     )
     settings = TaskSettings(
-        task=run.vision.task,
-        instruction=run.vision.instruction,
+        task=run.data.task,
+        instruction=run.data.instruction,
+        slide_pages=run.data.slide_pages,
+        name_pages=run.data.name_pages,
         max_new_tokens=run.vision.max_new_tokens,
         num_beams=run.vision.num_beams,
     )
@@ -307,7 +212,6 @@ def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None
             split,
             run.output_dir / "eval" / f"{name}{suffix}",
             model_name=str(run.output_dir),
-            dataset_name=run.vision.dataset_name,
             blind=suffix == "-blind",
             batch_size=run.vision.generation_batch_size,
             max_new_tokens=run.vision.max_new_tokens,
@@ -349,10 +253,11 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
     for name, split in splits.items():
         folder = run.output_dir / "eval" / name
         wanted = set(map(str, choose_gallery(read_predictions(folder / "predictions.jsonl"))))
-        found = {}
-        for index, row_id in enumerate(split.rows["id"][:]):
-            if str(row_id) in wanted:
-                found[str(row_id)] = split.pictures.open(split.pictures.of_row(index)[0])
+        found = {
+            question.id: split.pictures.open(question.image_ids[0])
+            for question in split.questions()
+            if question.id in wanted and question.image_ids
+        }
         save_gallery_pictures(run.output_dir, name, found)
     write_model_card(run.output_dir)
     return build_report(run.output_dir)
@@ -362,16 +267,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Trains, saves, checks, scores and reports; returns the exit status."""
     started = time.monotonic()
     quiet_imports()
-    vision_args, training_args, model_args = parse_arguments(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+
+    from vlm_peft.arguments import parse_arguments
+
+    vision_args, training_args, model_args = parse_arguments(
+        arguments or ["--config", str(DEFAULT_CONFIG)], description=__doc__.splitlines()[0]
+    )
     run = Run(vision_args, training_args, model_args)
     checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
     from accelerate import PartialState
-    from evaluation import leave_out
     from transformers import set_seed
 
     from vlm_peft import VisionQwen, VisionQwenProcessor
+    from vlm_peft.splits import leave_out
 
     set_seed(training_args.seed)
     with run.phase("load models"):
@@ -410,7 +321,7 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(run, trained, processor, blind, "-blind")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started
-        command = "accelerate launch recipes/sft.py " + " ".join(sys.argv[1:] if arguments is None else arguments)
+        command = "accelerate launch recipes/sft.py " + " ".join(arguments)
         report = write_report(run, trainer, rows, splits, command.strip())
         run.say(
             f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"

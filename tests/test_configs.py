@@ -19,7 +19,7 @@ def test_both_kinds_are_found():
 
 
 def parse(*arguments: str):
-    from sft import parse_arguments
+    from vlm_peft.arguments import parse_arguments
 
     # Without a GPU, bf16 is only taken for the CPU.
     return parse_arguments([*map(str, arguments), "--use_cpu", "true"])

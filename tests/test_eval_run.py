@@ -10,11 +10,11 @@ import pytest
 import run as run_py
 import torch
 from conftest import ROOT, flickr_rows, save_flickr
-from evaluation import TASK_FILE, TaskSettings
 from peft import get_peft_model
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import lora_config, save_composite_config
+from vlm_peft.tasks import TASK_FILE, TaskSettings
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_full_save_gives_what_the_adapter_gives(evaluate, adapter, tmp_path, cap
     (folder / TASK_FILE).unlink()
     capsys.readouterr()
     evaluate(model=folder)
-    assert f"has no {TASK_FILE}: it is asked 'Describe the picture.'" in capsys.readouterr().out
+    assert f"has no {TASK_FILE}: see --task and --instruction" in capsys.readouterr().out
     with pytest.raises(ValueError, match="leave --vision and --text out"):
         evaluate("--vision", "elsewhere", model=folder)
 

@@ -2,7 +2,9 @@
 
 import pytest
 
-from vlm_peft.tasks import caption_example, make_task, vqa_example
+from vlm_peft.tasks import make_task
+from vlm_peft.tasks.caption import caption_example
+from vlm_peft.tasks.vqa import vqa_example
 
 PICTURE = {"type": "image"}
 
@@ -45,7 +47,9 @@ def test_questions_are_branches_with_their_own_unlabelled_text():
     [None, [], [{"question": "a", "answer": None}], [{"question": " ", "answer": "b"}], [{"question": "a"}], ["a"]],
 )
 def test_rows_without_a_question_and_an_answer_are_refused(cell):
-    with pytest.raises(ValueError, match="Expected one or more questions with answers, got"):
+    with pytest.raises(
+        ValueError, match=r"Expected (one or more questions with answers|an answer with text to .*), got"
+    ):
         vqa_example(cell)
 
 
@@ -64,7 +68,7 @@ def test_the_usual_caption_columns_are_found_and_others_can_be_named():
         ("caption", ["photo", "caption"], "no column 'image'; it has caption, photo"),
         ("caption", ["image", "alt"], "no column 'captions or caption or sentences or text'; it has alt, image"),
         ("vqa", ["image", "caption"], "no column 'questions'; it has caption, image"),
-        ("sing", ["image"], "Expected the task 'caption' or 'vqa', got 'sing'"),
+        ("sing", ["image"], "Expected one of the tasks .*, got 'sing'"),
     ],
 )
 def test_missing_columns_are_listed_beside_those_there_are(name, columns, message):

@@ -6,13 +6,16 @@ Stage: data set on the Hub or on disk -> rows -> laid-out token ids with picture
 import inspect
 import json
 import logging
+import sys
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 from datasets import Dataset, get_dataset_split_names, load_dataset
 from datasets.fingerprint import Hasher
 
-from . import processing_vision_qwen, shared_prefix, tasks
+from . import processing_vision_qwen, shared_prefix
 from .pictures import Pictures, UnreadablePictureError
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import Task
@@ -100,6 +103,43 @@ class EncodedRows:
     dropped: dict[str, list[str]]
 
 
+def bind_rows(rows: Dataset, task: Task) -> tuple[Dataset, Pictures]:
+    """Takes rows apart into texts and pictures, after joining those that are about the same pictures.
+
+    Args:
+        rows (`Dataset`): Of [`load_rows`].
+        task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of one key become one row whose cells are lists.
+
+    Returns:
+        `tuple[Dataset, Pictures]`: As many text rows as picture rows, in the order in which the groups begin.
+    """
+    texts = rows.remove_columns(task.image_columns)
+    if task.group_key is not None:
+        groups: dict[str, list[int]] = {}
+        for index, row in enumerate(texts):
+            groups.setdefault(task.group_key(row), []).append(index)
+        members = list(groups.values())
+        rows = rows.select([group[0] for group in members])
+
+        def gather(_, places: list[int]) -> dict:
+            flat = [index for place in places for index in members[place]]
+            cells = texts[flat]
+            ends = np.cumsum([len(members[place]) for place in places])[:-1]
+            bounds = [0, *ends.tolist(), len(flat)]
+            return {name: [column[start:stop] for start, stop in pairwise(bounds)] for name, column in cells.items()}
+
+        texts = texts.select([group[0] for group in members]).map(
+            gather,
+            batched=True,
+            with_indices=True,
+            remove_columns=texts.column_names,
+            new_fingerprint=Hasher.hash((texts._fingerprint, members)),
+            desc="Grouping rows by their pictures",
+        )
+    chosen = [task.pages(row) for row in texts] if task.pages is not None else None
+    return texts, Pictures(rows, task.image_columns, chosen)
+
+
 def encode_rows(
     rows: Dataset,
     task: Task,
@@ -117,7 +157,7 @@ def encode_rows(
     pictures and one completion do not fit is never cut.
 
     Args:
-        rows (`Dataset`): Of [`load_rows`].
+        rows (`Dataset`): Texts of [`bind_rows`]; image columns are left out where there are any.
         task ([`~vlm_peft.tasks.Task`]): Row -> example.
         processor ([`VisionQwenProcessor`]): Tokenizes.
         pictures ([`~vlm_peft.pictures.Pictures`]): Of the same rows; numbers the pictures.
@@ -133,10 +173,11 @@ def encode_rows(
     Raises:
         ValueError: With `on_bad_row="stop"`, naming the rows and the reasons; or when no row is left.
     """
-    text = rows.remove_columns(task.image_columns)
+    text = rows.remove_columns([name for name in task.image_columns if name in rows.column_names])
     columns = set(text.column_names)
     # The code that lays rows out counts, too: an upgrade never reads what an older version made.
-    code = [inspect.getsource(module) for module in (processing_vision_qwen, shared_prefix, tasks)]
+    code = [inspect.getsource(module) for module in (processing_vision_qwen, shared_prefix)]
+    code.append(inspect.getsource(sys.modules[task.example.__module__]))
     vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
     fingerprint = Hasher.hash(
         {
@@ -183,7 +224,8 @@ def encode_rows(
             problems[row] = reasons[0]
     dropped: dict[str, list[str]] = {}
     for row, reason in sorted(problems.items()):
-        dropped.setdefault(reason, []).append(str(text[row]["id"]))
+        row_id = text[row]["id"]
+        dropped.setdefault(reason, []).append(str(row_id[0] if isinstance(row_id, list) else row_id))
     if dropped and on_bad_row == "stop":
         shown = "\n".join(
             f"  {len(ids)} rows ({', '.join(ids[:5])}): {reason}" for reason, ids in list(dropped.items())[:10]

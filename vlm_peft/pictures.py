@@ -116,20 +116,32 @@ class Pictures:
         dataset (`Dataset`): Rows; pictures are read one by one, and decoded by [`~Pictures.open`] only.
         columns (`list[str]`): Columns that hold a picture or a list of pictures, in the order of the placeholders.
             Empty cells (`None`) hold no picture.
+        chosen (`list[list[int]]`, *optional*): For each row, which of its pictures are used, counted from 0 over all
+            columns and cells, empty ones included. All by default.
     """
 
-    def __init__(self, dataset: Dataset, columns: list[str]):
+    def __init__(self, dataset: Dataset, columns: list[str], chosen: list[list[int]] | None = None):
         # Arrow's own values are undecoded; casting list columns to undecoded ones would copy every picture.
         self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._columns = columns
-        self._ends = np.cumsum(self._count()).tolist()
+        self._chosen = chosen
+        counts = self._count() if chosen is None else np.array([len(places) for places in chosen], dtype=np.int64)
+        self._ends = np.cumsum(counts).tolist()
 
-    def _of_row(self, row: dict) -> list:
-        found = []
+    def _of_row(self, index: int) -> list:
+        """The used pictures of row number `index`, undecoded."""
+        row = self._dataset[index].to_pylist()[0]
+        cells: list = []
         for column in self._columns:
-            value = row[column]
-            found += [item for item in (value if isinstance(value, list) else [value]) if item is not None]
-        return found
+            cells += row[column] if isinstance(row[column], list) else [row[column]]
+        if self._chosen is None:
+            return [cell for cell in cells if cell is not None]
+        missing = [place for place in self._chosen[index] if place >= len(cells) or cells[place] is None]
+        if missing:
+            raise UnreadablePictureError(
+                f"Row {index} has no picture number {missing[0] + 1}; it has {sum(cell is not None for cell in cells)}."
+            )
+        return [cells[place] for place in self._chosen[index]]
 
     def _count(self) -> np.ndarray:
         """Pictures of each row, from the columns' validity bits and list offsets: no picture's bytes are read."""
@@ -152,9 +164,13 @@ class Pictures:
         return range(self._ends[row - 1] if row else 0, self._ends[row])
 
     def raw(self, index: int):
-        """Picture `index` as stored (bytes and path, undecoded)."""
+        """Picture `index` as stored (bytes and path, undecoded).
+
+        Raises:
+            UnreadablePictureError: When the row has no such picture.
+        """
         row = bisect_right(self._ends, index)
-        return self._of_row(self._dataset[row].to_pylist()[0])[index - self.of_row(row).start]
+        return self._of_row(row)[index - self.of_row(row).start]
 
     def open(self, index: int) -> PILImage.Image:
         """Picture `index`, decoded; see [`open_picture`] for errors."""

@@ -1,0 +1,199 @@
+"""Splits: rows, task, pictures and vision features of one part of a data set, ready to train on or to generate for.
+
+Stage: names and options -> everything that encoding, training and evaluation read.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from peft import PeftModel
+
+from .arguments import DataArguments
+from .data import bind_rows, find_unreadable, load_rows
+from .feature_cache import build_feature_cache
+from .pictures import Pictures
+from .tasks import Task, make_task
+
+
+@dataclass(frozen=True)
+class Question:
+    """One text that a model is asked to generate.
+
+    Args:
+        id (`str`): Of the row, or of the member of a group, with its number when the row has several.
+        prompt (`list[dict]`): Messages up to where the assistant answers.
+        image_ids (`list[int]`): Picture numbers, in the order of the prompt's image parts.
+        references (`list[str]`): Accepted texts.
+        details (`dict`): What the score needs beside them.
+    """
+
+    id: str
+    prompt: list[dict]
+    image_ids: list[int]
+    references: list[str]
+    details: dict
+
+
+@dataclass
+class Split:
+    """A split ready to be trained on or generated for.
+
+    Args:
+        name (`str`): What its folder is called.
+        data ([`~vlm_peft.arguments.DataArguments`]): Where it comes from.
+        texts (`Dataset`): Rows without pictures, grouped as the task wants them; `id` is the row's own, or a list of
+            its members' ids.
+        task ([`~vlm_peft.tasks.Task`]): Row -> prompt and references.
+        pictures ([`~vlm_peft.pictures.Pictures`]): Of the same rows.
+        fetch_images (`Callable`): Picture numbers -> model inputs, from the feature cache or from pixels.
+        unreadable (`dict[int, str]`): Picture number -> why it cannot be read.
+        left_out (`dict[str, str]`): Ids of rows that cannot be used, with the reason; they are not scored. See
+            [`leave_out`].
+    """
+
+    name: str
+    data: DataArguments
+    texts: Dataset
+    task: Task
+    pictures: Pictures
+    fetch_images: Callable[[list[int]], dict[str, torch.Tensor]]
+    unreadable: dict[int, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    def questions(self) -> Iterator[Question]:
+        """All that a model is asked about the rows that are not left out."""
+        for index, row in enumerate(self.texts):
+            if row_name(row) in self.left_out:
+                continue
+            example = self.task.example(row)
+            for number, question in enumerate(example.questions):
+                row_id = row["id"]
+                if isinstance(row_id, list):
+                    name = str(row_id[number])
+                else:
+                    name = str(row_id) if len(example.questions) == 1 else f"{row_id}-{number}"
+                yield Question(
+                    name,
+                    [*example.prompt, *question],
+                    list(self.pictures.of_row(index)),
+                    example.references[number],
+                    example.details[number] if example.details else {},
+                )
+
+
+def load_split(data: DataArguments, name: str, processor, *, limit: int | None = None) -> Split:
+    """Loads a split's rows; pictures are read and processed whenever they are asked for.
+
+    Args:
+        data ([`~vlm_peft.arguments.DataArguments`]): Data set, columns and task.
+        name (`str`): Of the split.
+        processor ([`VisionQwenProcessor`]): Its image processor makes `pixel_values`.
+        limit (`int`, *optional*): First so many rows only.
+
+    Returns:
+        [`Split`]: Nothing is known yet about pictures that cannot be read; see [`encode_pictures`].
+
+    Raises:
+        ValueError: When the split, a column or the task is not there.
+        FileNotFoundError: When the data set is not there.
+    """
+    if data.dataset_name is None:
+        raise ValueError("dataset_name is missing: expected a Hub id, a parquet file or a folder.")
+    with PartialState().main_process_first():
+        rows = load_rows(
+            data.dataset_name,
+            name,
+            revision=data.dataset_revision,
+            stored_split=data.stored_split,
+            split_column=data.split_column,
+            limit=limit,
+        )
+        task = make_task(
+            data.task,
+            rows.column_names,
+            image_column=data.image_column,
+            text_column=data.text_column,
+            instruction=data.instruction,
+            slide_pages=data.slide_pages,
+            name_pages=data.name_pages,
+        )
+        texts, pictures = bind_rows(rows, task)
+    if PartialState().is_main_process:
+        grouped = f" in {len(texts):,} groups" if len(texts) < len(rows) else ""
+        print(f"Split {name}: {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
+
+    def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
+        opened = [pictures.open(index) for index in ids]
+        return {"pixel_values": processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
+
+    return Split(name, data, texts, task, pictures, from_pixels)
+
+
+def encode_pictures(
+    split: Split,
+    model,
+    processor,
+    *,
+    feature_cache: bool = True,
+    directory: str | None = None,
+    dtype: str = "float16",
+) -> Split:
+    """Finds the pictures that cannot be read, and encodes the others once.
+
+    Args:
+        split ([`Split`]): Of [`load_split`]; changed in place.
+        model: `VisionQwen` or a `PeftModel` around it; its frozen encoder fills the feature cache.
+        processor ([`VisionQwenProcessor`]): Of the model.
+        feature_cache (`bool`, *optional*, defaults to `True`): Otherwise pictures go on being read for every batch.
+        directory, dtype: See [`~vlm_peft.feature_cache.build_feature_cache`].
+    """
+    if not feature_cache:
+        split.unreadable = find_unreadable(split.pictures)
+        return split
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    features = build_feature_cache(base, processor.image_processor, split.pictures, directory=directory, dtype=dtype)
+    split.fetch_images = lambda ids: {"image_features": features.get(ids)}
+    split.unreadable = features.unreadable
+    return split
+
+
+def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
+    """Finds a held-out split's rows that cannot be scored: unreadable pictures, or no text.
+
+    Args:
+        split ([`Split`]): Its `left_out` is filled.
+        on_bad_row (`str`): `"stop"` raises when there are any, `"skip"` scores the others; scores.json then says how
+            many.
+
+    Raises:
+        ValueError: As above, with the rows and the reasons; or when no row is left.
+    """
+    for index, row in enumerate(split.texts):
+        reasons = [split.unreadable[image] for image in split.pictures.of_row(index) if image in split.unreadable]
+        try:
+            split.task.example(row)
+        except ValueError as error:
+            reasons.append(str(error))
+        if reasons:
+            split.left_out[row_name(row)] = reasons[0]
+    count, total = len(split.left_out), len(split.texts)
+    shown = "".join(f"\n  row {row_id}: {reason}" for row_id, reason in list(split.left_out.items())[:10])
+    if count == total:
+        raise ValueError(f"None of the {total} rows of {split.name} can be scored:{shown}")
+    if count and on_bad_row == "stop":
+        raise ValueError(
+            f"{count} of {total} rows of {split.name} cannot be scored; repair them, or leave them out with "
+            f"--on_bad_row skip:{shown}"
+        )
+    if count and PartialState().is_main_process:
+        print(f"Left out {count} of {total} rows of {split.name}:{shown}", flush=True)  # noqa: T201
+    return split
+
+
+def row_name(row: dict) -> str:
+    """What a text row is called in messages and files: its id, or that of its first member."""
+    return str(row["id"][0] if isinstance(row["id"], list) else row["id"])

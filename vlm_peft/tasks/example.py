@@ -1,0 +1,76 @@
+"""What every task gives: an example for each row, and where the row's pictures are.
+
+Stage: first of the data's way; imports nothing of ours. Pictures are not touched here, only counted, so that they stay
+undecoded until they are needed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Example:
+    """What one row trains and tests.
+
+    Args:
+        prompt (`list[dict]`): Messages that all completions share, one `{"type": "image"}` part per picture.
+        completions (`list[str]` or `list[list[dict]]`): Answers, or the messages that follow (a question, its answer).
+        references (`list[list[str]]`): For each text that the model will be asked to generate, the accepted ones.
+        questions (`list[list[dict]]`): For each of these, the messages between prompt and answer; empty for captions.
+        details (`list[dict]`, *optional*): For each of these, what its score needs beside the references
+            (`answer_type`, `evidence_pages`, `boxes`, ...); goes into predictions.jsonl.
+    """
+
+    prompt: list[dict]
+    completions: list
+    references: list[list[str]]
+    questions: list[list[dict]] = field(default_factory=lambda: [[]])
+    details: list[dict] | None = None
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task on a data set's columns.
+
+    Args:
+        name (`str`): See [`make_task`].
+        image_columns (`list[str]`): Columns with pictures, in the order of the image parts.
+        example (`Callable[[dict], Example]`): Row without its pictures -> [`Example`]. With `group_key`, each column of
+            the row is a list with one item a member of the group.
+        group_key (`Callable[[dict], str]`, *optional*): Rows of one key have the same pictures and become one row, so
+            that they share its prefix.
+        pages (`Callable[[dict], list[int]]`, *optional*): Which of the row's pictures are used, counted from 0 over
+            all image columns; the row is the first of its group. All of them without it.
+    """
+
+    name: str
+    image_columns: list[str]
+    example: Callable[[dict], Example]
+    group_key: Callable[[dict], str] | None = None
+    pages: Callable[[dict], list[int]] | None = None
+
+
+def require_columns(columns: list[str], *needed: str) -> None:
+    """Checks that a data set has what a task reads.
+
+    Raises:
+        ValueError: Naming the missing columns and those that are there.
+    """
+    missing = [name for name in needed if name not in columns]
+    if missing:
+        raise ValueError(
+            f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(columns))}. Name "
+            "the columns with --image_column and --text_column."
+        )
+
+
+def has_text(value: object) -> bool:
+    """Whether a cell is text that is not blank."""
+    return isinstance(value, str) and bool(value.strip())
+
+
+def picture_turn(*texts: str | None, pictures: int = 1) -> list[dict]:
+    """A user's turn as the one message of a prompt: pictures first, then texts."""
+    content: list[dict] = [{"type": "image"}] * pictures
+    content += [{"type": "text", "text": text} for text in texts if text]
+    return [{"role": "user", "content": content}]

@@ -1,0 +1,55 @@
+"""How a model was asked in training, kept beside its adapter so that whoever uses it asks the same way."""
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+TASK_FILE = "task.json"
+"""Lies beside an adapter."""
+
+
+@dataclass(frozen=True)
+class TaskSettings:
+    """What the texts of a model depend on beside its weights.
+
+    Args:
+        task (`str`): See [`~vlm_peft.tasks.make_task`].
+        instruction (`str`, *optional*): What the user says beside the picture; the task's own without it.
+        max_new_tokens (`int`): Tokens of a generated text at most.
+        num_beams (`int`): 1 is greedy.
+        slide_pages (`str`): Of the task `slides`: `"evidence"` or `"all"`.
+        name_pages (`bool`): Of the task `slides`: the answers name their pages.
+    """
+
+    task: str = "caption"
+    instruction: str | None = None
+    max_new_tokens: int = 48
+    num_beams: int = 1
+    slide_pages: str = "evidence"
+    name_pages: bool = False
+
+    def to_json(self) -> str:
+        """The content of `task.json`."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def read(cls, folder: Path | str) -> "TaskSettings | None":
+        """Reads `task.json` of a model's folder; `None` where there is none.
+
+        Raises:
+            ValueError: When the file is not what it should be.
+        """
+        path = Path(folder) / TASK_FILE
+        if not path.is_file():
+            return None
+        known = {each.name: each.default for each in fields(cls)}
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            values = {name: stored[name] for name in known if name in stored}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected a JSON object with {', '.join(known)} ({error}).") from error
+        for name, value in values.items():
+            kinds = (str, type(None)) if known[name] is None else type(known[name])
+            if not isinstance(value, kinds):
+                raise ValueError(f"{path}: {name} is {value!r}, expected a value like {known[name]!r}.")
+        return cls(**values)
