@@ -18,11 +18,40 @@ from datasets.fingerprint import Hasher
 from . import processing_vision_qwen, shared_prefix
 from .pictures import Pictures, UnreadablePictureError
 from .processing_vision_qwen import VisionQwenProcessor
-from .tasks import Task
+from .tasks import Example, Task
 
 logger = logging.getLogger(__name__)
 
 LAYOUT_COLUMNS = ("input_ids", "position_ids", "branch_ids", "shift_labels", "image_ids", "row", "num_branches")
+
+
+def locate(name: str, split: str, revision: str | None = None) -> dict:
+    """What `datasets.load_dataset` must be told to find a data set.
+
+    Args:
+        name (`str`): See [`load_rows`].
+        split (`str`): As stored; checked.
+        revision (`str`, *optional*): Of a Hub repository.
+
+    Raises:
+        FileNotFoundError: When a local path does not exist.
+        ValueError: When a file is not parquet, or the split is not there; lists those that are.
+    """
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".parquet":
+            raise ValueError(f"Expected a parquet file, or a folder of parquet files or pictures, got the file {name}.")
+        return {"path": "parquet", "data_files": {split: str(path)}}
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise FileNotFoundError(f"The data set {name} is not there: expected a parquet file or a folder.")
+    if path.is_dir() and any(path.rglob("metadata.jsonl")):
+        where = {"path": "imagefolder", "data_dir": str(path)}
+    else:
+        where = {"path": str(path) if path.exists() else name}
+    splits = get_dataset_split_names(**where, revision=revision)
+    if split not in splits:
+        raise ValueError(f"The data set {name} has no split {split!r}; it has {', '.join(splits)}.")
+    return {**where, "revision": revision}
 
 
 def load_rows(
@@ -53,22 +82,7 @@ def load_rows(
         ValueError: When a file is not parquet, or the split is not there (lists those that are) or is empty.
     """
     stored = stored_split or split
-    path = Path(name).expanduser()
-    name = str(path) if path.exists() else name
-    if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"Expected a parquet file, or a folder of parquet files or pictures, got the file {name}.")
-        rows = load_dataset("parquet", data_files={stored: str(path)}, split=stored)
-    elif not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"The data set {name} is not there: expected a parquet file or a folder.")
-    else:
-        kind, arguments = name, {}
-        if path.is_dir() and any(path.rglob("metadata.jsonl")):
-            kind, arguments = "imagefolder", {"data_dir": name}
-        splits = get_dataset_split_names(kind, revision=revision, **arguments)
-        if stored not in splits:
-            raise ValueError(f"The data set {name} has no split {stored!r}; it has {', '.join(splits)}.")
-        rows = load_dataset(kind, split=stored, revision=revision, **arguments)
+    rows = load_dataset(**locate(name, stored, revision), split=stored)
     if "id" not in rows.column_names:
         # Before rows are selected: adding a column to a selection copies all its pictures to a new file.
         rows = rows.add_column("id", [str(index) for index in range(len(rows))])
@@ -150,6 +164,7 @@ def encode_rows(
     unreadable: dict[int, str] | None = None,
     on_bad_row: str = "stop",
     num_proc: int | None = None,
+    first_image: int = 0,
 ) -> EncodedRows:
     """Lays every row out, in sequences of `max_length` tokens at most.
 
@@ -166,6 +181,7 @@ def encode_rows(
         on_bad_row (`str`, *optional*, defaults to `"stop"`): `"stop"` raises at rows that cannot be used, `"skip"`
             leaves them out and counts them.
         num_proc (`int`, *optional*): Processes.
+        first_image (`int`, *optional*, defaults to 0): Number of the first picture, in a mixture of data sets.
 
     Returns:
         [`EncodedRows`].
@@ -189,6 +205,7 @@ def encode_rows(
             "vocabulary": vocabulary,
             "max_length": max_length,
             "pictures": len(pictures),
+            "first_image": first_image,
         }
     )
 
@@ -196,9 +213,9 @@ def encode_rows(
         encoded: dict[str, list] = {name: [] for name in (*LAYOUT_COLUMNS, "problem")}
         for position, index in enumerate(indices):
             row = {name: batch[name][position] for name in columns}
-            image_ids = list(pictures.of_row(index))
+            image_ids = [first_image + image for image in pictures.of_row(index)]
             try:
-                layouts = _lay_out_row(task.example(row), processor, image_ids, max_length)
+                layouts = lay_out_row(task.example(row), processor, image_ids, max_length)
             except ValueError as error:
                 layouts = [{name: [] for name in LAYOUT_COLUMNS} | {"num_branches": 0, "problem": str(error)}]
             for layout in layouts:
@@ -243,8 +260,20 @@ def encode_rows(
     return EncodedRows(dataset.remove_columns("problem"), dropped)
 
 
-def _lay_out_row(example, processor: VisionQwenProcessor, image_ids: list[int], max_length: int | None) -> list[dict]:
-    """One or, when the completions do not fit into one sequence, several layouts of a row."""
+def lay_out_row(
+    example: Example, processor: VisionQwenProcessor, image_ids: list, max_length: int | None
+) -> list[dict]:
+    """One or, when the completions do not fit into one sequence, several layouts of a row.
+
+    Args:
+        example ([`~vlm_peft.tasks.Example`]): Of a task.
+        processor ([`VisionQwenProcessor`]): Tokenizes.
+        image_ids (`list`): What the collator fetches the row's pictures by.
+        max_length (`int`, *optional*): Tokens of a sequence.
+
+    Raises:
+        ValueError: When the prompt has another number of pictures, or the pictures and one completion do not fit.
+    """
     parts = [
         part for message in example.prompt if not isinstance(message["content"], str) for part in message["content"]
     ]

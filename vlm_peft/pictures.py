@@ -163,13 +163,17 @@ class Pictures:
         """Indices of the pictures of row number `row`."""
         return range(self._ends[row - 1] if row else 0, self._ends[row])
 
+    def row_of(self, index: int) -> int:
+        """Number of the row that picture `index` belongs to."""
+        return bisect_right(self._ends, index)
+
     def raw(self, index: int):
         """Picture `index` as stored (bytes and path, undecoded).
 
         Raises:
             UnreadablePictureError: When the row has no such picture.
         """
-        row = bisect_right(self._ends, index)
+        row = self.row_of(index)
         return self._of_row(row)[index - self.of_row(row).start]
 
     def open(self, index: int) -> PILImage.Image:
@@ -182,13 +186,22 @@ class Pictures:
         Raises:
             UnreadablePictureError: When there is no file to take them from.
         """
-        source = _as_file(self.raw(index))
-        if isinstance(source, io.BytesIO):
-            return source.getvalue()
-        try:
-            return Path(source).read_bytes()
-        except (OSError, ValueError) as error:
-            raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
+        return encoded_bytes(self.raw(index))
+
+
+def encoded_bytes(value) -> bytes:
+    """The encoded bytes of a picture as stored, see [`open_picture`].
+
+    Raises:
+        UnreadablePictureError: When there is no file to take them from.
+    """
+    source = _as_file(value)
+    if isinstance(source, io.BytesIO):
+        return source.getvalue()
+    try:
+        return Path(source).read_bytes()
+    except (OSError, ValueError) as error:
+        raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
 
 
 def _count_cells(cells: pa.Array) -> np.ndarray:

@@ -1,0 +1,149 @@
+"""Streaming: rows of a data set that is larger than the disk, encoded one after the other as they arrive.
+
+Stage: data set -> stream of laid-out rows for the collator. Nothing is known in advance: neither the number of rows,
+so that `max_steps` is needed, nor which pictures cannot be read. Features are not kept; each picture is encoded when it
+comes.
+"""
+
+from collections.abc import Iterator
+from itertools import groupby
+
+import torch
+from datasets import IterableDataset, load_dataset
+
+from .arguments import DataArguments
+from .data import lay_out_row, locate
+from .leakage import picture_hash
+from .pictures import UnreadablePictureError, encoded_bytes, open_picture
+from .processing_vision_qwen import VisionQwenProcessor
+from .tasks import Task
+
+SHUFFLE_ROWS = 1000
+"""Rows that wait, encoded as they are stored, from which the next one is drawn."""
+
+
+def load_stream(data: DataArguments, split: str, *, limit: int | None = None) -> IterableDataset:
+    """Opens a split without reading it.
+
+    Args:
+        data ([`~vlm_peft.arguments.DataArguments`]): Data set and columns.
+        split (`str`): Which part.
+        limit (`int`, *optional*): First so many rows only.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`~vlm_peft.data.load_rows`], except that an empty split is not noticed.
+    """
+    assert data.dataset_name is not None
+    stored = data.stored_split or split
+    where = locate(data.dataset_name, stored, data.dataset_revision)
+    rows = load_dataset(**where, split=stored, streaming=True)
+    column = data.split_column
+    if column is not None:
+        if column not in rows.column_names:
+            raise ValueError(
+                f"The data set {data.dataset_name} has no column {column!r}; it has "
+                f"{', '.join(sorted(rows.column_names))}."
+            )
+        rows = rows.filter(lambda value: value == split, input_columns=[column])
+    return rows if limit is None else rows.take(limit)
+
+
+def stream_rows(
+    rows: IterableDataset,
+    task: Task,
+    processor: VisionQwenProcessor,
+    *,
+    max_length: int | None,
+    on_bad_row: str = "stop",
+    held_out_hashes: frozenset[str] = frozenset(),
+    seed: int = 0,
+) -> IterableDataset:
+    """Lays rows out as they come, shuffled within [`SHUFFLE_ROWS`]; the order depends on `seed` alone.
+
+    Rows of one group (a picture's questions) share a prefix when they follow each other in the data set; then the
+    groups are shuffled instead of the rows.
+
+    Args:
+        rows (`IterableDataset`): Of [`load_stream`].
+        task ([`~vlm_peft.tasks.Task`]): Row -> example.
+        processor ([`VisionQwenProcessor`]): Tokenizes, and makes `pixel_values`.
+        max_length (`int`, *optional*): Tokens of a sequence.
+        on_bad_row (`str`, *optional*, defaults to `"stop"`): `"skip"` leaves rows out that cannot be used.
+        held_out_hashes (`frozenset[str]`, *optional*): Of [`~vlm_peft.leakage.picture_hashes`]; a training picture
+            among them ends the run.
+        seed (`int`, *optional*, defaults to 0): Of the shuffling.
+
+    Returns:
+        `IterableDataset`: Rows as of [`~vlm_peft.data.encode_rows`], with `pixel_values` `(3, H, W)` in `image_ids`;
+            see [`stack_pixels`].
+
+    Raises:
+        ValueError: While it is read: for a row that cannot be used, or a held-out picture.
+    """
+    if rows.features is not None:
+        rows = rows.decode(False)
+    groups = IterableDataset.from_generator(_groups, gen_kwargs={"rows": rows, "task": task})
+
+    def encode(groups: IterableDataset) -> Iterator[dict]:
+        for number, group in enumerate(groups):
+            row_id = str(group["texts"].get("id", number))
+            try:
+                pictures = [_checked(value, row_id, held_out_hashes) for value in group["pictures"]]
+                example = task.example(group["texts"])
+                images = (
+                    list(processor.image_processor(pictures, return_tensors="pt")["pixel_values"]) if pictures else []
+                )
+                layouts = lay_out_row(example, processor, images, max_length)
+            except LeakedPictureError:
+                raise
+            except ValueError as error:
+                if on_bad_row == "stop":
+                    raise ValueError(
+                        f"Row {row_id} of the stream cannot be used; repair it, or leave such rows out with "
+                        f"--on_bad_row skip: {error}"
+                    ) from error
+                continue
+            for layout in layouts:
+                yield layout | {"row": number}
+
+    shuffled = groups.shuffle(seed=seed, buffer_size=SHUFFLE_ROWS)
+    return IterableDataset.from_generator(encode, gen_kwargs={"groups": shuffled})
+
+
+class LeakedPictureError(ValueError):
+    """A training picture that will be scored."""
+
+
+def stack_pixels(images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """`fetch_images` of a stream: its rows carry `pixel_values` `(3, H, W)` in the place of picture numbers."""
+    return {"pixel_values": torch.stack(images)}
+
+
+def _groups(rows: IterableDataset, task: Task) -> Iterator[dict]:
+    """Rows as texts and pictures; neighbours with one key are one."""
+    key = task.group_key if task.group_key is not None else lambda _: object()
+    for _, members in groupby(rows, key=key):
+        group = list(members)
+        texts = [{name: value for name, value in row.items() if name not in task.image_columns} for row in group]
+        joined = texts[0] if task.group_key is None else {name: [row[name] for row in texts] for name in texts[0]}
+        cells: list = []
+        for column in task.image_columns:
+            value = group[0][column]
+            cells += value if isinstance(value, list) else [value]
+        chosen = [cells[place] for place in task.pages(joined)] if task.pages is not None else cells
+        yield {"texts": joined, "pictures": [cell for cell in chosen if cell is not None]}
+
+
+def _checked(value, row_id: str, held_out_hashes: frozenset[str]):
+    """A picture, decoded; refuses one of the held-out pictures."""
+    if held_out_hashes:
+        try:
+            leaked = picture_hash(encoded_bytes(value)) in held_out_hashes
+        except UnreadablePictureError:
+            leaked = False
+        if leaked:
+            raise LeakedPictureError(
+                f"The picture of row {row_id} of the stream is also in an evaluation split. Scores would be too good. "
+                "Take it out, or say --allow_overlap true."
+            )
+    return open_picture(value)
