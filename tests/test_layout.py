@@ -20,7 +20,7 @@ LEVELS = [
 
 # Called at run time only: `VisionQwen` is the public door to both.
 LATE = {("modeling_vision_qwen", "adapters"), ("modeling_vision_qwen", "joining")}
-THIRD_PARTIES = {"trl": {"trainer"}, "peft": {"adapters", "generation"}, "bitsandbytes": {"adapters"}}
+THIRD_PARTIES = {"trl": {"trainer"}, "peft": {"adapters", "generation", "trainer"}, "bitsandbytes": {"adapters"}}
 
 
 def parse(module: str) -> ast.Module:

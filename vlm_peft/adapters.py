@@ -6,14 +6,18 @@ It holds no base weights and nothing that would have to be unpickled.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -22,40 +26,57 @@ from .modeling_vision_qwen import VisionQwen
 
 PROJECTOR = "multi_modal_projector"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+_LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
 
 
-def lora_config(model: VisionQwen, *, target_modules: str | list[str] | None = None, **arguments) -> LoraConfig:
+def lora_config(
+    model: VisionQwen, *, target_modules: str | list[str] | None = None, lora_vision: bool = False, **arguments
+) -> LoraConfig:
     """LoRA on the decoder's linear layers, and the projector trained in full.
 
     Args:
         model ([`VisionQwen`]): What will be adapted.
-        target_modules (`str` or `list[str]`, *optional*): Names of the decoder's layers (`["q_proj", "v_proj"]`), or a
-            regular expression over full names. All linear layers of the decoder by default and for `"all-linear"`;
-            plain names would also hit the encoder, so they are anchored to the decoder here.
-        **arguments: Further fields of `peft.LoraConfig` (`r`, `lora_alpha`, `use_dora`, ...).
+        target_modules (`str` or `list[str]`, *optional*): Names of layers (`["q_proj", "v_proj"]`), or a regular
+            expression over full names. All linear layers by default and for `"all-linear"`. Plain names would also hit
+            the encoder, so they are anchored here.
+        lora_vision (`bool`, *optional*, defaults to `False`): Also adapts the encoder's layers of these names.
+        **arguments: Further fields of `peft.LoraConfig` (`r`, `lora_alpha`, `use_dora`, `init_lora_weights`, ...).
 
     Returns:
         `peft.LoraConfig`: With the projector in `modules_to_save`.
 
     Raises:
-        ValueError: When the targets include the head, or hit no layer of the decoder.
+        ValueError: When the targets include the head, hit no layer of a part, or the decoder is quantized and PiSSA
+            needs its weights.
     """
-    if target_modules in (None, "all-linear", ["all-linear"]):
-        names = {
-            name.rpartition(".")[2] for name, module in model.model.language_model.named_modules() if _is_linear(module)
-        }
-        target_modules = sorted(names)
-    if isinstance(target_modules, list):
-        if "lm_head" in target_modules:
+    if not isinstance(target_modules, str) or target_modules == "all-linear":
+        names = None if target_modules in (None, "all-linear", ["all-linear"]) else list(target_modules)
+        if names is not None and "lm_head" in names:
             raise ValueError("LoRA on lm_head is not supported: the loss reads the head's weight directly.")
-        target_modules = rf"model\.language_model\..*\.({'|'.join(map(re.escape, target_modules))})"
-    hit = [name for name, _ in model.named_modules() if re.fullmatch(target_modules, name)]
-    if not hit:
+        # Only the encoder's numbered layers: its pooling head has no part in the hidden states.
+        parts = {r"model\.language_model\..*": True, r"model\.vision_tower\..*\.\d+\..*": lora_vision}
+        target_modules = "|".join(_targets(model, part, names) for part, is_asked in parts.items() if is_asked)
+    elif not any(re.fullmatch(target_modules, name) for name, _ in model.named_modules()):
         raise ValueError(f"target_modules hit no layer of the model: {target_modules}.")
+    if is_pissa(arguments.get("init_lora_weights")) and getattr(model, "quantization_method", None) is not None:
+        raise ValueError(
+            "PiSSA starts from the singular vectors of full-precision weights: leave quantization out, or start LoRA "
+            "at zero (init_lora_weights=True)."
+        )
     modules_to_save = list(dict.fromkeys([PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]))
     return LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, modules_to_save=modules_to_save, **arguments
     )
+
+
+def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:
+    """A regular expression over the linear layers of one part; over all of them without names."""
+    linear = [name for name, module in model.named_modules() if _is_linear(module) and re.fullmatch(part, name)]
+    names = names or sorted({name.rpartition(".")[2] for name in linear})
+    target = rf"{part}\.({'|'.join(map(re.escape, names))})"
+    if not any(re.fullmatch(target, name) for name in linear):
+        raise ValueError(f"target_modules hit no layer of the model: {target}.")
+    return target
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -69,9 +90,10 @@ class TrainableRow:
 
     Args:
         module (`str`): `vision_tower`, `multi_modal_projector`, `language_model` or `lm_head`.
-        parameters (`int`): Weights in the module, adapters included; a copy that peft trains counts once.
+        parameters (`int`): Weights in the module, adapters included; a copy that peft trains counts once, and packed
+            weights as many as they stand for.
         trainable (`int`): Of these, trained.
-        dtypes (`str`): Storage dtypes of its weights.
+        dtypes (`str`): Storage dtypes of its weights, of packed ones with their format: `nf4 (uint8)`.
     """
 
     module: str
@@ -89,11 +111,12 @@ def trainable_table(model: nn.Module) -> list[TrainableRow]:
         module = next((part for part in counts if f".{part}." in f".{name}."), None)
         if module is None:
             raise ValueError(f"The parameter {name} belongs to none of {', '.join(counts)}.")
-        size = getattr(parameter, "quant_state", None)
-        numel = size.shape.numel() if size is not None else parameter.numel()
+        packed = getattr(parameter, "quant_state", None)
+        numel = packed.shape.numel() if packed is not None else parameter.numel()
+        dtype = str(parameter.dtype).removeprefix("torch.")
         counts[module][0] += numel
         counts[module][1] += numel if parameter.requires_grad else 0
-        counts[module][2].add(str(parameter.dtype).removeprefix("torch."))
+        counts[module][2].add(f"{packed.quant_type} ({dtype})" if packed is not None else dtype)
     return [
         TrainableRow(module, parameters, trainable, ", ".join(sorted(dtypes)))
         for module, (parameters, trainable, dtypes) in counts.items()
@@ -128,6 +151,74 @@ def check_trainable(rows: list[TrainableRow], *, vision_tower_trains: bool = Fal
             "The projector has no trainable parameters: the decoder would train without ever seeing a picture. Put "
             f"{PROJECTOR!r} into modules_to_save."
         )
+
+
+def is_pissa(init_lora_weights: Any) -> bool:
+    """Whether LoRA starts from principal singular vectors (PiSSA, arXiv 2404.02948), which it takes out of the base."""
+    return str(init_lora_weights).startswith("pissa")
+
+
+def lora_state(model: PeftModel) -> dict[str, torch.Tensor]:
+    """A copy of the LoRA matrices under the names that they have in an adapter file."""
+    state = get_peft_model_state_dict(model)
+    return {name: value.detach().cpu().clone() for name, value in state.items() if _LORA_MATRIX.search(name)}
+
+
+def save_pissa_as_lora(folder: str | Path, start: dict[str, torch.Tensor]) -> None:
+    """Rewrites a saved PiSSA adapter as LoRA of twice the rank on the unchanged base.
+
+    What was learnt is BA - B_0 A_0 = [B, -B_0] [A; A_0], where B_0 A_0 was taken out of the base. The same as peft's
+    `path_initial_model_for_weight_conversion`, which loses `modules_to_save`.
+
+    Args:
+        folder (`str` or `Path`): What `PeftModel.save_pretrained` wrote.
+        start (`dict[str, torch.Tensor]`): [`lora_state`] before training.
+    """
+    folder = Path(folder)
+    state = load_file(folder / "adapter_model.safetensors")
+    for name, value in start.items():
+        is_a = ".lora_A." in name
+        state[name] = torch.cat([state[name], value if is_a else -value], dim=0 if is_a else 1).contiguous()
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # The scale alpha / r, or alpha / sqrt(r), stays what it was.
+    config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
+    config["r"] *= 2
+    config["init_lora_weights"] = True
+    save_file(state, folder / "adapter_model.safetensors.tmp", metadata={"format": "pt"})
+    (folder / "adapter_config.json.tmp").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (folder / f"{name}.tmp").rename(folder / name)
+
+
+def load_pissa_from_lora(
+    model: PeftModel, folder: str | Path, start: dict[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Goes on with PiSSA from a folder of [`save_pissa_as_lora`].
+
+    Args:
+        model (`PeftModel`): With PiSSA as it starts.
+        folder (`str` or `Path`): The saved adapter.
+        start (`dict[str, torch.Tensor]`): Where LoRA of this model starts from.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Where the saved run started from; another machine, and the randomized
+        decomposition, find other singular vectors, and the base is then left without those of the saved run.
+    """
+    state = load_file(Path(folder) / "adapter_model.safetensors")
+    saved_start = {}
+    for name in start:
+        is_a = ".lora_A." in name
+        state[name], half = (part.contiguous() for part in state[name].chunk(2, dim=0 if is_a else 1))
+        saved_start[name] = half if is_a else -half
+    if not all(torch.equal(value, saved_start[name]) for name, value in start.items()):
+        for sign, values in ((1, start), (-1, saved_start)):
+            set_peft_model_state_dict(model, values)
+            for layer in model.modules():
+                if isinstance(layer, Linear):
+                    base: Any = layer.get_base_layer()
+                    base.weight.data += sign * layer.get_delta_weight(model.active_adapter)
+    set_peft_model_state_dict(model, state)
+    return saved_start
 
 
 def save_composite_config(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:

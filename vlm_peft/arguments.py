@@ -4,7 +4,7 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 """
 
 import difflib
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from .tasks import TASKS
@@ -31,16 +31,33 @@ class DataArguments:
         metadata={"help": "Of a deck: the pages that an answer needs, or all.", "choices": ["evidence", "all"]},
     )
     name_pages: bool = field(default=False, metadata={"help": "Answers about a deck name their pages, too."})
+    train_split: str = field(default="train", metadata={"help": "Rows to train on."})
+    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
+    train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
+    eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
+    blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})
+    weight: float | None = field(
+        default=None, metadata={"help": "In a mixture: how often rows are drawn, relative to the other entries'."}
+    )
 
 
 @dataclass
 class VisionArguments(DataArguments):
     """What TRL's own arguments do not cover: the data, the encoder, the projector and the evaluation."""
 
-    train_split: str = field(default="train", metadata={"help": "Rows to train on."})
-    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
-    train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
-    eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
+    mixture: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "In the YAML file: a list of data sets to train on together, each with options of its own from "
+            "dataset_name to weight; what an entry leaves out is taken from the top level."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training rows as they come, without a copy on disk; needs --max_steps."}
+    )
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "Train even though training pictures are among those that are scored."}
+    )
     on_bad_row: str = field(
         default="stop", metadata={"help": "Rows with unreadable pictures or empty texts.", "choices": ["stop", "skip"]}
     )
@@ -55,6 +72,18 @@ class VisionArguments(DataArguments):
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
     )
+    lora_vision: bool = field(
+        default=False, metadata={"help": "LoRA on the encoder, too; its features are then not cached."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of LoRA on the encoder; --learning_rate by default."}
+    )
+    init_lora_weights: str | None = field(
+        default=None, metadata={"help": "Where LoRA starts: pissa, pissa_niter_4, ...; at zero by default."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: how many times the learning rate of A that of B is, 16 for example."}
+    )
     pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
     feature_cache: bool = field(
         default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
@@ -64,17 +93,44 @@ class VisionArguments(DataArguments):
         default="float16", metadata={"help": "Stored precision of features.", "choices": ["float16", "float32"]}
     )
     pack_rows: bool = field(default=False, metadata={"help": "Put several rows into a sequence of max_length tokens."})
+    eval_samples: int = field(
+        default=0,
+        metadata={
+            "help": "At every evaluation during training, also answer so many questions of each data set's first "
+            "held-out split and log the scores, as eval_CIDEr, eval_vqa_accuracy, ..."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+    )
     score_before: bool = field(default=False, metadata={"help": "Score the held-out splits before training, too."})
-    blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})
     generation_batch_size: int = field(default=64, metadata={"help": "Prompts at a time in the evaluation."})
     max_new_tokens: int = field(default=48, metadata={"help": "Tokens of a generated text at most."})
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     meteor: bool = field(default=False, metadata={"help": "Also score METEOR (needs Java, 6 s a split)."})
 
 
-def data_arguments(arguments: DataArguments) -> DataArguments:
-    """The part of a run's options that says where its rows come from."""
-    return DataArguments(**{each.name: getattr(arguments, each.name) for each in fields(DataArguments)})
+def data_sources(arguments: VisionArguments) -> list[DataArguments]:
+    """The data sets of a run: the entries of `mixture`, or the one that the options name.
+
+    Raises:
+        ValueError: When an entry has an unknown option, or a value of another kind.
+    """
+    names = [each.name for each in fields(DataArguments)]
+    common = DataArguments(**{name: getattr(arguments, name) for name in names})
+    if arguments.mixture is None:
+        return [common]
+    sources = []
+    for number, entry in enumerate(arguments.mixture, 1):
+        if not isinstance(entry, dict) or not entry:
+            raise ValueError(f"Entry {number} of the mixture: expected options such as dataset_name, got {entry!r}.")
+        unknown = [name for name in entry if name not in names]
+        if unknown:
+            raise ValueError(f"Entry {number} of the mixture: unknown option {_with_hints(unknown, names)}.")
+        sources.append(replace(common, **entry))
+    if not sources:
+        raise ValueError("The mixture is empty: expected at least one data set.")
+    return sources
 
 
 def parse_arguments(arguments: list[str], *, program: str = "sft.py", description: str | None = None):
@@ -103,19 +159,30 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
     if unknown:
         known = sorted({each.name for kind in types for each in fields(kind)})
         keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
-        hints = []
-        for key in keys:
-            near = difflib.get_close_matches(key, known, n=1)
-            hints.append(f"{key!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
-        raise SystemExit(f"{program}: unknown option: {', '.join(hints)}.")
+        raise SystemExit(f"{program}: unknown option: {_with_hints(keys, known)}.")
     vision_args, training_args, model_args = parsed
+    try:
+        sources = data_sources(vision_args)
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    if vision_args.streaming and training_args.max_steps <= 0:
+        raise SystemExit(f"{program}: --streaming: the length of a stream is not known, so --max_steps is needed.")
     if not model_args.use_peft:
         raise SystemExit(f"{program}: --use_peft true is missing: this recipe trains LoRA and the projector.")
     for name, value in (
-        ("dataset_name", vision_args.dataset_name),
+        ("dataset_name", next((None for source in sources if source.dataset_name is None), "given")),
         ("vision_model", vision_args.vision_model),
         ("model_name_or_path", model_args.model_name_or_path),
     ):
         if value is None:
             raise SystemExit(f"{program}: --{name} is missing; give it on the command line or in the --config file.")
     return vision_args, training_args, model_args
+
+
+def _with_hints(names: list[str], known: list[str]) -> str:
+    """Unknown names, each with the nearest known one."""
+    hints = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1)
+        hints.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ", ".join(hints)

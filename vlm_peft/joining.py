@@ -7,17 +7,25 @@ Stage: two Hub ids or folders -> model; called by `VisionQwen.from_vision_text_p
 # mypy: disable-error-code="union-attr, arg-type"
 
 import copy
+import logging
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
+from safetensors import safe_open
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.utils import logging
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_vision_qwen import VisionQwenConfig
 from .modeling_vision_qwen import VisionQwen
 from .projector import VisionQwenProjector
+
+_SAMPLE = 64  # values of each tensor in a fingerprint
 
 
 def join_pretrained(
@@ -42,7 +50,8 @@ def join_pretrained(
             decoder from scratch.
         vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository.
         text_config (`PreTrainedConfig`, *optional*): Configuration of a decoder to be drawn at random.
-        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of all weights.
+        dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of both parts; the projector, which
+            trains, is always in float32.
         attn_implementation (`str`, *optional*): `"sdpa"`, `"flex_attention"`, ... for the decoder.
         quantization_config (`BitsAndBytesConfig`, *optional*): Quantizes the decoder only, never its head, the
             encoder or the projector.
@@ -83,24 +92,54 @@ def join_pretrained(
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
             device_map=device_map,
+            use_safetensors=True,
         )
+        full_config.text_fingerprint = _text_fingerprint(decoder, text, text_revision)
+    _settle_quantized(decoder)
     full_config.vision_fingerprint = fingerprint(tower)
-    # A quantized decoder's weights cannot be compared with those that it was made from.
-    is_comparable = text is not None and quantization_config is None
-    full_config.text_fingerprint = fingerprint(decoder.base_model) if is_comparable else None
-    return _join(full_config, tower, decoder, dtype)
+    return _join(full_config, tower, decoder)
 
 
-def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel, dtype: torch.dtype) -> VisionQwen:
+def _settle_quantized(decoder: PreTrainedModel) -> None:
+    """Keeps 4-bit weights as they were loaded, and bitsandbytes quiet about its 8-bit products.
+
+    On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights at the first pass without gradients: their scales are
+    rounded for good, and a training step that follows gets no gradient.
+
+    Raises:
+        ValueError: On a CPU, for widths whose 4-bit weights bitsandbytes restores wrongly there.
+    """
+    for name, module in decoder.named_modules():
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False
+        blocksize = module.weight.quant_state.blocksize
+        if module.weight.device.type == "cpu" and module.in_features % blocksize:
+            raise ValueError(
+                f"On a CPU, bitsandbytes restores 4-bit weights wrongly unless the inputs of a layer are a multiple of "
+                f"{blocksize}: {name} has {module.in_features}. Load in 8 bits, or not quantized."
+            )
+    if getattr(decoder, "is_loaded_in_8bit", False):
+        # It says for each layer of each step that inputs are cast to float16, as LLM.int8 is defined.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+
+
+def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel) -> VisionQwen:
     """Builds the shell without weights and puts the loaded parts and a fresh projector in."""
     head = decoder.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"Decoders whose head has a bias are not supported: {config.text_config.model_type}.")
+    if not head.weight.is_floating_point():
+        raise ValueError(
+            "The decoder's head is quantized, and the loss reads its weight directly: add 'lm_head' to "
+            "llm_int8_skip_modules of the quantization_config."
+        )
     with torch.device("meta"):
         model = VisionQwen(config)
     model.config.text_config = decoder.config
     model.config.name_or_path = config.text_name_or_path or ""
-    projector = VisionQwenProjector(config).to(device=decoder.device, dtype=dtype)
+    # It trains, so it stays in float32 whatever the bases are in.
+    projector = VisionQwenProjector(config).to(decoder.device)
     for name, parameter in projector.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -123,9 +162,9 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
     Raises:
         ValueError: When the checkpoint lacks weights that the features need.
     """
-    verbosity = logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     # The report of unused weights would list the text half and the upper layers on every load.
-    logging.set_verbosity_error()
+    transformers_logging.set_verbosity_error()
     try:
         tower, info = AutoModel.from_pretrained(
             config.vision_name_or_path,
@@ -133,10 +172,11 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
             revision=config.vision_revision,
             dtype=dtype,
             device_map=device_map,
+            use_safetensors=True,
             output_loading_info=True,
         )
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))
     if missing:
         raise ValueError(
@@ -146,22 +186,54 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
     return tower
 
 
-def fingerprint(module: nn.Module) -> str:
+def _text_fingerprint(decoder: PreTrainedModel, name: str | Path, revision: str | None) -> str | None:
+    """The trunk's fingerprint; quantized weights are looked up in the checkpoint, as they were before.
+
+    Returns:
+        `str`, or `None` when the checkpoint spells the names of the quantized weights in another way.
+    """
+    trunk = decoder.base_model
+    quantized = [name for name, parameter in trunk.named_parameters() if not parameter.is_floating_point()]
+    if not quantized:
+        return fingerprint(trunk)
+    single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    if single is not None:
+        files = [single]
+    else:
+        index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, revision=revision)
+        files, _ = get_checkpoint_shard_files(name, index, revision=revision)
+    names = {f"{prefix}{name}": name for name in quantized for prefix in ("", f"{decoder.base_model_prefix}.")}
+    stored = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            for key in names.keys() & set(tensors.keys()):
+                stored[names[key]] = tensors.get_slice(key)
+    return fingerprint(trunk, stored) if len(stored) == len(quantized) else None
+
+
+def fingerprint(module: nn.Module, stored: dict[str, Any] | None = None) -> str:
     """Hash that tells one base from another: names, shapes and a sample of each unquantized tensor.
 
     Values enter rounded to bfloat16, so that a base loaded in another dtype is recognised.
 
     Args:
         module (`nn.Module`): A vision tower or a decoder's trunk.
+        stored (`dict[str, PySafeSlice]`, *optional*): What the checkpoint holds in place of quantized parameters.
 
     Returns:
         `str`: 32 hexadecimal digits.
     """
+    samples = {
+        name: (tuple(parameter.shape), parameter.detach().flatten()[:_SAMPLE])
+        for name, parameter in module.named_parameters()
+        if parameter.is_floating_point()
+    }
+    for name, tensor in (stored or {}).items():
+        shape = tuple(tensor.get_shape())
+        rows = math.ceil(_SAMPLE / math.prod(shape[1:]))
+        samples[name] = (shape, tensor[:rows].flatten()[:_SAMPLE])
     digest = xxhash.xxh3_128()
-    for name, parameter in sorted(module.named_parameters()):
-        if not parameter.is_floating_point():
-            continue
-        sample = parameter.detach().flatten()[:64].cpu().to(torch.bfloat16)
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+    for name, (shape, sample) in sorted(samples.items()):
+        digest.update(f"{name} {shape}".encode())
+        digest.update(sample.cpu().to(torch.bfloat16).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

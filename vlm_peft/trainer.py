@@ -9,18 +9,29 @@ import functools
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback, TrainerControl, TrainerState
+from peft import PeftModel
+from peft.optimizers import create_loraplus_optimizer
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+)
 from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .adapters import PROJECTOR, save_composite_config
+from .adapters import PROJECTOR, is_pissa, load_pissa_from_lora, lora_state, save_composite_config, save_pissa_as_lora
 from .configuration_vision_qwen import IGNORE_INDEX
 from .head import FrozenHeadLogProbs
 from .modeling_vision_qwen import VisionQwen
@@ -35,20 +46,37 @@ class VisionSFTTrainer(SFTTrainer):
     Args:
         *args, **kwargs: Of `SFTTrainer`.
         extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
-        projector_learning_rate (`float`, *optional*): Per optimizer step, for the projector; `args.learning_rate` by
-            default. Both follow the same schedule.
+        projector_learning_rate, vision_learning_rate (`float`, *optional*): Per optimizer step, for the projector and
+            for LoRA on the encoder; `args.learning_rate` by default. All follow the same schedule.
+        loraplus_lr_ratio (`float`, *optional*): LoRA+ (arXiv 2402.12354): how many times the rate of A that of B is.
+        score (`Callable[[model], dict[str, float]]`, *optional*): Called on all processes at every evaluation with the
+            model; what it returns is logged as `eval_<name>` and may be the `metric_for_best_model`.
     """
 
     def __init__(
         self,
+        model: PreTrainedModel | PeftModel,
         *args,
         extra_files: dict[str, str] | None = None,
         projector_learning_rate: float | None = None,
+        vision_learning_rate: float | None = None,
+        loraplus_lr_ratio: float | None = None,
+        score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs,
     ):
-        self._projector_learning_rate = projector_learning_rate
-        super().__init__(*args, **kwargs)
+        self._score = score
+        self._learning_rates = {PROJECTOR: projector_learning_rate, "vision_tower": vision_learning_rate}
+        self._loraplus_lr_ratio = loraplus_lr_ratio
+        given = {id(parameter): parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        super().__init__(model, *args, **kwargs)
         assert self.model is not None
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                # Beside a quantized decoder TRL rounds them to bfloat16, where small updates are lost.
+                parameter.data = given.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
+        adapted: Any = self.model
+        starts_as = adapted.active_peft_config.init_lora_weights
+        self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
         if self.args.device.type == "cpu":
             use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
@@ -59,23 +87,63 @@ class VisionSFTTrainer(SFTTrainer):
                 self.add_callback(ours)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
-        """As the trainer's; with `projector_learning_rate`, the projector's parameters are groups of their own."""
-        is_new = self.optimizer is None
+        """As the trainer's, or peft's for LoRA+; parts with a learning rate of their own are groups of their own."""
+        trained: Any = model if model is not None else self.model
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        rates = {part: rate for part, rate in self._learning_rates.items() if rate is not None}
+        if self._loraplus_lr_ratio is not None:
+            optimizer_cls, arguments = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            arguments |= {"loraplus_lr_ratio": self._loraplus_lr_ratio, "loraplus_weight_decay": self.args.weight_decay}
+            self.optimizer = create_loraplus_optimizer(trained, optimizer_cls, **arguments)
+            # It would take the projector's biases for B.
+            rates.setdefault(PROJECTOR, self.args.learning_rate)
         optimizer = super().create_optimizer(model)
-        if is_new and self._projector_learning_rate is not None:
-            trained = model if model is not None else self.model
-            assert trained is not None
-            projector = {id(parameter) for name, parameter in trained.named_parameters() if PROJECTOR in name}
+        for part, rate in rates.items():
+            chosen = {id(parameter) for name, parameter in trained.named_parameters() if part in name}
             for group in list(optimizer.param_groups):
-                own = [parameter for parameter in group["params"] if id(parameter) in projector]
+                own = [parameter for parameter in group["params"] if id(parameter) in chosen]
                 if own:
-                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in projector]
-                    optimizer.add_param_group({**group, "params": own, "lr": self._projector_learning_rate})
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+                    ratio = 1.0 if part == PROJECTOR else group["lr"] / self.args.learning_rate
+                    optimizer.add_param_group({**group, "params": own, "lr": rate * ratio})
         return optimizer
+
+    def evaluation_loop(
+        self,
+        dataloader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """As the trainer's; the scores are among its metrics, where callbacks and `metric_for_best_model` look."""
+        output = super().evaluation_loop(
+            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+        )
+        if self._score is not None:
+            scores = self._score(self.accelerator.unwrap_model(self.model))
+            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        return output
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        adapted: Any = self.model
+        if self._pissa_start is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
+
+    def _load_best_model(self) -> None:
+        if self._pissa_start is None:
+            super()._load_best_model()
+        else:
+            self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
+        if self._pissa_start is not None:
+            save_pissa_as_lora(folder, self._pissa_start)
         save_composite_config(self.accelerator.unwrap_model(self.model), folder)
         for name, text in self._extra_files.items():
             temporary = folder / f"{name}.tmp"
@@ -125,6 +193,10 @@ def use_frozen_head(model: VisionQwen) -> None:
     model.forward = forward
 
 
+# What the trainer and TRL log at an evaluation beside the loss and our scores.
+_NOT_SHOWN = ("_runtime", "_per_second", "_num_tokens", "_entropy", "_time", "_mean_token_accuracy")
+
+
 def log_line(logs: dict[str, Any], state: TrainerState) -> str:
     """One log entry as a line to read; all its numbers are in the trainer's log history and in `--report_to`.
 
@@ -140,6 +212,11 @@ def log_line(logs: dict[str, Any], state: TrainerState) -> str:
     parts = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
     names = {"loss": "loss", "eval_loss": "eval loss", "mean_token_accuracy": "token accuracy"}
     parts += [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
+    parts += [
+        f"{key.removeprefix('eval_')} {value:.4f}"
+        for key, value in logs.items()
+        if key.startswith("eval_") and key not in names and not key.endswith(_NOT_SHOWN)
+    ]
     if "learning_rate" in logs:
         parts.append(f"rate {logs['learning_rate']:.1e}")
     if "tokens_per_second" in logs:
