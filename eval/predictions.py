@@ -1,12 +1,13 @@
 """The files of an evaluation: predictions.jsonl, scores.json and COCO's annotation and result files.
 
 A line of predictions.jsonl is `{"id": text or whole number, "prediction": text, "references": [text, ...]}`, and may
-have the row's own scores under their names in lower case (`"cider"`, 0..10). Other keys are kept.
+have the row's own scores under their names in lower case (`"cider"`, 0..10). Other keys are kept; a row with the true
+`boxes` of grounding needs no references. What a task's score reads beside these: see task_scores.score_rows.
 """
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,7 @@ def read_predictions(path: Path | str) -> list[Row]:
             id, or a file without any.
         OSError: if the file cannot be read.
     """
-    rows = _checked(
-        (f"{path}, line {number}", _json(line, f"{path}, line {number}"))
-        for number, line in enumerate(_text(path).split("\n"), 1)
-        if line.strip()
-    )
+    rows = _checked(_lines(path))
     if not rows:
         raise ValueError(f"{path}: expected at least one prediction, got an empty file")
     return rows
@@ -82,15 +79,7 @@ def read_coco(annotations_path: Path | str, results_path: Path | str) -> tuple[l
         ValueError: if a file is not of COCO's shape, a picture has two results, or results are for unknown pictures.
         OSError: if a file cannot be read.
     """
-    annotations = _json(_text(annotations_path), str(annotations_path))
-    if not isinstance(annotations, dict) or not isinstance(annotations.get("annotations"), list):
-        found = sorted(annotations) if isinstance(annotations, dict) else type(annotations).__name__
-        raise ValueError(f'{annotations_path}: expected an object with the list "annotations", got {found}')
-    references: dict[str, list[str]] = {}
-    for index, entry in enumerate(annotations["annotations"]):
-        image_id, caption = _coco_entry(entry, f"{annotations_path}, annotation {index}")
-        references.setdefault(str(image_id), []).append(caption)
-
+    references = _coco_references(_json(_text(annotations_path), str(annotations_path)), annotations_path)
     results = _json(_text(results_path), str(results_path))
     if not isinstance(results, list):
         raise ValueError(f"{results_path}: expected a list of results, got {type(results).__name__}")
@@ -108,6 +97,30 @@ def read_coco(annotations_path: Path | str, results_path: Path | str) -> tuple[l
         for index, (i, c) in enumerate(entries)
     )
     return rows, len(references)
+
+
+def read_references(path: Path | str) -> dict[str, list[str]]:
+    """Read the references of a whole set, by id as text.
+
+    Args:
+        path: `.json` with COCO's caption annotations or a list of rows, otherwise a row in each line; the rows need
+            only `id` and `references`, so predictions.jsonl will do.
+
+    Raises:
+        ValueError: if the file is none of these, has no row, or has two rows with one id.
+        OSError: if it cannot be read.
+    """
+    content = _json(_text(path), str(path)) if Path(path).suffix.lower() == ".json" else None
+    if isinstance(content, dict):
+        references = _coco_references(content, path)
+    else:
+        is_list = isinstance(content, list)
+        located = [(f"{path}, row {index}", row) for index, row in enumerate(content)] if is_list else _lines(path)
+        rows = _checked(located, ("id", "references"))
+        references = {str(row["id"]): row["references"] for row in rows if "references" in row}
+    if not references:
+        raise ValueError(f"{path}: expected at least one row with references, got none")
+    return references
 
 
 def score_summary(
@@ -171,20 +184,28 @@ def _json(text: str, where: str) -> Any:
         raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error.msg} at character {error.pos})") from error
 
 
-def _checked(located_rows: Iterable[tuple[str, Any]]) -> list[Row]:
+def _lines(path: Path | str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if line.strip():
+            yield f"{path}, line {number}", _json(line, f"{path}, line {number}")
+
+
+def _checked(
+    located_rows: Iterable[tuple[str, Any]], keys: Sequence[str] = ("id", "prediction", "references")
+) -> list[Row]:
     rows: list[Row] = []
     places: dict[str, str] = {}
     for where, row in located_rows:
         if not isinstance(row, dict):
             raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
-        missing = [key for key in ("id", "prediction", "references") if key not in row]
+        missing = [key for key in keys if key not in row and not (key == "references" and "boxes" in row)]
         if missing:
             raise ValueError(f"{where}: {' and '.join(missing)} missing, the keys are {', '.join(map(str, row))}")
         if isinstance(row["id"], bool) or not isinstance(row["id"], str | int):
             raise ValueError(f"{where}: expected text or a whole number as id, got {row['id']!r}")
-        if not isinstance(row["prediction"], str):
+        if "prediction" in keys and not isinstance(row["prediction"], str):
             raise ValueError(f"{where}: expected text as prediction, got {row['prediction']!r}")
-        references = row["references"]
+        references = row.get("references", [""])
         if not isinstance(references, list) or not references or not all(isinstance(r, str) for r in references):
             raise ValueError(f"{where}: expected a list of one or more texts as references, got {references!r}")
         earlier = places.setdefault(str(row["id"]), where)
@@ -192,6 +213,17 @@ def _checked(located_rows: Iterable[tuple[str, Any]]) -> list[Row]:
             raise ValueError(f"{where}: id {row['id']!r} was already in {earlier}")
         rows.append(row)
     return rows
+
+
+def _coco_references(annotations: Any, path: Path | str) -> dict[str, list[str]]:
+    if not isinstance(annotations, dict) or not isinstance(annotations.get("annotations"), list):
+        found = sorted(annotations) if isinstance(annotations, dict) else type(annotations).__name__
+        raise ValueError(f'{path}: expected an object with the list "annotations", got {found}')
+    references: dict[str, list[str]] = {}
+    for index, entry in enumerate(annotations["annotations"]):
+        image_id, caption = _coco_entry(entry, f"{path}, annotation {index}")
+        references.setdefault(str(image_id), []).append(caption)
+    return references
 
 
 def _coco_entry(entry: Any, where: str) -> tuple[str | int, str]:

@@ -11,6 +11,7 @@ import score
 from coco_caption.caption_scores import score_captions
 from predictions import read_predictions, write_predictions, write_scores, write_text
 from significance import bootstrap_interval, paired_difference
+from task_scores import score_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--tokenizer", "treebank-python", "--metrics", "Bleu_4", "CIDEr"]
@@ -42,6 +43,32 @@ def bad(tmp_path) -> Path:
     return tmp_path / "bad.jsonl"
 
 
+def ten(**counts: int) -> list[str]:
+    """Ten people's answers."""
+    assert sum(counts.values()) == 10
+    return [answer for answer, count in counts.items() for _ in range(count)]
+
+
+# An answer that k of 10 people gave: (k x min(1, (k - 1) / 3) + (10 - k) x min(1, k / 3)) / 10.
+QUESTIONS = [
+    {"id": 0, "question": "Is it?", "prediction": "Yes.", "references": ten(yes=2, no=8), "answer_type": "yes/no"},
+    {
+        "id": 1,
+        "question": "How many?",
+        "prediction": "two",
+        "references": ten(**{"2": 1, "3": 9}),
+        "answer_type": "number",
+    },
+    {"id": 2, "question": "What?", "prediction": "a dog", "references": ten(dog=3, cat=7), "answer_type": "other"},
+]
+ACCURACIES = [0.6, 0.3, 0.9]
+
+
+def write_rows(path: Path, rows: list[dict]) -> str:
+    write_predictions(path, rows)
+    return str(path)
+
+
 def failure(arguments: list, capsys) -> str:
     assert score.main([str(argument) for argument in arguments]) == 2
     return capsys.readouterr().err
@@ -63,6 +90,7 @@ def test_script_runs_from_any_folder_and_writes_scores(good, tmp_path):
         "tokenizer": "treebank-python",
         **unknown,
     }
+    assert (written["task"], written["primary"]) == ("caption", "CIDEr")
     rows = make_rows()
     expected = score_captions(
         [row["prediction"] for row in rows], [row["references"] for row in rows], tokenizer="treebank-python"
@@ -77,7 +105,7 @@ def test_skipped_metrics_and_limits_are_said(good, capsys, monkeypatch):
     output = capsys.readouterr().out
     assert "METEOR skipped: needs Java" in output
     assert "SPICE skipped: needs Java" in output
-    assert "The first 5 of 12 pictures are scored." in output
+    assert "The first 5 of 12 rows are scored." in output
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert score.main([str(good), "--limit", "1", *QUICK]) == 0
@@ -169,44 +197,171 @@ def test_pictures_are_paired_by_id(bad, tmp_path, capsys):
 def test_files_for_other_pictures_or_references_are_not_compared(good, tmp_path, capsys):
     other = tmp_path / "other.jsonl"
     write_predictions(other, make_rows()[2:])
-    assert "2 pictures are only in the first and 0 only in the second" in failure([good, other], capsys)
+    assert "2 rows are only in the first and 0 only in the second" in failure([good, other], capsys)
     rows = make_rows()
     rows[3]["references"] = ["another one"]
     write_predictions(other, rows)
-    assert "picture '3' has other references" in failure([good, other], capsys)
+    assert "row '3' has other references" in failure([good, other], capsys)
+
+
+def test_questions_are_scored_by_their_task(tmp_path, capsys):
+    path = write_rows(tmp_path / "vqa.jsonl", QUESTIONS)
+    better = write_rows(tmp_path / "better.jsonl", [{**QUESTIONS[0], "prediction": "no"}, *QUESTIONS[1:]])
+    assert score.main([path, better, "--task", "vqa", "--output", str(tmp_path / "s.json")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1:] for line in lines[:3]] == [["n", "vqa_accuracy"], ["3", "0.6000"], ["3", "0.7333"]]
+    # One of 27 draws is the worst row three times over, which is more than the 2.5 % of a tail.
+    assert lines[3] == f"{path}: 95 % vqa_accuracy [0.3000, 0.9000] (bootstrap over 3 rows)"
+    assert lines[4] == f"{path}: vqa_accuracy by answer_type: number 0.3000, other 0.9000, yes/no 0.6000"
+    # (1.0 - 0.6) / 3: one row of three differs, and exchanged or not it differs as much.
+    assert f"{better} - {path}: vqa_accuracy +0.1333, 95 % [+0.0000, +0.4000], p = 1.0000" in lines[7]
+    written = json.loads((tmp_path / "s.json").read_text())
+    assert written["comparisons"][0]["metric"] == "vqa_accuracy"
+    assert written["files"][path]["metrics"] == pytest.approx(
+        {"vqa_accuracy": 0.6}
+        | {f"vqa_accuracy[answer_type={kind}]": v for kind, v in (("number", 0.3), ("other", 0.9), ("yes/no", 0.6))}
+    )
+
+
+def test_digits_are_scored_by_their_task(tmp_path, capsys):
+    read = {"12345": "2345", "7": "7.", "12": "99"}
+    rows = [{"id": truth, "prediction": text, "references": [truth]} for truth, text in read.items()]
+    path = write_rows(tmp_path / "digits.jsonl", rows)
+    assert score.main([path, "--task", "digits"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # One of three is right; 4 of 5, 1 of 1 and 0 of 2 digits.
+    assert [line.split()[1:] for line in lines[:2]] == [
+        ["n", "exact_match", "digit_accuracy"],
+        ["3", "0.3333", "0.6000"],
+    ]
+    assert "exact_match [0.0000, 1.0000], digit_accuracy [0.0000, 1.0000] (bootstrap over 3 rows)" in lines[2]
+    assert score.main([path, "--task", "digits", "--metrics", "digit_accuracy"]) == 0
+    output = capsys.readouterr().out
+    assert "digit_accuracy [" in output
+    assert "exact_match" not in output
+
+
+def test_task_is_that_of_the_scores_beside_the_file(tmp_path, capsys):
+    path = write_rows(tmp_path / "run" / "predictions.jsonl", QUESTIONS)
+    write_scores(tmp_path / "run" / "scores.json", score_rows("vqa", QUESTIONS), task="vqa")
+    assert score.main([path]) == 0
+    output = capsys.readouterr().out
+    assert output.split()[:3] == ["file", "n", "vqa_accuracy"]
+    assert f"Scored as vqa, which {tmp_path / 'run' / 'scores.json'} names" in output
+    assert score.main([path, "--task", "chat", "--metrics", "exact_match"]) == 0
+    output = capsys.readouterr().out
+    assert output.split()[:3] == ["file", "n", "exact_match"]
+    assert "Scored as" not in output
+    other = write_rows(tmp_path / "other" / "predictions.jsonl", QUESTIONS)
+    (tmp_path / "other" / "scores.json").write_text('{"task": "chat"}')
+    assert "expected files of one task, found vqa (" in failure([path, other], capsys)
+    for unknown in ("{", "[]", '{"task": null}', '{"task": "unheard"}', '{"task": [1]}'):
+        (tmp_path / "other" / "scores.json").write_text(unknown)
+        assert score.find_task([Path(other)]) == ("caption", None)
+
+
+def test_each_task_has_its_metrics(tmp_path, capsys):
+    box = {"label": "dog", "box": [0, 0, 99, 99]}
+    rows = [{"id": i, "prediction": f"{i} (page 3)", "references": ["1"], "evidence_pages": [3]} for i in range(2)]
+    grounded = [{"id": i, "prediction": "dog [0, 0, 99, 99]", "boxes": [box]} for i in range(2)]
+    for task, names in score.METRICS.items():
+        options = {"tokenizer": "treebank-python"}
+        found = score_rows(task, grounded if task == "grounding" else rows, **options)
+        assert set(found.metrics) == set(names) - {"METEOR", "SPICE"}, task
+        assert found.primary in names
+    path = write_rows(tmp_path / "boxes.jsonl", grounded)
+    assert score.main([path, "--task", "grounding"]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["2", *["1.0000"] * 6]
+    moved = write_rows(tmp_path / "m.jsonl", [grounded[0], {**grounded[1], "boxes": []}])
+    assert "row '1' has other boxes" in failure([path, moved, "--task", "grounding"], capsys)
+    message = failure([path, "--task", "digits", "--metrics", "CIDEr"], capsys)
+    assert "expected some of exact_match digit_accuracy for the task digits, got CIDEr" in message
+    assert "row 0: expected a list of one or more texts as references" in failure([path, "--task", "vqa"], capsys)
+    with pytest.raises(SystemExit):
+        score.main([path, "--format", "coco", "--references", path, "--task", "vqa"])
+
+
+@pytest.mark.parametrize("form", ["jsonl", "list", "coco"])
+def test_cider_of_a_part_with_the_whole_set_for_rarity(tmp_path, capsys, form):
+    rows = make_rows(wrong=4)
+    whole = score_rows("caption", rows, tokenizer="treebank-python").per_row["CIDEr"]
+    path = tmp_path / ("all.jsonl" if form == "jsonl" else "all.json")
+    references = [{"id": str(row["id"]), "references": row["references"]} for row in rows]
+    if form == "jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in references))
+    elif form == "list":
+        path.write_text(json.dumps(references))
+    else:
+        said = [{"image_id": row["id"], "caption": text} for row in rows for text in row["references"]]
+        path.write_text(json.dumps({"annotations": said}))
+    part = [rows[index] for index in (7, 2, 9)]
+    further, _ = score.further_references(part, path)
+    alone = score_rows("caption", part, tokenizer="treebank-python").per_row["CIDEr"]
+    scored = score_rows("caption", part, tokenizer="treebank-python", idf_references=further).per_row["CIDEr"]
+    assert scored == [whole[7], whole[2], whole[9]]
+    assert scored != alone
+
+    command = [write_rows(tmp_path / "one.jsonl", rows[7:8]), "--idf_references", str(path), *QUICK]
+    assert score.main([*command, "--output", str(tmp_path / "s.json")]) == 0
+    output = capsys.readouterr().out
+    assert "by the references of 12 rows: the 1 scored and 11 further ones" in output
+    assert "CIDEr of a single picture" not in output
+    assert json.loads((tmp_path / "s.json").read_text())["metrics"]["CIDEr"] == whole[7]
+    rows[7]["references"] = ["another set"]
+    command[0] = write_rows(tmp_path / "one.jsonl", rows[7:8])
+    assert "row 7 has other references than in the predictions" in failure(command, capsys)
+
+
+def test_files_without_references_for_rarity_are_named(good, tmp_path, capsys):
+    for name, content, message in (
+        ("a.json", "[]", "expected at least one row with references, got none"),
+        ("a.jsonl", "", "expected at least one row with references, got none"),
+        ("a.json", '{"images": []}', "expected an object with the list \"annotations\", got ['images']"),
+        ("a.json", '[{"id": 1}]', "row 0: references missing"),
+        ("a.json", "7", "expected an object, got int"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert message in failure([good, "--idf_references", tmp_path / name], capsys)
+    message = failure([good, "--idf_references", good, "--task", "chat"], capsys)
+    assert "--idf_references is for CIDEr, which is not scored here (task chat)" in message
 
 
 def test_written_predictions_come_back(tmp_path):
     rows = [
         {"id": "a/b", "prediction": "one\u2028two \ud800", "references": ["x\ny"], "source": "kept"},
-        {"id": 2, "prediction": "", "references": ["é", "z"]},
+        {"id": 2, "prediction": "", "boxes": []},
     ]
     path = tmp_path / "new" / "p.jsonl"
-    write_predictions(path, rows, per_picture=[1.5, 0.0])
-    assert read_predictions(path) == [{**rows[0], "cider": 1.5}, {**rows[1], "cider": 0.0}]
+    write_predictions(path, rows, {"CIDEr": [1.5, 0.0], "f1": [1, 0.5]})
+    assert read_predictions(path) == [{**rows[0], "cider": 1.5, "f1": 1.0}, {**rows[1], "cider": 0.0, "f1": 0.5}]
     assert len(path.read_text(encoding="utf-8").splitlines()) == 2
-    with pytest.raises(ValueError, match="expected a CIDEr for each of 2 rows, got 1"):
-        write_predictions(path, rows, per_picture=[1.5])
+    with pytest.raises(ValueError, match="expected a f1 for each of 2 rows, got 1"):
+        write_predictions(path, rows, {"f1": [1.5]})
     with pytest.raises(ValueError, match="row 1: id 'a/b' was already in row 0"):
         write_predictions(path, [rows[0], rows[0]])
 
 
 def test_scores_file_has_the_promised_keys(tmp_path):
-    scores = score_captions(["a dog", "a cat"], [["a dog"], ["a cow"]], tokenizer="treebank-python")
-    write_scores(tmp_path / "s.json", scores, model="m", dataset="d", split="test", decoding={"num_beams": 3})
+    rows = [{"prediction": text, "references": ["a dog"]} for text in ("a dog", "a cat")]
+    scores = score_rows("slides", [{**row, "id": index} for index, row in enumerate(rows)])
+    write_scores(
+        tmp_path / "s.json", scores, model="m", dataset="d", task="slides", split="test", decoding={"num_beams": 3}
+    )
     written = json.loads((tmp_path / "s.json").read_text())
-    low, high = written["intervals"].pop("CIDEr")
-    assert low <= scores.metrics["CIDEr"] <= high
+    # "dog" is 1 and "cat" 0 in each; the mean of two draws from them is 0 a quarter of the time.
+    assert written["intervals"] == {name: [0.0, 1.0] for name in ("exact_match", "f1", "anls")}
     assert written == {
         "n": 2,
-        "metrics": scores.metrics,
-        "intervals": {},
+        "task": "slides",
+        "primary": "f1",
+        "metrics": {"exact_match": 0.5, "f1": 0.5, "anls": 0.5},
+        "intervals": written["intervals"],
         "model": "m",
         "dataset": "d",
         "split": "test",
         "decoding": {"num_beams": 3},
-        "tokenizer": "treebank-python",
-        "skipped": {},
+        "tokenizer": None,
+        "skipped": dict.fromkeys(("page_precision", "page_recall", "page_f1"), "the rows have no evidence_pages"),
         "notes": [],
     }
 
