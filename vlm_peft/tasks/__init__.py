@@ -5,13 +5,14 @@ module of its own.
 """
 
 from .caption import caption_task
+from .digits import digits_task
 from .example import Example, Task
 from .settings import TASK_FILE, TaskSettings
 from .vqa import vqa_task
 
 __all__ = ["TASKS", "TASK_FILE", "Example", "Task", "TaskSettings", "make_task"]
 
-TASKS = ("caption", "vqa")
+TASKS = ("caption", "vqa", "digits")
 
 
 def make_task(
@@ -45,4 +46,6 @@ def make_task(
         return caption_task(columns, image_column, text_column, instruction)
     if name == "vqa":
         return vqa_task(columns, image_column, text_column, instruction)
+    if name == "digits":
+        return digits_task(columns, image_column, text_column, instruction)
     raise ValueError(f"Expected one of the tasks {', '.join(TASKS)}, got {name!r}.")

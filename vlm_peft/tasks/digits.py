@@ -1,0 +1,36 @@
+"""Digits: one picture of a number or of several digits, one text that reads them out in order."""
+
+from .example import Example, Task, has_text, picture_turn, require_columns
+
+DIGIT_COLUMNS = ("digits", "label", "text")
+"""Names under which data sets keep what is to be read; the first that a data set has is taken."""
+
+INSTRUCTION = "Read the digits."
+
+
+def digits_task(columns: list[str], image_column: str, text_column: str | None, instruction: str | None) -> Task:
+    """A picture and its digits from left to right and top to bottom (a meter, a grid, a number), as text."""
+    column = text_column or next((name for name in DIGIT_COLUMNS if name in columns), None)
+    require_columns(columns, image_column, column or " or ".join(DIGIT_COLUMNS))
+    asked = INSTRUCTION if instruction is None else instruction
+
+    def example(row: dict) -> Example:
+        return digits_example(row[column], asked)
+
+    return Task("digits", [image_column], example)
+
+
+def digits_example(digits: str | int, instruction: str) -> Example:
+    """One picture, its digits.
+
+    Args:
+        digits (`str` or `int`): For example `"0417"`, `"0 4 1 7"` or `"0.417"`; a whole number has no leading zeros.
+        instruction (`str`): What the user says beside the picture.
+
+    Raises:
+        ValueError: When there is no digit, or something else than digits, spaces and the separators `. , ; : - _ /`.
+    """
+    text = str(digits) if isinstance(digits, int) and not isinstance(digits, bool) else digits
+    if not has_text(text) or not any("0" <= each <= "9" for each in text) or set(text) - set("0123456789 .,;:-_/"):
+        raise ValueError(f"Expected digits as text like '0417', got {digits!r}.")
+    return Example(picture_turn(instruction), [text.strip()], [[text.strip()]])
