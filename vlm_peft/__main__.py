@@ -1,0 +1,244 @@
+"""The command `vlm-peft`, also `python -m vlm_peft`: use and ship what was trained.
+
+Stage: last; calls everything below. torch and transformers are imported when a command needs them, so that --help and
+errors of use come at once.
+"""
+
+import argparse
+import difflib
+import importlib.util
+import inspect
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import __version__
+
+PROGRAM = "vlm-peft"
+MODEL_HELP = "adapter folder, folder of a full save, or Hub id of either"
+
+
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Reads the command line; ends the program with a message if it is not one."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    parser = argparse.ArgumentParser(PROGRAM, description="Use and ship a vision-language model.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(run, summary: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(
+            run.__name__,
+            help=summary,
+            description=inspect.cleandoc(run.__doc__),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        made.set_defaults(run=run)
+        return made
+
+    add = command(caption, "describe pictures, or ask about each; JSON lines").add_argument
+    add("model", help=MODEL_HELP)
+    add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
+    add("--question", help="ask this about each picture instead of describing it")
+    add("--instruction", help="what the user says (default: as in training)")
+    add("--batch_size", type=_count, default=16, metavar="B", help="pictures at a time (default: 16)")
+    add("--num_beams", type=_count, metavar="K", help="1 is greedy (default: as after training)")
+    _add_model_options(add)
+
+    add = command(chat, "a conversation about pictures").add_argument
+    add("model", help=MODEL_HELP)
+    add("images", nargs="*", metavar="image", help="pictures to begin with")
+    add("--instruction", help="what an empty line asks (default: as in training)")
+    _add_model_options(add)
+
+    add = command(demo, "a web page to try the model").add_argument
+    add("model", help=MODEL_HELP)
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=_port, help="(default: the first free one from 7860)")
+    add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
+    _add_model_options(add)
+
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
+        near = difflib.get_close_matches(arguments[0], commands.choices, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands.choices)}"
+        parser.error(f"no command {arguments[0]!r}: {hint}")
+    return parser.parse_args(arguments)
+
+
+def _add_model_options(add) -> None:
+    """Options of all commands that generate."""
+    add("--max_new_tokens", type=_count, metavar="M", help="tokens of a text at most (default: as after training)")
+    add("--vision", help="where an adapter's encoder lies when it moved")
+    add("--text", help="where an adapter's decoder lies when it moved")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 65536:
+        raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def _flag(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _quiet_imports() -> None:
+    """Hides notices that nobody who runs a command can act on; to be called before the libraries are imported."""
+    # bitsandbytes offers a faster 4-bit kernel from the Hub that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+        lambda record: "kernels-community" not in record.getMessage()
+    )
+    # peft reads an attribute that transformers 5 renames.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+
+def _load(options: argparse.Namespace):
+    """Model, processor and settings that a command's options name; settings follow the options where these are given.
+
+    Raises:
+        FileNotFoundError, ValueError: See `loading`; or when the device is not there.
+    """
+    import torch
+    import transformers
+
+    from .loading import default_device, find_model, load_model
+    from .tasks import TASK_FILE, TaskSettings
+
+    # "Loading weights" is drawn for each of the parts, on every load.
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        device = torch.device(options.device) if options.device else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {options.device} cannot be used here: {reason}") from error
+    folder = find_model(options.model)
+    dtype = getattr(torch, options.dtype)
+    model, processor = load_model(folder, vision=options.vision, text=options.text, dtype=dtype, device=device)
+    settings = TaskSettings.read(folder)
+    if settings is None:
+        settings = TaskSettings()
+        print(f"{options.model} has no {TASK_FILE}: it is asked in this package's own words.", file=sys.stderr)
+    if options.max_new_tokens:
+        settings = replace(settings, max_new_tokens=options.max_new_tokens)
+    return folder, model, processor, settings
+
+
+def caption(options: argparse.Namespace) -> int:
+    """Describes pictures, or answers a question about each: one JSON object a line, in the order of the pictures.
+
+    {"image": "a.jpg", "caption": "..."}
+    {"image": "b.jpg", "error": "..."}      for a picture that cannot be read; the exit status is then 1
+
+    find pictures -name '*.jpg' | vlm-peft caption outputs/demo - > captions.jsonl
+    """
+    from .captioning import ask, caption_pictures, find_pictures
+
+    paths = find_pictures(options.images, sys.stdin.buffer)
+    _, model, processor, settings = _load(options)
+
+    from tqdm.auto import tqdm
+
+    status = 0
+    records = caption_pictures(
+        model,
+        processor,
+        paths,
+        ask(settings, options.question, options.instruction),
+        batch_size=options.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=options.num_beams or settings.num_beams,
+    )
+    total = len(paths) if isinstance(paths, list) else None
+    # Without a terminal, disable=None draws no bar.
+    for record in tqdm(records, total=total, unit="picture", disable=None):
+        # ASCII only: a file name may be no text, and some readers take U+2028 for the end of a line.
+        print(json.dumps(record), flush=True)
+        status |= "error" in record
+    return status
+
+
+def chat(options: argparse.Namespace) -> int:
+    """A conversation about pictures on the terminal; answers come word by word.
+
+    /image PATH adds a picture, /reset forgets pictures and turns, /quit or end of file ends. An empty line asks what
+    the model was asked in training. Questions can also be piped in, one a line.
+    """
+    from .captioning import ask, find_pictures
+
+    pictures = find_pictures(options.images, sys.stdin.buffer)
+    _, model, processor, settings = _load(options)
+
+    from .chat import Conversation
+    from .chat import chat as run_chat
+
+    conversation = Conversation(model, processor, settings.max_new_tokens)
+    for path in pictures:
+        conversation.add_picture(path)
+    run_chat(conversation, processor, ask(settings, instruction=options.instruction))
+    return 0
+
+
+def demo(options: argparse.Namespace) -> int:
+    """Serves a page where pictures can be described and asked about, beside the answers from before fine-tuning.
+
+    The page listens on this machine only (--host changes that), loads nothing from elsewhere and reports nothing.
+    Needs Gradio: pip install "vlm-peft[demo]"
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise ModuleNotFoundError('the page needs Gradio: pip install "vlm-peft[demo]"', name="gradio")
+    import torch
+
+    # The projector that the adapter replaces is drawn anew on every load; the page shows the same one every time.
+    torch.manual_seed(0)
+    folder, model, processor, settings = _load(options)
+
+    from .web_demo import PictureAnswers, find_examples, make_page, serve_page
+
+    page = make_page(PictureAnswers(model, processor, settings), folder.resolve().name, find_examples(folder))
+    serve_page(page, options.host, options.port, options.share)
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns the exit status: 0, 1 (some pictures failed), 2 (an error of use) or 130 (Ctrl-C).
+
+    Errors of use are those of the file system and the Hub (`OSError`), and a `ValueError` that our own checks raise;
+    anything else is a fault and keeps its traceback.
+    """
+    options = parse_arguments(arguments)
+    _quiet_imports()
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader (`head`) has what it wanted. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
+    except (OSError, ValueError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and not raised_in.is_relative_to(Path(__file__).parent):
+            raise
+        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,127 @@
+"""Captioning: picture files -> texts, batch after batch, for the command line and the web page.
+
+Stage: trained model -> one record a picture, in the order of the files.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import BinaryIO
+
+from PIL import Image as PILImage
+
+from .generation import generate_texts
+from .pictures import UnreadablePictureError, open_picture
+from .tasks import TaskSettings
+from .tasks.caption import INSTRUCTION
+from .tasks.example import picture_turn
+
+
+def ask(settings: TaskSettings, question: str | None = None, instruction: str | None = None) -> str:
+    """What the user says beside a picture, worded as in training.
+
+    Args:
+        settings ([`~vlm_peft.tasks.TaskSettings`]): Of the model.
+        question (`str`, *optional*): A question instead of the wish for a caption.
+        instruction (`str`, *optional*): Instead of the one in `settings`.
+    """
+    asks_for_captions = settings.task == "caption"
+    if question is None:
+        return instruction or (settings.instruction if asks_for_captions else None) or INSTRUCTION
+    # The other tasks say their instruction after each question; a caption's would be a second question.
+    instruction = instruction or (None if asks_for_captions else settings.instruction)
+    return f"{question} {instruction}" if instruction else question
+
+
+def find_pictures(inputs: Iterable[str], stdin: BinaryIO) -> list[str] | Iterator[str]:
+    """Paths of pictures, in order.
+
+    Args:
+        inputs (`Iterable[str]`): Files, folders (all pictures in them and below, sorted, hidden ones left out), or `-`
+            for paths on `stdin`, one a line.
+        stdin (`BinaryIO`): Read only when asked for, and only as far as paths are needed.
+
+    Returns:
+        `list[str]`, or an `Iterator[str]` when some come from `stdin`.
+
+    Raises:
+        FileNotFoundError: When a file or folder is not there, or a folder holds no picture.
+    """
+    inputs = list(inputs)
+    PILImage.init()
+    suffixes = {suffix for suffix, kind in PILImage.registered_extensions().items() if kind in PILImage.OPEN}
+    found: list[list[str] | Iterator[str]] = []
+    for name in inputs:
+        path = Path(name)
+        if name == "-":
+            found.append(_lines(stdin))
+        elif path.is_dir():
+            inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file())
+            inside = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+            if not inside:
+                raise FileNotFoundError(f"The folder {name} holds no pictures.")
+            found.append([str(file) for file in inside])
+        elif path.exists():
+            found.append([name])
+        else:
+            raise FileNotFoundError(f"The picture {name} is not there.")
+    if "-" in inputs:
+        return (path for paths in found for path in paths)
+    return [path for paths in found for path in paths]
+
+
+def _lines(stdin: BinaryIO) -> Iterator[str]:
+    """Paths as the file system spells them, whatever their encoding."""
+    for line in stdin:
+        if path := line.rstrip(b"\r\n"):
+            yield os.fsdecode(path)
+
+
+def caption_pictures(
+    model,
+    processor,
+    paths: Iterable[str],
+    text: str,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = 48,
+    num_beams: int = 1,
+) -> Iterator[dict]:
+    """Asks the same about every picture; records come batch by batch, in order.
+
+    Args:
+        model, processor: Of [`~vlm_peft.loading.load_model`].
+        paths (`Iterable[str]`): Picture files.
+        text (`str`): What the user says; see [`ask`].
+        batch_size (`int`, *optional*, defaults to 16): Pictures at a time; the texts do not depend on it.
+        max_new_tokens, num_beams (`int`, *optional*): See [`~vlm_peft.generation.generate_texts`].
+
+    Yields:
+        `dict`: `{"image": path, "caption": text}`, or `{"image": path, "error": reason}` for a picture that cannot be
+            read.
+    """
+    prompt, waiting = picture_turn(text), iter(paths)
+    while records := [{"image": path} for path in islice(waiting, batch_size)]:
+        pictures, readable = [], []
+        for record in records:
+            try:
+                pictures.append(open_picture(Path(record["image"])))
+                readable.append(record)
+            except UnreadablePictureError as error:
+                record["error"] = str(error)
+        if readable:
+            pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+            texts = generate_texts(
+                model,
+                processor,
+                [prompt] * len(readable),
+                [[index] for index in range(len(readable))],
+                lambda ids, pixel_values=pixel_values: {"pixel_values": pixel_values[ids]},
+                batch_size=batch_size,
+                max_new_tokens=max_new_tokens,
+                num_beams=num_beams,
+            )
+            for record, caption in zip(readable, texts, strict=True):
+                record["caption"] = caption
+        yield from records
