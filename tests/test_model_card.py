@@ -3,8 +3,13 @@
 import json
 
 import pytest
+from gallery import picture_path
+from huggingface_hub import ModelCard
 from model_card import write_model_card
+from PIL import Image
 from yaml import safe_load
+
+from vlm_peft.licences import common_licence, licence_line, stated_licence
 
 SUMMARY = {
     "title": "run",
@@ -22,30 +27,135 @@ SUMMARY = {
 }
 
 
-def write_scores(folder, name, cider, **extra):
+@pytest.fixture
+def folder(tmp_path):
+    write_summary(tmp_path)
+    return tmp_path
+
+
+def write_summary(folder, **more):
+    (folder / "run_summary.json").write_text(json.dumps(SUMMARY | more))
+
+
+def write_scores(folder, name, metrics, **extra):
     path = folder / "eval" / name / "scores.json"
     path.parent.mkdir(parents=True)
-    path.write_text(json.dumps({"n": 5, "metrics": {"CIDEr": cider}, "tokenizer": "t", "decoding": {}, **extra}))
+    path.write_text(json.dumps({"n": 5, "metrics": metrics, **extra}))
 
 
-def test_card_has_every_score_with_its_control_and_interval(tmp_path):
-    (tmp_path / "run_summary.json").write_text(json.dumps(SUMMARY))
-    write_scores(tmp_path, "test", 1.25, intervals={"CIDEr": [1.0, 1.5]})
-    write_scores(tmp_path, "test-blind", 0.125)
-    text = write_model_card(tmp_path).read_text()
-    assert "| test | 5 | 1.250 [1.00, 1.50] |" in text
-    assert "| test-blind | 5 | 0.125 |" in text
-    assert "10 trained of 1,000 parameters" in text
-    front = safe_load(text.split("---")[1])
-    assert front["library_name"] == "peft"
-    assert front["pipeline_tag"] == "image-text-to-text"
-    # The local folder is no id of the Hub.
-    assert front["base_model"] == ["openai/clip-vit-base-patch32"]
+def front(text):
+    return safe_load(text.split("---")[1])
 
 
-def test_without_scores_there_is_no_table(tmp_path):
-    (tmp_path / "run_summary.json").write_text(json.dumps(SUMMARY))
-    assert "## Scores" not in write_model_card(tmp_path).read_text()
+def test_each_score_has_its_interval_and_the_controls_beside_it(folder):
+    write_scores(folder, "test", {"CIDEr": 1.25}, intervals={"CIDEr": [1.0, 1.5]}, tokenizer="ptb")
+    write_scores(folder, "test-before", {"CIDEr": 0.0})
+    write_scores(folder, "test-blind", {"CIDEr": 0.125}, intervals={"CIDEr": [0.1, 0.15]})
+    text = write_model_card(folder).read_text()
+    assert "| test | caption | CIDEr | 5 | 1.250 [1.000, 1.500] | 0.000 | 0.125 [0.100, 0.150] |" in text
+    assert "- test: tokenizer of the metrics: ptb" in text
+    assert "10 trained of 1,000 parameters, 1.00 %" in text
+
+
+def test_scores_of_any_task_are_in_the_table_and_in_the_metadata_that_the_hub_shows(folder):
+    write_summary(folder, dataset_revision="abc")
+    write_scores(folder, "test", {"vqa_accuracy": 0.5, "broken": float("nan")}, task="vqa", decoding={"num_beams": 1})
+    write_scores(folder, "test-blind", {"vqa_accuracy": 0.25}, task="vqa")
+    write_scores(folder, "val", {"Bleu_4": 0.3, "CIDEr": 0.75})
+    text = write_model_card(folder).read_text()
+    assert "| test | vqa | vqa_accuracy | 5 | 0.500 |  | 0.250 |" in text
+    card = ModelCard(text)
+    found = {
+        (each.dataset_split, each.task_name, each.metric_type, each.metric_name): each
+        for each in card.data.eval_results
+    }
+    assert {key: each.metric_value for key, each in found.items()} == {
+        ("test", "vqa", "vqa_accuracy", "vqa_accuracy"): 0.5,
+        ("val", "caption", "bleu", "Bleu_4"): 0.3,
+        ("val", "caption", "cider", "CIDEr"): 0.75,
+    }
+    assert {(each.dataset_type, each.dataset_revision) for each in found.values()} == {("nlphuji/flickr30k", "abc")}
+
+
+def test_the_metadata_names_what_is_on_the_hub_only(folder):
+    data = front(write_model_card(folder).read_text())
+    assert (data["library_name"], data["pipeline_tag"]) == ("peft", "image-text-to-text")
+    # The decoder is a local folder, no id of the Hub.
+    assert data["base_model"] == ["openai/clip-vit-base-patch32"]
+    assert data["base_model_relation"] == "adapter"
+    assert data["datasets"] == ["nlphuji/flickr30k"]
+    assert "license" not in data
+    assert "model-index" not in data
+
+
+def test_samples_are_the_best_and_the_worst_that_the_run_kept(folder):
+    write_scores(folder, "test", {"CIDEr": 1.0})
+    rows = [
+        {"id": f"a/{index}", "prediction": f"<b>|{index}", "references": ["r"], "cider": cider}
+        for index, cider in enumerate([3.0, 9.0, 5.0, 1.0])
+    ]
+    (folder / "eval" / "test" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    # The run kept no picture of the best row.
+    for index in (0, 2, 3):
+        path = picture_path(folder, "test", f"a/{index}")
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+    text = write_model_card(folder).read_text()
+    shown = [line for line in text.splitlines() if line.startswith("| ![")]
+    assert shown == [
+        r"| ![test, best](eval/test/pictures/a%252F2.webp) | best | \<b\>\|2 | r |",
+        r"| ![test, worst](eval/test/pictures/a%252F3.webp) | worst | \<b\>\|3 | r |",
+    ]
+    assert "the 1 best and the 1 worst by CIDEr" in text
+
+
+def test_data_and_revisions_are_named_when_the_run_knows_them(folder):
+    assert "at revision" not in (text := write_model_card(folder).read_text())
+    assert "- revision of" not in text
+    data = {"train": {"rows": 29000, "pictures": 29000, "content_hash": "c0ffee"}}
+    write_summary(folder, data=data, dataset_revision="main", vision_revision="abc")
+    text = write_model_card(folder).read_text()
+    assert "- `nlphuji/flickr30k` at revision `main`" in text
+    assert "- split train: 29,000 rows, 29,000 pictures, content hash `c0ffee`" in text
+    assert "- revision of the encoder: `abc`" in text
+
+
+def test_licences_are_those_that_cards_state(folder):
+    for name, licence in (("clip", "license: mit\n"), ("qwen3", "license: mit\n"), ("rows", "")):
+        (folder / name).mkdir()
+        (folder / name / "README.md").write_text(f"---\n{licence}tags: [a]\n---\n# Card\n")
+    clip, qwen3, rows = (str(folder / name) for name in ("clip", "qwen3", "rows"))
+    write_summary(folder, vision_model=clip, text_model=qwen3, dataset=rows)
+    text = write_model_card(folder).read_text()
+    assert front(text)["license"] == "mit"
+    assert f"- encoder `{clip}`: mit\n- decoder `{qwen3}`: mit\n- data `{rows}`: not stated by its card" in text
+    (folder / "clip" / "README.md").unlink()
+    text = write_model_card(folder).read_text()
+    assert "license" not in front(text)
+    assert f"- encoder `{clip}`: not known: its card was not at hand" in text
+
+
+def test_licences_of_a_card(tmp_path):
+    def stated(front: str) -> str | None:
+        (tmp_path / "README.md").write_text(front)
+        return stated_licence(str(tmp_path))
+
+    assert stated("---\nlicense: other\nlicense_name: my-own\n---\n") == "other (my-own)"
+    assert stated("---\nlicense: [mit, cc0-1.0]\n---\n") == "mit, cc0-1.0"
+    assert stated("no metadata") == ""
+    assert stated("---\n- a list\n---\n") == ""
+    assert stated_licence("nobody/knows-this") is None
+    assert licence_line("data", "a/b", "mit") == "- data `a/b`: mit"
+    assert common_licence(["mit", "mit"]) == "mit"
+    assert common_licence(["mit", "apache-2.0"]) is None
+    assert common_licence(["mit", None]) is None
+    assert common_licence(["other", "other"]) is None
+
+
+def test_without_scores_there_is_no_table(folder):
+    text = write_model_card(folder).read_text()
+    assert "## Scores" not in text
+    assert "## What it says" not in text
 
 
 def test_without_a_run_there_is_no_card(tmp_path):

@@ -1,0 +1,338 @@
+"""Hub: an adapter folder -> a repository, in one commit; a repository -> an adapter folder.
+
+Stage: after training, and before loading. Imports no torch. What goes up is listed here by name; text files lose local
+names and paths on the way.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from .hub_access import (
+    VOCABULARIES,
+    Contents,
+    HubError,
+    check_repo_id,
+    commit,
+    find_token,
+    is_hub_id,
+    look_up,
+    one_line_errors,
+    refuse_secrets,
+    without_local_paths,
+)
+from .licences import common_licence, licence_line, licence_of
+
+NEEDED_FILES = (
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "config.json",
+    "processor_config.json",
+    "tokenizer_config.json",
+)
+"""Without these an adapter folder is not complete."""
+
+LOADED_FILES = (
+    *NEEDED_FILES[1:],
+    "chat_template.jinja",
+    "added_tokens.json",
+    "merges.txt",
+    "sentencepiece.bpe.model",
+    "special_tokens_map.json",
+    "spiece.model",
+    "task.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+)
+"""What loading an adapter and its processor may read; all that is downloaded."""
+
+MEASURED_FILES = ("run_summary.json", "eval/*/scores.json", "eval/*/predictions.jsonl")
+"""What the card's figures rest on; pushed, with the pictures that the card shows, but not needed to load."""
+
+_PICTURES = (".webp", ".png", ".jpg", ".jpeg")
+_NAMES = {"vision": "encoder", "text": "decoder"}
+
+
+def push_adapter(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    vision: str | None = None,
+    text: str | None = None,
+) -> str:
+    """Pushes a complete adapter folder in one commit: others see the old version or the whole new one.
+
+    The repository is made when it is not there. Files of an earlier push that are no longer part of the folder are
+    removed in the same commit; other files are left alone. Nothing in the folder itself is changed.
+
+    Args:
+        folder (`str` or `Path`): An adapter folder with its card and processor.
+        repo_id (`str`): `owner/name`, or a name under the token's user.
+        private (`bool`, *optional*): Visibility of a new repository; the owner's default when left out.
+        revision (`str`, *optional*): Branch that is there already; `main` by default.
+        token (`str`, *optional*): With write permission; the one of `hf auth login` or `HF_TOKEN` by default.
+        vision, text (`str`, *optional*): Hub ids of the bases, in place of the recorded ones. Needed when the adapter
+            was trained on local folders.
+
+    Returns:
+        `str`: Address of the repository.
+
+    Raises:
+        FileNotFoundError: When the folder is not complete; names what is missing.
+        ValueError: When a file is damaged, a base is a local folder, or a text names the home folder or the token.
+        HubError: When the name is invalid, there is no token, or the Hub refuses or cannot be reached.
+    """
+    folder = Path(folder)
+    check_repo_id(repo_id)
+    files = adapter_files(folder)
+    config = _read_json(folder / "config.json")
+    bases = base_ids(config, vision=vision, text=text)
+    token = find_token(token, repo_id, private)
+    api = HfApi(token=token, library_name="vlm_peft")
+    with one_line_errors(repo_id, token, revision):
+        repo_id, head = look_up(api, repo_id, "model", private, revision)
+        found = {part: _look_up_base(api, part, name) for part, name in bases.items()}
+    contents = _for_others(folder, files, repo_id, bases, found)
+    refuse_secrets(contents, token)
+    stale = [*NEEDED_FILES, *LOADED_FILES, *MEASURED_FILES, *(f"eval/*/pictures/*{suffix}" for suffix in _PICTURES)]
+    with one_line_errors(repo_id, token, revision):
+        return commit(api, repo_id, "model", contents, stale, private, revision, head)
+
+
+def check_push(
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    vision: str | None = None,
+    text: str | None = None,
+) -> None:
+    """Finds out before a training what would stop its push: the name, the token, the bases, the repository.
+
+    Args:
+        repo_id, private, revision, token: See [`push_adapter`].
+        vision, text (`str`, *optional*): Names of the bases that will be trained on.
+
+    Raises:
+        ValueError, HubError: As [`push_adapter`].
+    """
+    check_repo_id(repo_id)
+    base_ids({}, vision=vision, text=text)
+    token = find_token(token, repo_id, private)
+    with one_line_errors(repo_id, token, revision):
+        look_up(HfApi(token=token, library_name="vlm_peft"), repo_id, "model", private, revision)
+
+
+def pull_adapter(repo_id: str, *, revision: str | None = None) -> Path:
+    """Downloads what loading an adapter reads, and nothing else, into the Hub's cache.
+
+    Args:
+        repo_id (`str`): `owner/name`.
+        revision (`str`, *optional*): Branch, tag or commit; `main` by default.
+
+    Returns:
+        `Path`: The folder in the cache.
+
+    Raises:
+        HubError: When the name is invalid, or the repository or revision is not there or cannot be reached.
+    """
+    check_repo_id(repo_id)
+    with one_line_errors(repo_id, get_token(), revision):
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(LOADED_FILES)))
+
+
+def base_ids(config: dict[str, Any], *, vision: str | None = None, text: str | None = None) -> dict[str, str]:
+    """Hub ids of the two bases, `{"vision": ..., "text": ...}`.
+
+    Args:
+        config (`dict`): The adapter's `config.json`.
+        vision, text (`str`, *optional*): In place of what the configuration records.
+
+    Raises:
+        ValueError: When one is a folder: the pushed adapter would load only where it was trained.
+    """
+    ids = {}
+    for part, given in (("vision", vision), ("text", text)):
+        name = given if given is not None else config.get(f"{part}_name_or_path")
+        if name is None:
+            raise ValueError(
+                f"The adapter's {_NAMES[part]} was drawn at random, not loaded: save it, push it to the Hub and give "
+                f'its id ({part}="owner/name", --{part} owner/name on the command line).'
+            )
+        if not is_hub_id(name):
+            raise ValueError(
+                f"The adapter's {_NAMES[part]} is the local folder {name}, so what is pushed would load on this "
+                f'machine only: push that folder to the Hub and give its id ({part}="owner/name", --{part} owner/name '
+                "on the command line)."
+            )
+        ids[part] = name
+    return ids
+
+
+def adapter_files(folder: str | Path) -> list[str]:
+    """Names of the files of an adapter folder that are pushed, after a look at each.
+
+    Returns:
+        `list[str]`: Relative paths with forward slashes, sorted.
+
+    Raises:
+        FileNotFoundError: When the folder is not complete.
+        ValueError: When a file is damaged, or a link that leads out of the folder.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"The adapter folder {folder} is not there.")
+    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"{folder} is no complete adapter folder: {', '.join(missing)} missing.")
+    names = [name for name in ("README.md", *LOADED_FILES) if (folder / name).is_file()]
+    for pattern in MEASURED_FILES:
+        names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()]
+    for link in _shown_pictures((folder / "README.md").read_text(encoding="utf-8")):
+        if not (folder / link).is_file():
+            raise FileNotFoundError(f"{folder / 'README.md'} shows {link}, which is not there.")
+        names.append(link)
+    for name in names:
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"{path} leads out of the folder, to {path.resolve()}: put the file itself there.")
+        if path.suffix == ".json":
+            _read_json(path)
+    weights = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(weights, framework="numpy") as file:
+            tensors = list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged ({error}): save the adapter again.") from error
+    if not tensors:
+        raise ValueError(f"{weights} holds no tensors: save the adapter again.")
+    return sorted(set(names))
+
+
+def _shown_pictures(card: str) -> list[str]:
+    """Relative links of a card's pictures, as paths."""
+    links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card) + re.findall(r"<img[^>]*\ssrc=\"([^\"]+)\"", card)
+    paths = [unquote(link) for link in links if not re.match(r"[a-z]+:", link)]
+    return [path for path in paths if path.lower().endswith(_PICTURES)]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, expected JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} is damaged, expected a JSON object, got {type(value).__name__}.")
+    return value
+
+
+def _for_others(
+    folder: Path, files: list[str], repo_id: str, bases: dict[str, str], found: dict[str, tuple[str | None, str]]
+) -> Contents:
+    """The files to push: as they lie in the folder, or with ids in place of local names."""
+    config = _read_json(folder / "config.json")
+    summary = _read_json(folder / "run_summary.json") if "run_summary.json" in files else {}
+    own_names = {str(folder), str(folder.resolve()), folder.resolve().name, summary.get("adapter"), "THIS_FOLDER_OR_ID"}
+    renamed = {name: bases[part] for part in bases for name in (config.get(f"{part}_name_or_path"),) if name}
+    renamed |= {name: bases[part] for part in bases for name in (summary.get(f"{part}_model"),) if name}
+    contents: Contents = {}
+    for name in files:
+        path = folder / name
+        if name == "README.md":
+            contents[name] = _card_for_others(path, repo_id, own_names, renamed, bases, found).encode()
+            continue
+        if path.suffix != ".json" or name in VOCABULARIES:
+            contents[name] = path
+            continue
+        stored = _read_json(path)
+        value = json.loads(json.dumps(stored))
+        if name == "config.json":
+            for part, base in bases.items():
+                if value.get(f"{part}_name_or_path") != base:
+                    # The commit that was found now: the recorded revision was of another repository.
+                    value |= {f"{part}_name_or_path": base, f"{part}_revision": found[part][0]}
+                if "_name_or_path" in (value.get(f"{part}_config") or {}):
+                    value[f"{part}_config"]["_name_or_path"] = base
+        elif name == "adapter_config.json":
+            base_model = value.get("base_model_name_or_path")
+            value["base_model_name_or_path"] = renamed.get(base_model, base_model)
+        elif name == "run_summary.json":
+            value |= {f"{part}_model": base for part, base in bases.items()} | {"adapter": repo_id}
+        elif path.name == "scores.json" and value.get("model") in own_names:
+            value["model"] = repo_id
+        value = _map_strings(value, without_local_paths)
+        contents[name] = path if value == stored else (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    return contents
+
+
+def _card_for_others(
+    path: Path,
+    repo_id: str,
+    own_names: set[str | None],
+    renamed: dict[str, str],
+    bases: dict[str, str],
+    found: dict[str, tuple[str | None, str]],
+) -> str:
+    """The card with ids in place of local names, and the metadata by which the Hub files it as an adapter."""
+    try:
+        card = ModelCard(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} has damaged metadata ({error}).") from error
+    card.data.library_name = "peft"
+    card.data.pipeline_tag = "image-text-to-text"
+    card.data.base_model = [bases["text"], bases["vision"]]
+    card.data["base_model_relation"] = "adapter"
+    card.data.license = card.data.license or common_licence(licence for _, licence in found.values())
+    body = str(card)
+    for old, new in renamed.items():
+        body = body.replace(f"`{old}`", f"`{new}`")
+    for part, base in bases.items():
+        line = licence_line(_NAMES[part], base, found[part][1])
+        # A backslash in a replacement would be an escape.
+        body = re.sub(rf"(?m)^- {_NAMES[part]} `{re.escape(base)}`: .*$", line.replace("\\", r"\\"), body)
+    body = re.sub(
+        r'(from_adapter|from_pretrained)\("([^"]+)"',
+        lambda match: f'{match[1]}("{repo_id}"' if match[2] in own_names else match[0],
+        body,
+    )
+    return without_local_paths(body)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_map_strings(each, change) for each in value]
+    if isinstance(value, dict):
+        return {name: _map_strings(each, change) for name, each in value.items()}
+    return value
+
+
+def _look_up_base(api: HfApi, part: str, name: str) -> tuple[str | None, str]:
+    """Newest commit and stated licence of a base.
+
+    Raises:
+        HubError: When it is not on the Hub.
+    """
+    try:
+        info = api.model_info(name)
+    except RepositoryNotFoundError:
+        raise HubError(
+            f"The {_NAMES[part]} {name} is not on the Hub, or the token may not read it: push it, or give another id "
+            f'({part}="owner/name", --{part} owner/name on the command line).'
+        ) from None
+    return info.sha, licence_of(info.card_data)
