@@ -4,8 +4,11 @@ Stage: first of the data's way; imports nothing of ours. Pictures are not touche
 undecoded until they are needed.
 """
 
+import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from uuid import uuid4
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class Task:
         group_key (`Callable[[dict], str]`, *optional*): Rows of one key have the same pictures and become one row, so
             that they share its prefix.
         pages (`Callable[[dict], list[int]]`, *optional*): Which of the row's pictures are used, counted from 0 over
-            all image columns; the row is the first of its group. All of them without it.
+            all image columns; the row is that of `example`. All of them without it.
+        id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
     """
 
     name: str
@@ -48,6 +52,11 @@ class Task:
     example: Callable[[dict], Example]
     group_key: Callable[[dict], str] | None = None
     pages: Callable[[dict], list[int]] | None = None
+    id_column: str | None = None
+
+
+PICTURE_PLACES = "picture_places"
+"""Column that rows get for tasks with `pages`: which cells of the image columns, counted from 0, hold a picture."""
 
 
 def require_columns(columns: list[str], *needed: str) -> None:
@@ -67,6 +76,25 @@ def require_columns(columns: list[str], *needed: str) -> None:
 def has_text(value: object) -> bool:
     """Whether a cell is text that is not blank."""
     return isinstance(value, str) and bool(value.strip())
+
+
+def to_text(value: object) -> str | None:
+    """A cell as text without blanks around it: tables keep the answer 2 as a number. `None` for anything else."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        # A column of whole numbers with an empty cell is read as one of floats.
+        return str(int(value)) if value == value // 1 else str(value)
+    return value.strip() or None if isinstance(value, str) else None
+
+
+def row_key(row: dict, columns: list[str]) -> str:
+    """What the rows of one group have in common; a row without it is a group of its own.
+
+    Args:
+        row (`dict`): Texts of a row.
+        columns (`list[str]`): Of which at least one has a value.
+    """
+    values = [row.get(name) for name in columns]
+    return json.dumps(values, default=str) if any(value is not None for value in values) else uuid4().hex
 
 
 def picture_turn(*texts: str | None, pictures: int = 1) -> list[dict]:
