@@ -129,6 +129,27 @@ def generate_rows(
     ]
 
 
+def sample_table(title: str, rows: list[Row], count: int = 4) -> str:
+    """A few answers beside what was expected, as aligned text for the log.
+
+    Args:
+        title: Put above.
+        rows: Of `generate_rows`.
+        count: So many rows, spread evenly.
+    """
+    chosen = [rows[index * len(rows) // count] for index in range(min(count, len(rows)))]
+    lines = [("id", "says", "expected")]
+    lines += [(str(row["id"]), _short(row["prediction"]), _short(row["references"][0])) for row in chosen]
+    widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+    shown = [f"  {line[0]:<{widths[0]}}  {line[1]:<{widths[1]}}  {line[2]}".rstrip() for line in lines]
+    return "\n".join([f"{title}:", *shown])
+
+
+def _short(text: str, width: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def _swapped(image_ids: list[list[int]]) -> list[list[int]]:
     """The pictures of the row half the split away; rows of one picture count must meet their like."""
     by_count: dict[int, list[int]] = {}

@@ -14,7 +14,6 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -31,31 +30,13 @@ from console import quiet_imports, quiet_progress, run_script  # noqa: E402
 DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
 
 
-def local(name: str, option: str) -> str:
-    """A path that the repository has is found from any working directory.
-
-    Raises:
-        FileNotFoundError: for a path, not a Hub id, that is not there; names the option.
-    """
-    if Path(name).exists():
-        return name
-    if (ROOT / name).exists():
-        return str(ROOT / name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
-    return name
-
-
 class Run:
     """What the parts of one run share: arguments, the clock of its phases, and where it writes."""
 
     def __init__(self, vision_args, training_args, model_args):
         from accelerate import PartialState
 
-        from vlm_peft.arguments import data_arguments
-
         self.vision, self.training, self.model = vision_args, training_args, model_args
-        self.data = data_arguments(vision_args)
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
         self.is_main = PartialState().is_main_process
@@ -89,6 +70,8 @@ class Run:
 
 def load_model(run: Run):
     """Encoder + decoder + fresh projector, with their processor."""
+    from sft_data import local
+
     from vlm_peft import VisionQwen, VisionQwenProcessor
 
     layers = run.vision.vision_feature_layer
@@ -120,44 +103,17 @@ def load_model(run: Run):
     return model.to(run.training.device), processor
 
 
-def load(run: Run, model, processor, name: str, limit: int | None):
-    """Rows, task, pictures and cached features of one split."""
-    from vlm_peft.splits import encode_pictures, load_split
-
-    data = replace(run.data, dataset_name=local(run.data.dataset_name, "dataset_name"))
-    split = load_split(data, name, processor, limit=limit)
-    return encode_pictures(
-        split,
-        model,
-        processor,
-        feature_cache=run.vision.feature_cache,
-        directory=run.vision.feature_cache_dir,
-        dtype=run.vision.feature_dtype,
-    )
-
-
-def make_trainer(run: Run, model, processor, split):
+def make_trainer(run: Run, model, processor, data, held_out: dict):
     """The trainer with its collator, after the table of what trains was printed and checked."""
-    from accelerate import PartialState
+    from sft_data import sources
+    from transformers import EarlyStoppingCallback
     from trl import get_peft_config
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
     from vlm_peft.collator import SharedPrefixCollator
-    from vlm_peft.data import encode_rows
     from vlm_peft.tasks import TASK_FILE, TaskSettings
     from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
 
-    with PartialState().main_process_first():
-        encoded = encode_rows(
-            split.texts,
-            split.task,
-            processor,
-            split.pictures,
-            max_length=run.training.max_length,
-            unreadable=split.unreadable,
-            on_bad_row=run.vision.on_bad_row,
-            num_proc=run.training.dataset_num_proc,
-        )
     asked = get_peft_config(run.model)
     peft_config = lora_config(
         model,
@@ -171,40 +127,80 @@ def make_trainer(run: Run, model, processor, split):
         use_dora=asked.use_dora,
         modules_to_save=asked.modules_to_save,
     )
+    first = sources(run.vision)[0]
     settings = TaskSettings(
-        task=run.data.task,
-        instruction=run.data.instruction,
-        slide_pages=run.data.slide_pages,
-        name_pages=run.data.name_pages,
+        task=first.task,
+        instruction=first.instruction,
+        slide_pages=first.slide_pages,
+        name_pages=first.name_pages,
         max_new_tokens=run.vision.max_new_tokens,
         num_beams=run.vision.num_beams,
     )
     signals = StopOnSignal()
+    callbacks: list = [signals]
+    if run.vision.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(run.vision.early_stopping_patience))
     collator = SharedPrefixCollator(
         processor.tokenizer.pad_token_id,
-        split.fetch_images,
+        data.fetch_images,
         max_length=run.training.max_length,
         packing=run.vision.pack_rows,
     )
     trainer = VisionSFTTrainer(
         model=model,
         args=prepare_training_arguments(run.training),
-        train_dataset=encoded.dataset,
+        train_dataset=data.dataset,
+        eval_dataset=data.eval_dataset,
         data_collator=collator,
         processing_class=processor,
         peft_config=peft_config,
-        callbacks=[signals],
+        callbacks=callbacks,
         extra_files={TASK_FILE: settings.to_json()},
         projector_learning_rate=run.vision.projector_learning_rate,
         vision_learning_rate=run.vision.vision_learning_rate,
         loraplus_lr_ratio=run.vision.loraplus_lr_ratio,
+        score=make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
     )
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")
     check_trainable(rows, vision_tower_trains=run.vision.lora_vision)
-    completions = sum(encoded.dataset["num_branches"][:])
-    run.say(f"Training on {len(encoded.dataset):,} rows with {completions:,} texts.")
+    run.say(data.described)
     return trainer, signals, rows
+
+
+def make_scorer(run: Run, processor, held_out: dict):
+    """What scores the model during training: the same questions at every evaluation, shared by all processes."""
+    from accelerate import PartialState
+    from evaluation import generate_rows, sample_table
+    from sft_data import first_held_out
+    from task_scores import score_rows
+
+    watched = []
+    for split in first_held_out(held_out):
+        questions = list(split.questions())
+        watched.append((split, questions[: run.vision.eval_samples], questions[run.vision.eval_samples :]))
+
+    def score(model) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for split, asked, others in watched:
+            rows = generate_rows(
+                model,
+                processor,
+                asked,
+                split.fetch_images,
+                batch_size=run.vision.generation_batch_size,
+                max_new_tokens=run.vision.max_new_tokens,
+                num_beams=run.vision.num_beams,
+            )
+            # Document frequencies of the whole split: these figures then compare with the final ones.
+            idf = {"idf_references": [other.references for other in others]} if split.task.name == "caption" else {}
+            if PartialState().is_main_process:
+                run.say("\n" + sample_table(split.name, rows))
+            for metric, value in score_rows(split.task.name, rows, **idf).metrics.items():
+                found[metric if metric not in found else f"{split.name}_{metric}"] = value
+        return found
+
+    return score
 
 
 def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None:
@@ -236,7 +232,7 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
 
     from gallery import choose_gallery, save_gallery_pictures
     from model_card import write_model_card
-    from predictions import read_predictions, write_text
+    from predictions import write_text
     from report import build_report
 
     summary = {
@@ -258,8 +254,7 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
     write_text(run.output_dir / "run_summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(run.output_dir / "log_history.json", json.dumps(trainer.state.log_history, indent=2) + "\n")
     for name, split in splits.items():
-        folder = run.output_dir / "eval" / name
-        wanted = set(map(str, choose_gallery(read_predictions(folder / "predictions.jsonl"))))
+        wanted = set(map(str, choose_gallery(run.output_dir / "eval" / name)))
         found = {
             question.id: split.pictures.open(question.image_ids[0])
             for question in split.questions()
@@ -286,26 +281,23 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
     from accelerate import PartialState
+    from sft_data import is_blind, load_held_out, load_training
     from transformers import set_seed
 
     from vlm_peft import VisionQwen, VisionQwenProcessor
-    from vlm_peft.splits import leave_out
 
     set_seed(training_args.seed)
     with run.phase("load models"):
         model, processor = load_model(run)
     with run.phase("encode pictures"):
-        train_split = load(run, model, processor, vision_args.train_split, vision_args.train_limit)
-        splits = {
-            name: leave_out(load(run, model, processor, name, vision_args.eval_limit), vision_args.on_bad_row)
-            for name in vision_args.eval_splits
-        }
+        held_out = load_held_out(vision_args, model, processor)
+        data = load_training(vision_args, training_args, model, processor, held_out)
     if vision_args.score_before:
         with run.phase("score before"):
-            evaluate(run, model, processor, splits, "-before")
+            evaluate(run, model, processor, held_out, "-before")
 
     with run.phase("prepare training"):
-        trainer, signals, rows = make_trainer(run, model, processor, train_split)
+        trainer, signals, rows = make_trainer(run, model, processor, data, held_out)
     with run.phase("train"):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.received is not None:
@@ -323,13 +315,13 @@ def main(arguments: list[str] | None = None) -> int:
     trained = VisionQwen.from_adapter(training_args.output_dir, **run.loading).to(training_args.device)
     processor = VisionQwenProcessor.from_pretrained(training_args.output_dir)
     with run.phase("score"):
-        evaluate(run, trained, processor, splits)
-        blind = {name: splits[name] for name in vision_args.blind_splits}
+        evaluate(run, trained, processor, held_out)
+        blind = {name: split for name, split in held_out.items() if is_blind(split)}
         evaluate(run, trained, processor, blind, "-blind")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started
         command = "accelerate launch recipes/sft.py " + " ".join(arguments)
-        report = write_report(run, trainer, rows, splits, command.strip())
+        report = write_report(run, trainer, rows, held_out, command.strip())
         run.say(
             f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
             f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"

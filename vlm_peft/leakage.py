@@ -72,12 +72,12 @@ def find_overlap(train: Split, held_out: Split) -> Overlap:
         train, held_out ([`~vlm_peft.splits.Split`]): Rows, of which each may have several pictures.
     """
     hashes = picture_hashes(held_out.pictures)
-    pairs = {}
+    pairs: dict[tuple[str, str], None] = {}
     for name, image in picture_hashes(train.pictures).items():
         if name in hashes:
             pairs[_row_of(train, image), _row_of(held_out, hashes[name])] = None
     numbers = {number: row_name(row) for row in held_out.texts if (number := coco_number(row)) is not None}
-    same_number = {}
+    same_number: dict[tuple[str, str], None] = {}
     if numbers:
         for row in train.texts:
             number = coco_number(row)

@@ -85,6 +85,19 @@ class Split:
                 )
 
 
+def bind_task(data: DataArguments, columns: list[str]) -> Task:
+    """The task of a data set, bound to its columns; see [`~vlm_peft.tasks.make_task`] for errors."""
+    return make_task(
+        data.task,
+        columns,
+        image_column=data.image_column,
+        text_column=data.text_column,
+        instruction=data.instruction,
+        slide_pages=data.slide_pages,
+        name_pages=data.name_pages,
+    )
+
+
 def load_split(data: DataArguments, name: str, processor, *, limit: int | None = None) -> Split:
     """Loads a split's rows; pictures are read and processed whenever they are asked for.
 
@@ -112,19 +125,11 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
             split_column=data.split_column,
             limit=limit,
         )
-        task = make_task(
-            data.task,
-            rows.column_names,
-            image_column=data.image_column,
-            text_column=data.text_column,
-            instruction=data.instruction,
-            slide_pages=data.slide_pages,
-            name_pages=data.name_pages,
-        )
+        task = bind_task(data, rows.column_names)
         texts, pictures = bind_rows(rows, task)
     if PartialState().is_main_process:
         grouped = f" in {len(texts):,} groups" if len(texts) < len(rows) else ""
-        print(f"Split {name}: {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
+        print(f"Split {name} ({task.name}): {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
 
     def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
         opened = [pictures.open(index) for index in ids]

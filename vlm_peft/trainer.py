@@ -123,7 +123,8 @@ class VisionSFTTrainer(SFTTrainer):
         )
         if self._score is not None:
             scores = self._score(self.accelerator.unwrap_model(self.model))
-            output.metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            assert output.metrics is not None
+            output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -215,7 +216,7 @@ def log_line(logs: dict[str, Any], state: TrainerState) -> str:
     parts += [
         f"{key.removeprefix('eval_')} {value:.4f}"
         for key, value in logs.items()
-        if key.startswith("eval_") and key not in names and not key.endswith(_NOT_SHOWN)
+        if key.startswith("eval_") and key not in names and not key.endswith(_NOT_SHOWN) and "[" not in key
     ]
     if "learning_rate" in logs:
         parts.append(f"rate {logs['learning_rate']:.1e}")

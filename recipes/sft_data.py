@@ -1,0 +1,202 @@
+"""The rows of a training run: held-out splits, and training rows from a data set, a mixture or a stream."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset, concatenate_datasets
+
+from vlm_peft.arguments import DataArguments, VisionArguments, data_sources
+from vlm_peft.data import encode_rows
+from vlm_peft.leakage import check_overlap, picture_hashes
+from vlm_peft.mixture import fetch_from, first_images, mix
+from vlm_peft.splits import Split, bind_task, encode_pictures, leave_out, load_split
+from vlm_peft.streaming import load_stream, stack_pixels, stream_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class TrainingRows:
+    """What the trainer and its collator need.
+
+    Args:
+        dataset: Encoded rows, a `Dataset` or an `IterableDataset`.
+        eval_dataset: Encoded rows of each data set's first held-out split, for the loss at evaluations.
+        fetch_images: Picture numbers of both -> model inputs.
+        described: One sentence for the log.
+    """
+
+    dataset: Any
+    eval_dataset: Dataset | None
+    fetch_images: Callable[[list], dict[str, torch.Tensor]]
+    described: str
+
+
+def local(name: str, option: str) -> str:
+    """A path that the repository has is found from any working directory.
+
+    Raises:
+        FileNotFoundError: for a path, not a Hub id, that is not there; names the option.
+    """
+    if Path(name).exists():
+        return name
+    if (ROOT / name).exists():
+        return str(ROOT / name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
+    return name
+
+
+def sources(vision: VisionArguments) -> list[DataArguments]:
+    """The data sets of the run, with paths that exist from here."""
+    return [
+        replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in data_sources(vision)
+    ]
+
+
+def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]:
+    """All splits to score, by the name of their folder: the split's own, with the task before it in a mixture.
+
+    Raises:
+        ValueError: if a split has rows that cannot be scored (see `leave_out`).
+    """
+    found: dict[str, Split] = {}
+    all_sources = sources(vision)
+    for source in all_sources:
+        unknown = [name for name in source.blind_splits if name not in source.eval_splits]
+        if unknown:
+            raise ValueError(f"blind_splits: {', '.join(unknown)} must be among eval_splits, {source.eval_splits}.")
+        for name in source.eval_splits:
+            split = load_split(source, name, processor, limit=source.eval_limit)
+            split = leave_out(_encoded(vision, split, model, processor), vision.on_bad_row)
+            if len(all_sources) > 1:
+                split.name = f"{source.task}-{name}"
+                if split.name in found:
+                    split.name = f"{Path(str(source.dataset_name)).stem}-{split.name}"
+            found[split.name] = split
+    return found
+
+
+def is_blind(split: Split) -> bool:
+    """Whether the blind control of a held-out split was asked for."""
+    return any(split.name == name or split.name.endswith(f"-{name}") for name in split.data.blind_splits)
+
+
+def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
+    """Training rows of all data sets, checked against the held-out pictures and encoded.
+
+    Args:
+        vision: The run's options.
+        training: Its `SFTConfig`: `max_length`, `seed`, `dataset_num_proc`.
+        model, processor: Encode pictures and texts.
+        held_out: Of `load_held_out`.
+
+    Raises:
+        ValueError: for rows that cannot be used, or pictures that are also held out.
+    """
+    watched = first_held_out(held_out) if training.eval_strategy != "no" else []
+    if vision.streaming:
+        dataset, weights = _streams(vision, training, processor, held_out)
+        described = (
+            f"Training on a stream for {training.max_steps:,} steps: its length is not known, and each picture is "
+            "encoded when it comes (no feature cache)."
+        )
+        fetch = fetch_from(watched)
+        eval_rows = _encode(vision, training, processor, watched, 0)
+        return TrainingRows(
+            mix(dataset, weights, training.seed),
+            concatenate_datasets(eval_rows) if eval_rows else None,
+            lambda images: fetch(images) if isinstance(images[0], int) else stack_pixels(images),
+            described,
+        )
+
+    splits = []
+    for source in sources(vision):
+        split = load_split(source, source.train_split, processor, limit=source.train_limit)
+        for other in held_out.values():
+            said = check_overlap(split, other, allow=vision.allow_overlap)
+            if said is not None and PartialState().is_main_process:
+                print(f"Overlap allowed: {said}", flush=True)
+        splits.append(_encoded(vision, split, model, processor))
+    encoded = _encode(vision, training, processor, splits, 0)
+    dataset = mix(encoded, [split.data.weight for split in splits], training.seed)
+    texts = sum(dataset["num_branches"][:])
+    described = f"Training on {len(dataset):,} rows with {texts:,} texts"
+    if len(splits) > 1:
+        parts = ", ".join(f"{len(rows):,} of {split.data.task}" for rows, split in zip(encoded, splits, strict=True))
+        described += f", drawn from {parts}"
+    eval_rows = _encode(vision, training, processor, watched, sum(len(split.pictures) for split in splits))
+    return TrainingRows(
+        dataset,
+        concatenate_datasets(eval_rows) if eval_rows else None,
+        fetch_from([*splits, *watched]),
+        described + ".",
+    )
+
+
+def first_held_out(held_out: dict[str, Split]) -> list[Split]:
+    """The first held-out split of each data set: what is watched while training."""
+    found: dict[int, Split] = {}
+    for split in held_out.values():
+        found.setdefault(id(split.data), split)
+    return list(found.values())
+
+
+def _encode(vision: VisionArguments, training, processor, splits: list[Split], first: int) -> list[Dataset]:
+    """Encoded rows of each split; their pictures are numbered from `first` on."""
+    encoded = []
+    with PartialState().main_process_first():
+        for split, first_image in zip(splits, first_images(splits), strict=True):
+            rows = encode_rows(
+                split.texts,
+                split.task,
+                processor,
+                split.pictures,
+                max_length=training.max_length,
+                unreadable=split.unreadable,
+                on_bad_row=vision.on_bad_row,
+                num_proc=training.dataset_num_proc,
+                first_image=first + first_image,
+            )
+            encoded.append(rows.dataset)
+    return encoded
+
+
+def _encoded(vision: VisionArguments, split: Split, model, processor) -> Split:
+    return encode_pictures(
+        split,
+        model,
+        processor,
+        feature_cache=vision.feature_cache,
+        directory=vision.feature_cache_dir,
+        dtype=vision.feature_dtype,
+    )
+
+
+def _streams(vision: VisionArguments, training, processor, held_out: dict[str, Split]) -> tuple[list, list]:
+    """A stream and a weight for each data set."""
+    hashes: set[str] = set()
+    if not vision.allow_overlap:
+        for split in held_out.values():
+            hashes |= set(picture_hashes(split.pictures))
+    streams, weights = [], []
+    for source in sources(vision):
+        rows = load_stream(source, source.train_split, limit=source.train_limit)
+        task = bind_task(source, rows.column_names)
+        streams.append(
+            stream_rows(
+                rows,
+                task,
+                processor,
+                max_length=training.max_length,
+                on_bad_row=vision.on_bad_row,
+                held_out_hashes=frozenset(hashes),
+                seed=training.seed,
+            )
+        )
+        weights.append(source.weight)
+    return streams, weights
