@@ -94,13 +94,13 @@ def test_selecting_a_split_copies_no_pictures(tmp_path):
 
 
 def test_local_names_that_do_not_exist(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not there: expected a parquet file or a folder"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not there: expected a table"):
         load_rows(str(tmp_path / "nowhere"), "train")
     with pytest.raises(FileNotFoundError, match="data/sets/flickr is not there"):
         load_rows("data/sets/flickr", "train")
-    (tmp_path / "rows.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(ValueError, match=r"Expected a parquet file, or a folder .* got the file .*rows\.csv"):
-        load_rows(str(tmp_path / "rows.csv"), "train")
+    (tmp_path / "rows.txt").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"Expected a table .*, or a folder .* got the file .*rows\.txt"):
+        load_rows(str(tmp_path / "rows.txt"), "train")
 
 
 # --- encode_rows ---
@@ -171,7 +171,7 @@ def test_completions_that_do_not_fit_are_spread_over_sequences_with_the_picture_
 def test_a_row_that_cannot_fit_is_refused_not_cut(processor):
     rows = make_rows([["a", "b" * 200], ["c"]])
     with pytest.raises(
-        ValueError, match=r"r0\): The pictures and one completion need \d+ tokens, more than max_length=150"
+        ValueError, match=r"r0\): The pictures \(1 of 16 tokens\) and one completion need \d+ tokens, more than max_length=150"
     ):
         run(rows, processor, 150)
     assert run(rows, processor, 150, on_bad_row="skip").dataset["row"][:] == [1]

@@ -6,21 +6,33 @@ Stage: data set on the Hub or on disk -> rows -> laid-out token ids with picture
 import inspect
 import json
 import logging
+import os
 import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import ClassLabel, Dataset, Features, List, Value, get_dataset_split_names, load_dataset
 from datasets.fingerprint import Hasher
 
 from . import processing_vision_qwen, shared_prefix
-from .pictures import Pictures, UnreadablePictureError
+from .pictures import Pictures, UnreadablePictureError, is_path, picture_places
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import Example, Task
+from .tasks import example as example_module
+from .tasks.example import PICTURE_PLACES
 
 logger = logging.getLogger(__name__)
+
+# Builders of `datasets` for single files.
+_FILES: dict[str, dict] = {
+    ".parquet": {"path": "parquet"},
+    ".csv": {"path": "csv"},
+    ".tsv": {"path": "csv", "sep": "\t"},
+    ".json": {"path": "json"},
+    ".jsonl": {"path": "json"},
+}
 
 LAYOUT_COLUMNS = ("input_ids", "position_ids", "branch_ids", "shift_labels", "image_ids", "row", "num_branches")
 
@@ -35,22 +47,27 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
 
     Raises:
         FileNotFoundError: When a local path does not exist.
-        ValueError: When a file is not parquet, or the split is not there; lists those that are.
+        ValueError: When a file is no table, or the split is not there; lists those that are.
     """
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix != ".parquet":
-            raise ValueError(f"Expected a parquet file, or a folder of parquet files or pictures, got the file {name}.")
-        return {"path": "parquet", "data_files": {split: str(path)}}
+        if path.suffix not in _FILES:
+            raise ValueError(
+                f"Expected a table ({', '.join(_FILES)}), or a folder of tables or pictures, got the file {name}."
+            )
+        if "+" in split:
+            raise ValueError(f"One file holds one split, got {split!r}; --split_column names where it says more.")
+        return {**_FILES[path.suffix], "data_files": {split: str(path)}}
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise FileNotFoundError(f"The data set {name} is not there: expected a parquet file or a folder.")
-    if path.is_dir() and any(path.rglob("metadata.jsonl")):
+        raise FileNotFoundError(f"The data set {name} is not there: expected a table's file or a folder.")
+    if path.is_dir() and any(any(path.rglob(f"metadata.{kind}")) for kind in ("jsonl", "csv", "parquet")):
         where = {"path": "imagefolder", "data_dir": str(path)}
     else:
         where = {"path": str(path) if path.exists() else name}
     splits = get_dataset_split_names(**where, revision=revision)
-    if split not in splits:
-        raise ValueError(f"The data set {name} has no split {split!r}; it has {', '.join(splits)}.")
+    missing = [part for part in split.split("+") if part not in splits]
+    if missing:
+        raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
 
 
@@ -66,23 +83,29 @@ def load_rows(
     """Loads one split.
 
     Args:
-        name (`str`): Hub id, parquet file, folder of parquet files, or image folder with `metadata.jsonl`.
-        split (`str`): Which part: `"train"`, `"test"`, ...
+        name (`str`): Hub id, table (parquet, CSV, TSV, JSON or JSON Lines), folder of tables, or image folder with
+            `metadata.jsonl`, `.csv` or `.parquet`.
+        split (`str`): Which part: `"train"`, `"test"`, ...; `"train+restval"` are two parts, here and in
+            `split_column`.
         revision (`str`, *optional*): Of the Hub repository (`refs/convert/parquet` for those with a loading script).
         stored_split (`str`, *optional*): The split as stored when the true one is in `split_column`.
         split_column (`str`, *optional*): Column that names each row's true split (Flickr30k stores all rows as `test`).
         limit (`int`, *optional*): First so many rows only.
 
     Returns:
-        `Dataset`: With a column `id` (the row number in the stored split when the data has none), pictures undecoded
-            until read.
+        `Dataset`: With a column `id` (the row number in the stored split when the data has none, or an ambiguous one),
+            pictures undecoded until read.
 
     Raises:
         FileNotFoundError: When a local path does not exist.
-        ValueError: When a file is not parquet, or the split is not there (lists those that are) or is empty.
+        ValueError: When a file is no table, or the split is not there (lists those that are) or is empty.
     """
-    stored = stored_split or split
+    names = split.split("+")
+    stored = stored_split or (split if split_column is None else names[0])
     rows = load_dataset(**locate(name, stored, revision), split=stored)
+    if "id" in rows.column_names and len(set(map(str, rows["id"][:]))) < len(rows):
+        # LLaVA's instructions have one id a picture: predictions could not be told apart.
+        rows = rows.remove_columns("id")
     if "id" not in rows.column_names:
         # Before rows are selected: adding a column to a selection copies all its pictures to a new file.
         rows = rows.add_column("id", [str(index) for index in range(len(rows))])
@@ -91,12 +114,15 @@ def load_rows(
             raise ValueError(
                 f"The data set {name} has no column {split_column!r}; it has {', '.join(sorted(rows.column_names))}."
             )
-        labels = rows[split_column][:]
-        rows = rows.select([index for index, value in enumerate(labels) if value == split])
-        if not len(rows):
+        labels, feature = rows[split_column][:], rows.features[split_column]
+        labels = feature.int2str(labels) if isinstance(feature, ClassLabel) else labels
+        missing = [part for part in names if part not in labels]
+        if missing:
             raise ValueError(
-                f"No row of {name} has {split_column} = {split!r}; found {', '.join(sorted(set(map(str, labels))))}."
+                f"No row of {name} has {split_column} = {missing[0]!r}; found "
+                f"{', '.join(sorted(set(map(str, labels))))}."
             )
+        rows = rows.select([index for index, value in enumerate(labels) if value in names])
     if limit is not None:
         rows = rows.select(range(min(limit, len(rows))))
     if not len(rows):
@@ -117,17 +143,71 @@ class EncodedRows:
     dropped: dict[str, list[str]]
 
 
-def bind_rows(rows: Dataset, task: Task) -> tuple[Dataset, Pictures]:
+def picture_folder(name: str, image_folder: str | None = None) -> Path | None:
+    """Where the relative paths in a data set's picture columns begin.
+
+    Args:
+        name (`str`): See [`load_rows`].
+        image_folder (`str`, *optional*): What the user says; else a table's own folder, and none on the Hub.
+
+    Raises:
+        FileNotFoundError: When `image_folder` is not there.
+    """
+    if image_folder is not None:
+        folder = Path(image_folder).expanduser().resolve()
+        if not folder.is_dir():
+            raise FileNotFoundError(f"--image_folder {image_folder} is not there: expected the folder of the pictures.")
+        return folder
+    path = Path(name).expanduser().resolve()
+    return path.parent if path.is_file() else path if path.is_dir() else None
+
+
+def resolve_paths(rows, columns: list[str], folder: Path | None):
+    """Puts a folder before the relative paths in columns of paths; other columns are left alone.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): Of which only columns of text, or of lists of text, can hold paths.
+        columns (`list[str]`): With pictures.
+        folder (`Path`, *optional*): Of [`picture_folder`].
+    """
+    features = rows.features or {}
+    columns = [name for name in columns if _holds_text(features.get(name))]
+    if folder is None or not columns:
+        return rows
+
+    def join(cell):
+        if isinstance(cell, list):
+            return [join(each) for each in cell]
+        return os.path.join(folder, cell) if is_path(cell) else cell
+
+    def resolve(*cells: list) -> dict:
+        return {name: [join(cell) for cell in column] for name, column in zip(columns, cells, strict=True)}
+
+    return rows.map(resolve, batched=True, input_columns=columns, features=Features(features))
+
+
+def _holds_text(feature) -> bool:
+    kind = feature.feature if isinstance(feature, List) else feature
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+
+def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Dataset, Pictures]:
     """Takes rows apart into texts and pictures, after joining those that are about the same pictures.
 
     Args:
         rows (`Dataset`): Of [`load_rows`].
-        task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of one key become one row whose cells are lists.
+        task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of one key become one row whose cells are lists; with
+            `id_column`, that column becomes `id`; with `pages`, texts get the column
+            [`~vlm_peft.tasks.example.PICTURE_PLACES`].
+        folder (`Path`, *optional*): Of [`picture_folder`].
 
     Returns:
         `tuple[Dataset, Pictures]`: As many text rows as picture rows, in the order in which the groups begin.
     """
     texts = rows.remove_columns(task.image_columns)
+    if task.id_column is not None:
+        texts = texts.remove_columns("id").rename_column(task.id_column, "id")
+    rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
     if task.group_key is not None:
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(texts):
@@ -150,8 +230,10 @@ def bind_rows(rows: Dataset, task: Task) -> tuple[Dataset, Pictures]:
             new_fingerprint=Hasher.hash((texts._fingerprint, members)),
             desc="Grouping rows by their pictures",
         )
-    chosen = [task.pages(row) for row in texts] if task.pages is not None else None
-    return texts, Pictures(rows, task.image_columns, chosen)
+    if task.pages is None:
+        return texts, Pictures(rows, task.image_columns)
+    texts = texts.add_column(PICTURE_PLACES, picture_places(rows, task.image_columns))
+    return texts, Pictures(rows, task.image_columns, [task.pages(row) for row in texts])
 
 
 def encode_rows(
@@ -192,7 +274,7 @@ def encode_rows(
     text = rows.remove_columns([name for name in task.image_columns if name in rows.column_names])
     columns = set(text.column_names)
     # The code that lays rows out counts, too: an upgrade never reads what an older version made.
-    code = [inspect.getsource(module) for module in (processing_vision_qwen, shared_prefix)]
+    code = [inspect.getsource(module) for module in (processing_vision_qwen, shared_prefix, example_module)]
     code.append(inspect.getsource(sys.modules[task.example.__module__]))
     vocabulary = json.dumps(processor.tokenizer.get_vocab(), sort_keys=True)
     fingerprint = Hasher.hash(
@@ -292,8 +374,10 @@ def lay_out_row(
                 size = max(1, min(size - 1, size * max_length // len(layout)))
                 layout = processor.encode_row(example.prompt, waiting[:size])
             if len(layout) > max_length:
+                count, each = len(image_ids), processor.num_image_tokens
                 raise ValueError(
-                    f"The pictures and one completion need {len(layout)} tokens, more than max_length={max_length}."
+                    f"The pictures ({count} of {each} tokens) and one completion need {len(layout)} tokens, more than "
+                    f"max_length={max_length}."
                 )
             groups.append(layout)
             sizes.append(size)

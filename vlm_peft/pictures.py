@@ -15,13 +15,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 from PIL import Image as PILImage
-from PIL import ImageOps
+from PIL import ExifTags, ImageOps
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Pictures with more pixels are refused before they are decoded (64 Mi pixels take 200 MB as RGB)."""
 
 # The first bytes of JPEG, PNG, GIF and RIFF (WebP) files in base64.
 _BASE64_STARTS = ("/9j/", "iVBOR", "R0lGOD", "UklGR")
+_ADDRESSES = ("http://", "https://", "s3://", "gs://")
 
 
 class UnreadablePictureError(ValueError):
@@ -84,6 +85,11 @@ def _as_file(value):
     if isinstance(value, Path):
         return value
     if isinstance(value, str):
+        if value.startswith(_ADDRESSES):
+            raise UnreadablePictureError(
+                f"{value} is an address, and pictures are not downloaded from addresses: save them as files first and "
+                "put their paths into the column."
+            )
         if value.startswith(("data:", *_BASE64_STARTS)):
             try:
                 # Mail and XML break base64 into lines.
@@ -94,6 +100,11 @@ def _as_file(value):
     raise UnreadablePictureError(
         f"Expected a picture, a path, bytes, base64 text or a dict, got {type(value).__name__}."
     )
+
+
+def is_path(value: object) -> bool:
+    """Whether a cell is the path of a picture, and neither base64 text of one nor its address."""
+    return isinstance(value, str) and not value.startswith(("data:", *_BASE64_STARTS, *_ADDRESSES))
 
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
@@ -180,6 +191,10 @@ class Pictures:
         """Picture `index`, decoded; see [`open_picture`] for errors."""
         return open_picture(self.raw(index))
 
+    def size(self, index: int) -> list[int]:
+        """Width and height of picture `index`; see [`picture_size`]."""
+        return picture_size(self.raw(index))
+
     def encoded(self, index: int) -> bytes:
         """The encoded bytes of picture `index`: what its content hash is taken of.
 
@@ -187,6 +202,25 @@ class Pictures:
             UnreadablePictureError: When there is no file to take them from.
         """
         return encoded_bytes(self.raw(index))
+
+
+def picture_size(value) -> list[int]:
+    """Width and height in pixels, upright as [`open_picture`] gives it, from the header alone.
+
+    Raises:
+        UnreadablePictureError: When there is no picture, or its header cannot be read.
+    """
+    try:
+        with PILImage.open(_as_file(value)) as picture:
+            width, height = picture.size
+            # Orientations 5 to 8 of EXIF are lying ones.
+            lying = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except UnreadablePictureError:
+        raise
+    except Exception as error:
+        # As in `open_picture`: anything comes out of damaged files.
+        raise UnreadablePictureError(f"Cannot read the picture's size: {error}") from error
+    return [height, width] if lying else [width, height]
 
 
 def encoded_bytes(value) -> bytes:
@@ -202,6 +236,20 @@ def encoded_bytes(value) -> bytes:
         return Path(source).read_bytes()
     except (OSError, ValueError) as error:
         raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
+
+
+def picture_places(dataset: Dataset, columns: list[str]) -> list[list[int]]:
+    """For each row, which of the cells of `columns`, counted from 0, hold a picture. No picture's bytes are read.
+
+    Args:
+        dataset (`Dataset`): Rows.
+        columns (`list[str]`): With one picture, or none, a cell.
+    """
+    table = dataset.data.table
+    present = np.stack([table.column(name).is_valid().to_numpy() for name in columns], axis=1)
+    indices = dataset._indices
+    present = present if indices is None else present[indices.column(0).to_numpy()]
+    return [np.flatnonzero(cells).tolist() for cells in present]
 
 
 def _count_cells(cells: pa.Array) -> np.ndarray:
