@@ -15,13 +15,18 @@ class DataArguments:
     """Where rows come from and what they mean. In a `mixture`, each entry has its own."""
 
     dataset_name: str | None = field(
-        default=None, metadata={"help": "Hub id, parquet file or folder, or image folder."}
+        default=None,
+        metadata={"help": "Hub id, table (parquet, CSV, JSON, JSON Lines) or folder of tables, or image folder."},
     )
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
     stored_split: str | None = field(default=None, metadata={"help": "The one stored split, with --split_column."})
     split_column: str | None = field(default=None, metadata={"help": "Column that names each row's true split."})
     task: str = field(default="caption", metadata={"help": "What rows mean.", "choices": list(TASKS)})
     image_column: str = field(default="image", metadata={"help": "Column with the picture."})
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Where relative paths in the picture's column begin; the table's own folder by default."},
+    )
     text_column: str | None = field(default=None, metadata={"help": "Column with the texts; found by usual names."})
     instruction: str | None = field(
         default=None, metadata={"help": "What the user says beside the picture; each task has its own by default."}

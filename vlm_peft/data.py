@@ -207,7 +207,8 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
     texts = rows.remove_columns(task.image_columns)
     if task.id_column is not None:
         texts = texts.remove_columns("id").rename_column(task.id_column, "id")
-    rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
+    if task.image_columns:
+        rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
     if task.group_key is not None:
         groups: dict[str, list[int]] = {}
         for index, row in enumerate(texts):

@@ -126,7 +126,7 @@ class Pictures:
     Args:
         dataset (`Dataset`): Rows; pictures are read one by one, and decoded by [`~Pictures.open`] only.
         columns (`list[str]`): Columns that hold a picture or a list of pictures, in the order of the placeholders.
-            Empty cells (`None`) hold no picture.
+            Empty cells (`None`) hold no picture. None at all for rows of text.
         chosen (`list[list[int]]`, *optional*): For each row, which of its pictures are used, counted from 0 over all
             columns and cells, empty ones included. All by default.
     """
@@ -135,6 +135,8 @@ class Pictures:
         # Arrow's own values are undecoded; casting list columns to undecoded ones would copy every picture.
         self._dataset = dataset.select_columns(columns).with_format("arrow")
         self._columns = columns
+        # A selection of no columns has no rows.
+        self._rows = len(dataset)
         self._chosen = chosen
         counts = self._count() if chosen is None else np.array([len(places) for places in chosen], dtype=np.int64)
         self._ends = np.cumsum(counts).tolist()
@@ -157,6 +159,8 @@ class Pictures:
     def _count(self) -> np.ndarray:
         """Pictures of each row, from the columns' validity bits and list offsets: no picture's bytes are read."""
         table = self._dataset.data.table
+        if not self._columns:
+            return np.zeros(self._rows, dtype=np.int64)
         counts = np.zeros(len(table), dtype=np.int64)
         for column in self._columns:
             chunks = table.column(column).chunks

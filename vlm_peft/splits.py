@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from .arguments import DataArguments
-from .data import bind_rows, find_unreadable, load_rows
+from .data import bind_rows, find_unreadable, load_rows, picture_folder
 from .feature_cache import build_feature_cache
 from .pictures import Pictures
 from .tasks import Task, make_task
@@ -126,7 +126,8 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
             limit=limit,
         )
         task = bind_task(data, rows.column_names)
-        texts, pictures = bind_rows(rows, task)
+        folder = picture_folder(data.dataset_name, data.image_folder)
+        texts, pictures = bind_rows(rows, task, folder)
     if PartialState().is_main_process:
         grouped = f" in {len(texts):,} groups" if len(texts) < len(rows) else ""
         print(f"Split {name} ({task.name}): {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
