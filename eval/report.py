@@ -6,10 +6,11 @@ It reads what the run wrote, all of it optional; what is missing is named in the
   `device` (text), `seed`, `parameters`, `trainable_parameters` (whole numbers), `trained` (a list of `{"module",
   "parameters", "trainable", "dtype"}`), `seconds` (from the name of a phase to seconds), `versions` (from package to
   version), `adapter` (what to pass to `from_adapter`, by default the folder's name) and `notes` (a list of sentences);
-- `log_history.json`, the trainer's list of log entries; used are `step`, `loss` and `eval_loss`;
+- `log_history.json`, the trainer's list of log entries; used are `step`, `loss`, `eval_loss` and what was scored in
+  training (`eval_CIDEr`, or `eval_test_CIDEr` for one of several sets);
 - `eval/<split>/scores.json`, with `eval/<split>-before` and `eval/<split>-blind` beside it, see
-  predictions.score_summary;
-- `eval/<split>/predictions.jsonl` with each line's `cider`, for the gallery of the 12 best and 12 worst pictures;
+  predictions.score_summary; splits of several tasks are shown task by task;
+- `eval/<split>/predictions.jsonl` with each line's scores, for the gallery of the 12 best and 12 worst rows;
 - `eval/<split>/pictures/*.webp`, the gallery's thumbnails, see gallery.save_gallery_pictures.
 """
 
@@ -21,7 +22,15 @@ from pathlib import Path
 from typing import Any
 
 import report_html as html
-from gallery import Picture, best_and_worst, choose_gallery, data_uri, picture_path, save_gallery_pictures
+from gallery import (
+    Picture,
+    best_and_worst,
+    choose_gallery,
+    picture_path,
+    ranking,
+    save_gallery_pictures,
+    thumbnail,
+)
 from predictions import read_predictions, write_text
 
 __all__ = ["build_report", "choose_gallery", "save_gallery_pictures"]
@@ -67,7 +76,7 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
     else:
         missing.append("scores.json of any split: the scores")
     parts.append(drawn)
-    gallery = _gallery(output_dir, list(scores), pictures, missing)
+    gallery = _gallery(output_dir, scores, pictures, missing)
     parts += [gallery, _use(summary, output_dir), _making(summary)]
     if missing:
         items = "".join(f"<li>{item}</li>" for item in missing)
@@ -120,13 +129,15 @@ def _header(title: str, summary: Mapping[str, Any]) -> str:
 
 
 def _gallery(
-    output_dir: Path, splits: Sequence[str], pictures: Mapping[tuple[str, Any], Picture] | None, missing: list[str]
+    output_dir: Path, scores: html.Scores, pictures: Mapping[tuple[str, Any], Picture] | None, missing: list[str]
 ) -> str:
     parts: list[str] = []
-    for split in splits:
+    has_question = has_boxes = False
+    for split, conditions in scores.items():
         path = output_dir / "eval" / split / "predictions.jsonl"
-        rows = read_predictions(path) if path.is_file() else []
-        best, worst = best_and_worst(rows)
+        rows = read_predictions(path) if path.is_file() and "after" in conditions else []
+        metrics = ranking(conditions.get("after", {}))
+        best, worst = best_and_worst(rows, metrics)
         images = {}
         for row in [*best, *worst]:
             stored = picture_path(output_dir, split, row["id"])
@@ -134,19 +145,28 @@ def _gallery(
             if pictures is not None:
                 picture = pictures.get((split, row["id"]))
             if picture is not None:
-                images[str(row["id"])] = data_uri(picture)
+                images[str(row["id"])] = thumbnail(picture)
         if not images:
             continue
-        shown = (
-            f"<h3>Best {len(best)} of {len(rows)}, best first</h3>{html.cards(best, images, 'best')}"
-            f"<h3>Worst {len(worst)} of {len(rows)}, worst first</h3>{html.cards(worst, images, 'worst')}"
+        has_question |= any(row.get("question") for row in [*best, *worst])
+        has_boxes |= any("boxes" in row for row in [*best, *worst])
+        shown = "".join(
+            f"<h3>{kind.capitalize()} {len(chosen)} of {len(rows)}, {kind} first</h3>"
+            + html.cards(chosen, images, kind, metrics[0])
+            for kind, chosen in (("best", best), ("worst", worst))
+            if chosen
         )
         state = "" if parts else " open"
         parts.append(f"<details{state}><summary>Split {html.text(split)}</summary>{shown}</details>")
     if not parts:
-        missing.append("pictures, or predictions.jsonl with each picture's CIDEr: the gallery")
+        missing.append("pictures, or predictions.jsonl with each row's scores: the gallery")
         return ""
-    intro = "Pictures the training never saw. In bold what the model says, then the references."
+    intro = "Rows the training never saw. "
+    intro += "First the question, in bold what" if has_question else "In bold what"
+    intro += " the model says, then the references."
+    if has_boxes:
+        keys = (("predicted", "the model's boxes"), ("reference", "the true ones"))
+        intro += " " + "".join(f'<span class="key {name}">{said}</span>' for name, said in keys)
     return f'<h2>What it says</h2><p class="soft">{intro}</p>{"".join(parts)}'
 
 
