@@ -3,7 +3,8 @@
 It reads what the run wrote and takes the place of TRL's own card, which describes a text model:
 
 - `run_summary.json`, see report.py; also `vision_revision`, `text_revision`, `dataset_revision` (commits or branches)
-  and `data` (from the name of a split to any of `rows`, `pictures` and `content_hash`), where there are any;
+  and `data` (from the name of a split to any of `rows`, `pictures` and `content_hash`), where there are any; `dataset`
+  and `dataset_revision` are lists after a run on several;
 - `eval/<split>/scores.json` of any task, with `eval/<split>-before` and `eval/<split>-blind` beside it;
 - `eval/<split>/predictions.jsonl` and `eval/<split>/pictures/*.webp`, for the sample pictures.
 
@@ -47,11 +48,10 @@ def write_model_card(output_dir: Path | str) -> Path:
         path.parent.name: json.loads(path.read_text(encoding="utf-8"))
         for path in sorted(output_dir.glob("eval/*/scores.json"))
     }
-    encoder, decoder, dataset = summary["vision_model"], summary["text_model"], summary["dataset"]
+    encoder, decoder, datasets = summary["vision_model"], summary["text_model"], _datasets(summary)
     licences = {
         "encoder": stated_licence(encoder, revision=summary.get("vision_revision")),
         "decoder": stated_licence(decoder, revision=summary.get("text_revision")),
-        "data": stated_licence(dataset, revision=summary.get("dataset_revision"), repo_type="dataset"),
     }
     # Local folders are no ids: the Hub would show broken links.
     bases = [name for name in (decoder, encoder) if _is_hub_id(name)]
@@ -61,7 +61,7 @@ def write_model_card(output_dir: Path | str) -> Path:
         pipeline_tag="image-text-to-text",
         license=common_licence((licences["encoder"], licences["decoder"])),
         base_model=bases or None,
-        datasets=[dataset] if _is_hub_id(dataset) else None,
+        datasets=[name for name in datasets if _is_hub_id(name)] or None,
         tags=["vlm_peft", "lora", "vision-language"],
         model_name=title,
         eval_results=_eval_results(scores, summary) or None,
@@ -73,7 +73,8 @@ def write_model_card(output_dir: Path | str) -> Path:
         f"---\n{metadata.to_yaml()}\n---\n",
         f"# {title}\n",
         f"An adapter (LoRA and projector, {trained:,} trained of {total:,} parameters, {100 * trained / total:.2f} %) "
-        f"that joins the encoder `{encoder}` and the decoder `{decoder}`, made with vlm_peft on `{dataset}`.\n",
+        f"that joins the encoder `{encoder}` and the decoder `{decoder}`, made with vlm_peft on "
+        f"{', '.join(f'`{name}`' for name in datasets)}.\n",
         "```python\nfrom vlm_peft import VisionQwen, VisionQwenProcessor\n"
         f"model = VisionQwen.from_adapter({adapter})\n"
         f"processor = VisionQwenProcessor.from_pretrained({adapter})\n```\n",
@@ -84,13 +85,24 @@ def write_model_card(output_dir: Path | str) -> Path:
         "\n## Licences\n",
         licence_line("encoder", encoder, licences["encoder"]),
         licence_line("decoder", decoder, licences["decoder"]),
-        licence_line("data", dataset, licences["data"]),
+        *(
+            licence_line("data", name, stated_licence(name, revision=revision, repo_type="dataset"))
+            for name, revision in datasets.items()
+        ),
         "\n## How it was made\n",
         *_making_lines(summary),
     ]
     target = output_dir / "README.md"
     write_text(target, "\n".join(part for part in parts if part) + "\n")
     return target
+
+
+def _datasets(summary: Mapping[str, Any]) -> dict[str, str | None]:
+    """Name -> revision; a run on a mixture has several, each with its own or none."""
+    names, revisions = summary["dataset"], summary.get("dataset_revision")
+    names = [names] if isinstance(names, str) else names
+    revisions = revisions if isinstance(revisions, list) else [revisions] * len(names)
+    return dict(zip(map(str, names), revisions, strict=True))
 
 
 def _of_split(scores: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -148,13 +160,14 @@ def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
 
 def _eval_results(scores: Mapping[str, Any], summary: Mapping[str, Any]) -> list[EvalResult]:
     """The scores after training, for the Hub's `model-index`."""
-    dataset = str(summary["dataset"])
+    revisions = _datasets(summary)
     results = []
     for split, conditions in _of_split(scores).items():
         each = conditions.get("")
         for metric, value in (each["metrics"] if each else {}).items():
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
+            dataset = str(each.get("dataset") or next(iter(revisions)))
             kind = next((known for start, known in METRIC_TYPES.items() if metric.startswith(start)), metric.lower())
             results.append(
                 EvalResult(
@@ -163,7 +176,7 @@ def _eval_results(scores: Mapping[str, Any], summary: Mapping[str, Any]) -> list
                     dataset_type=dataset if _is_hub_id(dataset) else Path(dataset).name,
                     dataset_name=Path(dataset).name,
                     dataset_split=split,
-                    dataset_revision=summary.get("dataset_revision"),
+                    dataset_revision=revisions.get(dataset),
                     metric_type=kind,
                     metric_name=metric,
                     metric_value=round(float(value), 6),
@@ -210,8 +223,10 @@ def _cell(text: str) -> str:
 
 
 def _data_lines(summary: Mapping[str, Any]) -> list[str]:
-    revision = summary.get("dataset_revision")
-    lines = [f"- `{summary['dataset']}`" + (f" at revision `{revision}`" if revision else "")]
+    lines = [
+        f"- `{name}`" + (f" at revision `{revision}`" if revision else "")
+        for name, revision in _datasets(summary).items()
+    ]
     for split, facts in (summary.get("data") or {}).items():
         shown = [f"{facts[name]:,} {name}" for name in ("rows", "pictures") if facts.get(name) is not None]
         if facts.get("content_hash"):

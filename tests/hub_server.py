@@ -169,8 +169,9 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(200, {"url": url, "name": name})
 
     def validate_yaml(self) -> None:
-        front = json.loads(self.body)["content"].split("---")[1]
-        errors = [] if isinstance(yaml.safe_load(front), dict) else [{"message": "no metadata"}]
+        front = yaml.safe_load(json.loads(self.body)["content"].split("---")[1])
+        licences = (None, "mit", "apache-2.0", "cc0-1.0")
+        errors = [] if front.get("license") in licences else [{"message": "no such licence"}]
         self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
 
     def info(self, kind: str, name: str, revision: str) -> None:

@@ -52,8 +52,8 @@ import sys, torch
 torch.set_num_threads(1)
 from datasets import load_dataset
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.hub import pull_adapter
-folder = pull_adapter("me/run")
+from vlm_peft.hub import pull_model
+folder = pull_model("me/run")
 print(*sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")))
 batch = torch.load("batch.pt")
 with torch.inference_mode():
@@ -356,8 +356,8 @@ def test_each_error_of_the_hub_is_one_line_with_what_to_do(push, hub, server):
         "The encoder tiny/gone is not on the Hub": push("me/errors", vision="tiny/gone"),
         "The encoder tiny/hidden is not on the Hub, or the token may not": push("me/errors", vision="tiny/hidden"),
         "http://127.0.0.1:9 cannot be reached": push("me/errors", endpoint="http://127.0.0.1:9"),
-        "me/nothing is not on": hub("pull_adapter", repo_id="me/nothing"),
-        "me/errors has no revision 'v9'": hub("pull_adapter", repo_id="me/errors", revision="v9"),
+        "me/nothing is not on": hub("pull_model", repo_id="me/nothing"),
+        "me/errors has no revision 'v9'": hub("pull_model", repo_id="me/errors", revision="v9"),
     }
     for expected, (kind, message) in cases.items():
         assert kind == "HubError", message
@@ -365,6 +365,17 @@ def test_each_error_of_the_hub_is_one_line_with_what_to_do(push, hub, server):
         assert "\n" not in message
         assert OWNER not in message
     assert ("model", "me/fresh") not in server.repos
+
+
+def test_a_card_that_the_hub_does_not_like_is_refused_in_one_line(push, server, run):
+    (run / "README.md").write_text("---\ntags: [a\n---\n# Damaged\n")
+    kind, message = push("me/card-refused")
+    assert (kind, "README.md has damaged metadata" in message) == ("ValueError", True)
+    (run / "README.md").write_text("---\nlicense: my-own\n---\n# Refused\n")
+    assert push("me/card-refused") == (
+        "HubError",
+        f"{server.url} refused this for me/card-refused: Invalid metadata in README.md. - no such licence",
+    )
 
 
 def test_what_would_stop_a_push_is_found_before_training(hub, server):

@@ -120,6 +120,15 @@ def test_data_and_revisions_are_named_when_the_run_knows_them(folder):
     assert "- revision of the encoder: `abc`" in text
 
 
+def test_a_mixture_names_each_data_set(folder):
+    write_summary(folder, dataset=["nlphuji/flickr30k", "mine/rows.parquet"], dataset_revision=["abc", None])
+    write_scores(folder, "test", {"CIDEr": 1.0}, dataset="mine/rows.parquet")
+    text = write_model_card(folder).read_text()
+    assert "on `nlphuji/flickr30k`, `mine/rows.parquet`." in text
+    assert "- `nlphuji/flickr30k` at revision `abc`\n- `mine/rows.parquet`\n" in text
+    assert front(text)["model-index"][0]["results"][0]["dataset"]["name"] == "rows.parquet"
+
+
 def test_licences_are_those_that_cards_state(folder):
     for name, licence in (("clip", "license: mit\n"), ("qwen3", "license: mit\n"), ("rows", "")):
         (folder / name).mkdir()

@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
+from yaml import YAMLError
 
 from .hub_access import (
     VOCABULARIES,
@@ -54,7 +55,10 @@ LOADED_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-"""What loading an adapter and its processor may read; all that is downloaded."""
+"""What loading an adapter and its processor may read."""
+
+FULL_SAVE_FILES = ("generation_config.json", "model.safetensors", "model-*.safetensors", "model.safetensors.index.json")
+"""What a full save has beside these."""
 
 MEASURED_FILES = ("run_summary.json", "eval/*/scores.json", "eval/*/predictions.jsonl")
 """What the card's figures rest on; pushed, with the pictures that the card shows, but not needed to load."""
@@ -137,8 +141,8 @@ def check_push(
         look_up(HfApi(token=token, library_name="vlm_peft"), repo_id, "model", private, revision)
 
 
-def pull_adapter(repo_id: str, *, revision: str | None = None) -> Path:
-    """Downloads what loading an adapter reads, and nothing else, into the Hub's cache.
+def pull_model(repo_id: str, *, revision: str | None = None) -> Path:
+    """Downloads what loading an adapter or a full save reads, and nothing else, into the Hub's cache.
 
     Args:
         repo_id (`str`): `owner/name`.
@@ -152,7 +156,8 @@ def pull_adapter(repo_id: str, *, revision: str | None = None) -> Path:
     """
     check_repo_id(repo_id)
     with one_line_errors(repo_id, get_token(), revision):
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(LOADED_FILES)))
+        patterns = [*LOADED_FILES, *FULL_SAVE_FILES]
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=patterns))
 
 
 def base_ids(config: dict[str, Any], *, vision: str | None = None, text: str | None = None) -> dict[str, str]:
@@ -290,7 +295,7 @@ def _card_for_others(
     """The card with ids in place of local names, and the metadata by which the Hub files it as an adapter."""
     try:
         card = ModelCard(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, YAMLError) as error:
         raise ValueError(f"{path} has damaged metadata ({error}).") from error
     card.data.library_name = "peft"
     card.data.pipeline_tag = "image-text-to-text"

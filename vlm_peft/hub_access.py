@@ -158,7 +158,7 @@ def one_line_errors(repo_id: str, token: str | None, revision: str | None) -> It
         yield
     except HubError:
         raise
-    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, RuntimeError) as error:
+    except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, RuntimeError, ValueError) as error:
         message = _explain(error, repo_id, revision)
         if message is None:
             raise
@@ -171,9 +171,12 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | 
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, HTTPError | OfflineModeIsEnabled):
         cause = cause.__cause__
+    endpoint = constants.ENDPOINT
+    if isinstance(error, ValueError) and not isinstance(error, HfHubHTTPError):
+        # Metadata of a card, or a large file, that the Hub did not like; the client has put its reasons together.
+        return f"{endpoint} refused this for {repo_id}: {error}"
     if cause is None:
         return None
-    endpoint = constants.ENDPOINT
     if isinstance(cause, OfflineModeIsEnabled):
         return f"{repo_id} is not in the cache, and HF_HUB_OFFLINE is set: unset it to reach {endpoint}."
     if isinstance(cause, RevisionNotFoundError):

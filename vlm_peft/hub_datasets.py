@@ -25,6 +25,7 @@ from datasets.info import DatasetInfosDict
 from datasets.table import embed_table_storage
 from datasets.utils import are_progress_bars_disabled
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
+from yaml import YAMLError
 
 from .hub_access import (
     Contents,
@@ -188,7 +189,10 @@ def _data_card(
 ) -> str:
     """The source's own card, if it has one, completed with what is stored: columns, splits, counts, hashes."""
     if readme is not None and readme.is_file():
-        card = DatasetCard(readme.read_text(encoding="utf-8"))
+        try:
+            card = DatasetCard(readme.read_text(encoding="utf-8"))
+        except (ValueError, YAMLError) as error:
+            raise ValueError(f"{readme} has damaged metadata ({error}).") from error
         body = card.text.partition(f"\n{_SECTION}\n")[0].strip()
         data = card.data
     else:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import RepoCard, try_to_load_from_cache
+from yaml import YAMLError
 
 from .hub_access import RepoType, is_hub_id
 
@@ -37,7 +38,7 @@ def stated_licence(name: str, *, revision: str | None = None, repo_type: RepoTyp
         return None
     try:
         return licence_of(RepoCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data)
-    except (ValueError, OSError):
+    except (ValueError, OSError, YAMLError):
         return ""
 
 
