@@ -15,7 +15,7 @@ no need of the encoder's own checkpoint.
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
+from peft import PeftModel
 from PIL import Image
 from transformers import (
     AutoModelForImageTextToText,
@@ -36,8 +37,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .adapters import is_adapter_folder, load_adapter
+from .adapters import is_adapter_folder
 from .configuration_vision_qwen import VisionQwenConfig
+from .hub_access import is_hub_id
+from .licences import common_licence, licence_line, stated_licence
+from .loading import base_model, load_model
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import TASK_FILE, TaskSettings
@@ -83,9 +87,8 @@ def export_llava(
         FileNotFoundError: When the folder or one of its bases is not there.
         ValueError: When stock Llava cannot express the model, names what; or the reloaded model answers differently.
     """
-    folder, output = _check_folder(folder), _check_output(output)
-    check_llava(VisionQwenConfig.from_pretrained(folder))
-    source = _load_source(folder, vision, text, dtype)
+    output = _check_output(output)
+    source = _load_source(Path(folder), vision, text, dtype, check_llava)
     with _new_folder(output) as partial:
         _to_llava(source.model).save_pretrained(partial)
         processor = _to_llava_processor(source)
@@ -117,13 +120,13 @@ def export_merged(
         FileNotFoundError: When the folder or one of its bases is not there.
         ValueError: When the folder holds no [`VisionQwen`], or the reloaded model answers differently.
     """
-    folder, output = _check_folder(folder), _check_output(output)
-    source = _load_source(folder, vision, text, dtype)
+    output = _check_output(output)
+    source = _load_source(Path(folder), vision, text, dtype)
     with _new_folder(output) as partial:
         source.model.save_pretrained(partial)
         source.processor.save_pretrained(partial)
-        if (folder / TASK_FILE).is_file():
-            shutil.copyfile(folder / TASK_FILE, partial / TASK_FILE)
+        if (source.folder / TASK_FILE).is_file():
+            shutil.copyfile(source.folder / TASK_FILE, partial / TASK_FILE)
         _write_card(source, partial, output.name, _check_reload(source, partial), is_llava=False)
     return output
 
@@ -174,21 +177,6 @@ class _Answer:
     generated: torch.Tensor
 
 
-def _check_folder(folder: str | Path) -> Path:
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"Expected the folder of a trained model, and {folder} is not there.")
-    if not (folder / "config.json").is_file():
-        found = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-        raise FileNotFoundError(
-            f"Expected the folder of a trained model; {folder} has no config.json, it holds {found}."
-        )
-    model_type = VisionQwenConfig.get_config_dict(folder)[0].get("model_type")
-    if model_type != VisionQwenConfig.model_type:
-        raise ValueError(f"{folder} holds a {model_type!r} model, expected {VisionQwenConfig.model_type!r}.")
-    return folder
-
-
 def _check_output(output: str | Path) -> Path:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -210,35 +198,34 @@ def _new_folder(output: Path) -> Iterator[Path]:
 
 
 def _load_source(
-    folder: Path, vision: str | Path | None, text: str | Path | None, dtype: torch.dtype | None
+    folder: Path,
+    vision: str | Path | None,
+    text: str | Path | None,
+    dtype: torch.dtype | None,
+    check: Callable[[VisionQwenConfig], None] | None = None,
 ) -> _Source:
     """Loads an adapter with its bases, or a full save, as a plain model.
+
+    Args:
+        check (`Callable`, *optional*): Sees the configuration before anything is computed.
 
     Raises:
         ValueError: When the merged model answers differently than the adapter.
     """
-    processor = VisionQwenProcessor.from_pretrained(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"Expected the folder of a trained model, and {folder} is not there.")
+    is_adapter = is_adapter_folder(folder)
+    loaded, processor = load_model(
+        folder, vision=vision, text=text, dtype=torch.float32 if is_adapter else dtype or "auto"
+    )
+    if check is not None:
+        check(base_model(loaded).config)
     settings = TaskSettings.read(folder) or TaskSettings()
     instruction = settings.instruction or _QUESTION
-    merge_difference = None
-    if is_adapter_folder(folder):
-        adapted = load_adapter(folder, vision=vision, text=text)
-        inputs = _probe(processor, instruction)
-        with torch.inference_mode():
-            expected = adapted(**inputs).logits
-        model = adapted.merge_and_unload().eval()
-        with torch.inference_mode():
-            merge_difference = _relative(model(**inputs).logits, expected)
-        if not merge_difference <= _MERGE_TOLERANCE:
-            raise ValueError(
-                f"The merged model's logits differ from the adapter's by {merge_difference:.1e} of the largest one; "
-                f"expected at most {_MERGE_TOLERANCE:.0e}. Are the weights of {folder} finite?"
-            )
-        # `model.to` would round the frequencies of the rotary embedding, too, which loading never does.
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype or torch.float32)
-    else:
-        model = VisionQwen.from_pretrained(folder, dtype=dtype or "auto").eval()
+    model, merge_difference = _merge(loaded, processor, instruction) if is_adapter else (loaded, None)
+    # `model.to` would round the frequencies of the rotary embedding, too, which loading never does.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)
     model.generation_config = GenerationConfig(
         do_sample=False,
         max_new_tokens=settings.max_new_tokens,
@@ -249,6 +236,26 @@ def _load_source(
     )
     answer = _ask(model, processor, instruction)
     return _Source(folder, model, processor, instruction, merge_difference, answer)
+
+
+def _merge(adapted: PeftModel, processor: VisionQwenProcessor, instruction: str) -> tuple[VisionQwen, float]:
+    """Adds LoRA to the decoder's weights, in their dtype.
+
+    Returns:
+        The plain model, and the largest difference that it makes to a logit, as a share of the largest one.
+    """
+    inputs = _probe(processor, instruction)
+    with torch.inference_mode():
+        expected = adapted(**inputs).logits
+    model = adapted.merge_and_unload().eval()
+    with torch.inference_mode():
+        difference = _relative(model(**inputs).logits, expected)
+    if not difference <= _MERGE_TOLERANCE:
+        raise ValueError(
+            f"The merged model's logits differ from the adapter's by {difference:.1e} of the largest one, expected at "
+            f"most {_MERGE_TOLERANCE:.0e}: its weights are not finite, or of a kind that cannot be merged."
+        )
+    return model, difference
 
 
 def _to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
@@ -391,24 +398,38 @@ def _check_reload(source: _Source, written: Path) -> float:
 
 def _write_card(source: _Source, written: Path, title: str, difference: float, *, is_llava: bool) -> None:
     """The folder's README.md: where it comes from, how it loads, and what was measured."""
-    config, known = source.model.config, _metadata(source.folder)
-    bases = [name for name in (config.text_name_or_path, config.vision_name_or_path) if name is not None]
-    hub_ids = [name for name in bases if name.count("/") == 1 and not Path(name).exists()]
+    config = source.model.config
+    card = source.folder / "README.md"
+    known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
+    bases = [
+        (part, name, stated_licence(name, revision=revision))
+        for part, name, revision in (
+            ("encoder", config.vision_name_or_path, config.vision_revision),
+            ("decoder", config.text_name_or_path, config.text_revision),
+        )
+        if name is not None
+    ]
+    # A folder's place on this machine tells nobody anything; its name does.
+    shown = {name: Path(name).name if Path(name).exists() else name for _, name, _ in bases}
     data = ModelCardData(
-        **{field: known.get(field) for field in ("license", "license_name", "license_link", "language", "datasets")},
-        base_model=hub_ids or None,
+        license=known.get("license") or common_licence(licence for _, _, licence in bases),
+        license_name=known.get("license_name"),
+        license_link=known.get("license_link"),
+        language=known.get("language"),
+        datasets=known.get("datasets"),
+        base_model=[name for _, name, _ in bases if shown[name] == name and is_hub_id(name)] or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["vlm_peft", "vision-language", *(["llava"] if is_llava else [])],
     )
-    names = [f"`{name if name in hub_ids else Path(name).name}`{_licence(name)}" for name in bases]
     kind = "A stock `LlavaForConditionalGeneration`" if is_llava else "A `VisionQwen` with all its weights"
     merged = "; LoRA was added to the decoder's weights" if source.merge_difference is not None else ""
     parts = json.dumps([{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": source.instruction}])
     lines = [
         f"---\n{data.to_yaml()}\n---",
         f"# {title}\n",
-        f"{kind}{' of ' if names else ''}{' and '.join(names)}, exported with vlm_peft{merged}.",
+        f"{kind}, exported with vlm_peft{merged}. It is made of\n",
+        *(licence_line(part, shown[name], licence) for part, name, licence in bases),
         "\n```python",
         "from transformers import pipeline" if is_llava else "import vlm_peft\nfrom transformers import pipeline",
         'ask = pipeline("image-text-to-text", model="THIS_FOLDER_OR_ID")',
@@ -431,15 +452,3 @@ def _write_card(source: _Source, written: Path, title: str, difference: float, *
         f"{torch.__version__}.\n"
     )
     (written / "README.md").write_text("\n".join(lines), encoding="utf-8")
-
-
-def _metadata(folder: Path) -> dict:
-    """What the card in a folder says about itself; nothing where there is none."""
-    card = folder / "README.md"
-    return ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
-
-
-def _licence(base: str) -> str:
-    """The licence that a local base's own card names, in brackets."""
-    licence = _metadata(Path(base)).get("license") if Path(base).is_dir() else None
-    return f" (licence: {licence})" if licence else ""
