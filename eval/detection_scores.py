@@ -11,7 +11,7 @@ Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by p
 import contextlib
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -144,23 +144,25 @@ def average_precision(
     Raises:
         ValueError: if no picture has a true box.
     """
-    labels = sorted({box.label for boxes in truths for box in boxes})
-    if not labels:
+    predicted, true = _by_label(predictions), _by_label(truths)
+    if not true:
         raise ValueError("expected at least one true box, got none")
     # COCOeval goes through every picture for every label. One label at a time, with its own pictures, gives the same
     # numbers, and a set whose labels are thousands of phrases takes seconds.
-    curves = np.stack([_precision_curves(*_of_label(label, predictions, truths)) for label in labels])
+    curves = np.stack([_precision_curves(predicted.get(label, []), boxes) for label, boxes in sorted(true.items())])
     return {"AP50": float(curves[:, 0].mean()), "AP": float(curves.mean())}
 
 
-def _of_label(label: str, *sets: Sequence[Sequence[LabelledBox]]) -> list[list[tuple[int, LabelledBox]]]:
-    return [
-        [(picture, box) for picture, boxes in enumerate(each) for box in boxes if box.label == label] for each in sets
-    ]
+def _by_label(pictures: Sequence[Sequence[LabelledBox]]) -> dict[str, list[tuple[int, LabelledBox]]]:
+    grouped: dict[str, list[tuple[int, LabelledBox]]] = {}
+    for picture, boxes in enumerate(pictures):
+        for box in boxes:
+            grouped.setdefault(box.label, []).append((picture, box))
+    return grouped
 
 
 def _precision_curves(
-    predictions: Iterable[tuple[int, LabelledBox]], truths: Iterable[tuple[int, LabelledBox]]
+    predictions: Sequence[tuple[int, LabelledBox]], truths: Sequence[tuple[int, LabelledBox]]
 ) -> np.ndarray:
     """Return the precision at 10 IoU thresholds (rows) and 101 recalls of boxes of one label, each with its picture."""
     from pycocotools.coco import COCO
@@ -175,7 +177,7 @@ def _precision_curves(
     return evaluation.eval["precision"][:, :, 0, 0, -1]
 
 
-def _coco(coco, boxes: Iterable[tuple[int, LabelledBox]]):
+def _coco(coco, boxes: Sequence[tuple[int, LabelledBox]]):
     annotations = []
     for number, (picture, each) in enumerate(boxes, 1):  # COCOeval takes the id 0 for "matches nothing".
         x1, y1, x2, y2 = each.box
