@@ -198,7 +198,7 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
         rows (`Dataset`): Of [`load_rows`].
         task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of one key become one row whose cells are lists; with
             `id_column`, that column becomes `id`; with `pages`, texts get the column
-            [`~vlm_peft.tasks.example.PICTURE_PLACES`].
+            [`~vlm_peft.tasks.example.PICTURE_PLACES`]; with `complete`, those that it gives.
         folder (`Path`, *optional*): Of [`picture_folder`].
 
     Returns:
@@ -206,7 +206,7 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
     """
     texts = rows.remove_columns(task.image_columns)
     if task.id_column is not None:
-        texts = texts.remove_columns("id").rename_column(task.id_column, "id")
+        texts = texts.remove_columns("id").add_column("id", texts[task.id_column][:])
     if task.image_columns:
         rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
     if task.group_key is not None:
@@ -231,10 +231,24 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
             new_fingerprint=Hasher.hash((texts._fingerprint, members)),
             desc="Grouping rows by their pictures",
         )
-    if task.pages is None:
-        return texts, Pictures(rows, task.image_columns)
-    texts = texts.add_column(PICTURE_PLACES, picture_places(rows, task.image_columns))
-    return texts, Pictures(rows, task.image_columns, [task.pages(row) for row in texts])
+    chosen = None
+    if task.pages is not None:
+        texts = texts.add_column(PICTURE_PLACES, picture_places(rows, task.image_columns))
+        chosen = [task.pages(row) for row in texts]
+    pictures = Pictures(rows, task.image_columns, chosen)
+    if task.complete is not None:
+        sizes = [[_size(pictures, image) for image in pictures.of_row(row)] for row in range(len(texts))]
+        for name, cells in task.complete(texts, sizes).items():
+            texts = texts.add_column(name, cells)
+    return texts, pictures
+
+
+def _size(pictures: Pictures, index: int) -> list[int]:
+    """Width and height; [0, 0] of what cannot be read, which is refused together with the other unreadable pictures."""
+    try:
+        return pictures.size(index)
+    except UnreadablePictureError:
+        return [0, 0]
 
 
 def encode_rows(
@@ -343,6 +357,18 @@ def encode_rows(
     return EncodedRows(dataset.remove_columns("problem"), dropped)
 
 
+def check_places(example: Example, count: int) -> None:
+    """Checks that a row's prompt has one place for each of its pictures.
+
+    Raises:
+        ValueError: With both numbers.
+    """
+    contents = [message["content"] for message in example.prompt if not isinstance(message["content"], str)]
+    places = sum(part["type"] == "image" for content in contents for part in content)
+    if places != count:
+        raise ValueError(f"The row has {count} pictures, its prompt has places for {places}.")
+
+
 def lay_out_row(
     example: Example, processor: VisionQwenProcessor, image_ids: list, max_length: int | None
 ) -> list[dict]:
@@ -357,12 +383,7 @@ def lay_out_row(
     Raises:
         ValueError: When the prompt has another number of pictures, or the pictures and one completion do not fit.
     """
-    parts = [
-        part for message in example.prompt if not isinstance(message["content"], str) for part in message["content"]
-    ]
-    placeholders = sum(part["type"] == "image" for part in parts)
-    if placeholders != len(image_ids):
-        raise ValueError(f"The row has {len(image_ids)} pictures, its prompt has places for {placeholders}.")
+    check_places(example, len(image_ids))
     whole = processor.encode_row(example.prompt, example.completions)
     if max_length is None or len(whole) <= max_length:
         groups = [whole]

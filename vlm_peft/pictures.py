@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
-from PIL import Image as PILImage
 from PIL import ExifTags, ImageOps
+from PIL import Image as PILImage
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Pictures with more pixels are refused before they are decoded (64 Mi pixels take 200 MB as RGB)."""

@@ -1,4 +1,4 @@
-"""Compose the data set of the task `digits`: pictures with a few handwritten digits on a grid, to be read in order.
+"""Compose the data set of the task `digits`: pictures with rows of handwritten digits, to be read in order.
 
     python recipes/demo/build_digits.py --output recipes/demo/digits
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 SIDE, GRID, SCALE = 112, 4, 3
 CELL, DIGIT = SIDE // GRID, 8 * SCALE
-FEWEST, MOST = 3, 6
+FEWEST, MOST = 4, 8
 
 
-def compose(scans: np.ndarray, cells: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """An RGB picture with each scan (N, 8, 8), levels 0..16, dark on light, somewhere in its cell of the grid."""
+def compose(scans: np.ndarray, rng: np.random.Generator) -> Image.Image:
+    """An RGB picture of scans (N, 8, 8), levels 0..16, dark on light, each somewhere in its cell of the grid."""
     levels = np.zeros((SIDE, SIDE))
-    for scan, cell in zip(scans, cells, strict=True):
-        row, column = divmod(int(cell), GRID)
+    for cell, scan in enumerate(scans):
+        row, column = divmod(cell, GRID)
         top, left = (place * CELL + int(rng.integers(0, CELL - DIGIT + 1)) for place in (row, column))
         levels[top : top + DIGIT, left : left + DIGIT] = np.kron(scan, np.ones((SCALE, SCALE)))
     paper, ink = rng.integers(200, 256, 3), rng.integers(0, 100, 3)
@@ -52,10 +52,9 @@ def build_split(name: str, number: int, scans: np.ndarray, labels: np.ndarray, r
         if len(waiting) < count:
             waiting = np.concatenate([waiting, rng.permutation(len(scans))])
         shown, waiting = waiting[:count], waiting[count:]
-        cells = np.sort(rng.choice(GRID * GRID, count, replace=False))
         rows.append({
             "id": f"{name}-{index:05d}",
-            "image": {"bytes": encode(compose(scans[shown], cells, rng)), "path": None},
+            "image": {"bytes": encode(compose(scans[shown], rng)), "path": None},
             "digits": "".join(map(str, labels[shown])),
         })  # fmt: skip
     return rows
@@ -75,16 +74,17 @@ def dataset_card(pictures: dict[str, int], sources: dict[str, int], digits: dict
     return f"""---
 license: cc-by-4.0
 task_categories: [image-to-text]
-pretty_name: Digits on a grid
+pretty_name: Rows of digits
 configs:
   - config_name: default
     data_files:
 {files}
 ---
-# Digits on a grid
+# Rows of digits
 
-Pictures of {SIDE}x{SIDE} pixels with {FEWEST} to {MOST} handwritten digits in cells of a {GRID}x{GRID} grid, dark on light, each
-moved by up to {CELL - DIGIT} pixels in its cell. Built by `recipes/demo/build_digits.py` (seed {seed}).
+Pictures of {SIDE}x{SIDE} pixels with {FEWEST} to {MOST} handwritten digits, dark on light, in rows of {GRID}, each
+moved by up to {CELL - DIGIT} pixels in its cell of {CELL}x{CELL}. Built by
+`recipes/demo/build_digits.py` (seed {seed}).
 
 | split | pictures | digits shown | different digits |
 |---|---|---|---|

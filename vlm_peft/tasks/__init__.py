@@ -5,14 +5,17 @@ module of its own.
 """
 
 from .caption import caption_task
+from .chat import chat_task
 from .digits import digits_task
 from .example import Example, Task
+from .grounding import grounding_task
 from .settings import TASK_FILE, TaskSettings
+from .slides import slides_task
 from .vqa import vqa_task
 
 __all__ = ["TASKS", "TASK_FILE", "Example", "Task", "TaskSettings", "make_task"]
 
-TASKS = ("caption", "vqa", "digits")
+TASKS = ("caption", "vqa", "slides", "chat", "digits", "grounding")
 
 
 def make_task(
@@ -46,6 +49,12 @@ def make_task(
         return caption_task(columns, image_column, text_column, instruction)
     if name == "vqa":
         return vqa_task(columns, image_column, text_column, instruction)
+    if name == "grounding":
+        return grounding_task(columns, image_column, text_column, instruction)
+    if name == "slides":
+        return slides_task(columns, text_column, instruction, slide_pages, name_pages)
+    if name == "chat":
+        return chat_task(columns, image_column, text_column, instruction)
     if name == "digits":
         return digits_task(columns, image_column, text_column, instruction)
     raise ValueError(f"Expected one of the tasks {', '.join(TASKS)}, got {name!r}.")

@@ -1,11 +1,13 @@
 """Digits: one picture of a number or of several digits, one text that reads them out in order."""
 
-from .example import Example, Task, has_text, picture_turn, require_columns
+from .example import Example, Task, picture_turn, require_columns, to_text
 
 DIGIT_COLUMNS = ("digits", "label", "text")
 """Names under which data sets keep what is to be read; the first that a data set has is taken."""
 
 INSTRUCTION = "Read the digits."
+
+DIGITS, SEPARATORS = "0123456789", " .,;:-_/"
 
 
 def digits_task(columns: list[str], image_column: str, text_column: str | None, instruction: str | None) -> Task:
@@ -28,9 +30,9 @@ def digits_example(digits: str | int, instruction: str) -> Example:
         instruction (`str`): What the user says beside the picture.
 
     Raises:
-        ValueError: When there is no digit, or something else than digits, spaces and the separators `. , ; : - _ /`.
+        ValueError: When there is no digit, or something else than digits, spaces and the [`SEPARATORS`].
     """
-    text = str(digits) if isinstance(digits, int) and not isinstance(digits, bool) else digits
-    if not has_text(text) or not any("0" <= each <= "9" for each in text) or set(text) - set("0123456789 .,;:-_/"):
+    text = to_text(digits)
+    if text is None or not set(text) & set(DIGITS) or set(text) - set(DIGITS + SEPARATORS):
         raise ValueError(f"Expected digits as text like '0417', got {digits!r}.")
-    return Example(picture_turn(instruction), [text.strip()], [[text.strip()]])
+    return Example(picture_turn(instruction), [text], [[text]])

@@ -6,7 +6,7 @@ undecoded until they are needed.
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
@@ -44,6 +44,9 @@ class Task:
             that they share its prefix.
         pages (`Callable[[dict], list[int]]`, *optional*): Which of the row's pictures are used, counted from 0 over
             all image columns; the row is that of `example`. All of them without it.
+        complete (`Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]]`, *optional*): Columns that
+            `example` needs and no row has of itself: rows that are loaded together (a stream's come one by one) and
+            [width, height] of each row's pictures, [0, 0] where it cannot be read -> cells by column.
         id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
     """
 
@@ -52,6 +55,7 @@ class Task:
     example: Callable[[dict], Example]
     group_key: Callable[[dict], str] | None = None
     pages: Callable[[dict], list[int]] | None = None
+    complete: Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]] | None = None
     id_column: str | None = None
 
 
