@@ -64,6 +64,20 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
     _add_model_options(add)
 
+    add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
+    add("model", help=MODEL_HELP)
+    add("output", type=Path, help="folder to be made")
+    add("--to", choices=("llava", "merged"), required=True, help="see above")
+    _add_bases(add)
+    add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: as they are)")
+
+    add = command(push, "an adapter folder to the Hub").add_argument
+    add("model", metavar="folder", type=Path, help="adapter folder")
+    add("repository", help="owner/name, or a name under your own user")
+    add("--private", action=argparse.BooleanOptionalAction, help="of a new repository (default: the owner's default)")
+    add("--revision", help="branch that is there already (default: main)")
+    _add_bases(add)
+
     if arguments and not arguments[0].startswith("-") and arguments[0] not in commands.choices:
         near = difflib.get_close_matches(arguments[0], commands.choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands.choices)}"
@@ -74,10 +88,14 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 def _add_model_options(add) -> None:
     """Options of all commands that generate."""
     add("--max_new_tokens", type=_count, metavar="M", help="tokens of a text at most (default: as after training)")
-    add("--vision", help="where an adapter's encoder lies when it moved")
-    add("--text", help="where an adapter's decoder lies when it moved")
+    _add_bases(add)
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
+
+
+def _add_bases(add) -> None:
+    add("--vision", help="where an adapter's encoder lies when it moved: folder or Hub id")
+    add("--text", help="where an adapter's decoder lies when it moved: folder or Hub id")
 
 
 def _count(text: str) -> int:
@@ -108,6 +126,13 @@ def _quiet_imports() -> None:
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
+def _quiet_loading() -> None:
+    """Without it, a progress bar is drawn for each part of a model on every load."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+
+
 def _load(options: argparse.Namespace):
     """Model, processor and settings that a command's options name; settings follow the options where these are given.
 
@@ -115,13 +140,11 @@ def _load(options: argparse.Namespace):
         FileNotFoundError, ValueError: See `loading`; or when the device is not there.
     """
     import torch
-    import transformers
 
     from .loading import default_device, find_model, load_model
     from .tasks import TASK_FILE, TaskSettings
 
-    # "Loading weights" is drawn for each of the parts, on every load.
-    transformers.utils.logging.disable_progress_bar()
+    _quiet_loading()
     try:
         device = torch.device(options.device) if options.device else default_device()
         torch.empty(0, device=device)
@@ -213,6 +236,45 @@ def demo(options: argparse.Namespace) -> int:
 
     page = make_page(PictureAnswers(model, processor, settings), folder.resolve().name, find_examples(folder))
     serve_page(page, options.host, options.port, options.share)
+    return 0
+
+
+def export(options: argparse.Namespace) -> int:
+    """Writes a trained model as a folder for others. What was written is loaded again and compared with its source.
+
+    --to llava     a stock LlavaForConditionalGeneration with its processor: loads without this package
+    --to merged    a full save with LoRA added to the weights: loads after `import vlm_peft`
+    """
+    import torch
+
+    from . import export as exporting
+    from .loading import find_model
+
+    _quiet_loading()
+    write = exporting.export_llava if options.to == "llava" else exporting.export_merged
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    written = write(find_model(options.model), options.output, vision=options.vision, text=options.text, dtype=dtype)
+    print(f"Written and loaded again: {written}")
+    return 0
+
+
+def push(options: argparse.Namespace) -> int:
+    """Pushes an adapter folder to the Hub in one commit, with its card and scores, without local paths.
+
+    Needs a token with write permission: `hf auth login`, or HF_TOKEN. Bases that lie in local folders need their Hub
+    ids: --vision and --text.
+    """
+    from .hub import push_adapter
+
+    address = push_adapter(
+        options.model,
+        options.repository,
+        private=options.private,
+        revision=options.revision,
+        vision=options.vision,
+        text=options.text,
+    )
+    print(address)
     return 0
 
 

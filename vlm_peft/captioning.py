@@ -5,10 +5,12 @@ Stage: trained model -> one record a picture, in the order of the files.
 
 import os
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
+import torch
 from PIL import Image as PILImage
 
 from .generation import generate_texts
@@ -101,7 +103,7 @@ def caption_pictures(
         `dict`: `{"image": path, "caption": text}`, or `{"image": path, "error": reason}` for a picture that cannot be
             read.
     """
-    prompt, waiting = picture_turn(text), iter(paths)
+    waiting = iter(paths)
     while records := [{"image": path} for path in islice(waiting, batch_size)]:
         pictures, readable = [], []
         for record in records:
@@ -115,9 +117,9 @@ def caption_pictures(
             texts = generate_texts(
                 model,
                 processor,
-                [prompt] * len(readable),
+                [picture_turn(text)] * len(readable),
                 [[index] for index in range(len(readable))],
-                lambda ids, pixel_values=pixel_values: {"pixel_values": pixel_values[ids]},
+                partial(_select, pixel_values),
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
@@ -125,3 +127,7 @@ def caption_pictures(
             for record, caption in zip(readable, texts, strict=True):
                 record["caption"] = caption
         yield from records
+
+
+def _select(pixel_values: torch.Tensor, ids: list[int]) -> dict[str, torch.Tensor]:
+    return {"pixel_values": pixel_values[ids]}

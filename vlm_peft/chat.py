@@ -3,6 +3,9 @@
 Stage: trained model -> text on the terminal.
 """
 
+# transformers declares sub-configurations as `dict | PreTrainedConfig | None`.
+# mypy: disable-error-code="union-attr"
+
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
+from .loading import base_model
 from .modeling_vision_qwen import VisionQwen
 from .pictures import open_picture
 from .processing_vision_qwen import VisionQwenProcessor
@@ -47,9 +51,9 @@ class Conversation:
             UnreadablePictureError: When it cannot be read.
         """
         pixel_values = self._processor.image_processor(open_picture(Path(path)), return_tensors="pt")["pixel_values"]
-        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         with torch.inference_mode():
-            self._features.append(base.model.get_vision_features(pixel_values.to(self._model.device)))
+            trunk = base_model(self._model).model
+            self._features.append(trunk.get_vision_features(pixel_values.to(self._model.device)))
         self._new_pictures += 1
 
     def ask(self, text: str, streamer: TextStreamer | None = None) -> str:

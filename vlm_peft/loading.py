@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from .adapters import is_adapter_folder, load_adapter
 from .configuration_vision_qwen import VisionQwenConfig
@@ -64,21 +65,36 @@ def load_model(
         FileNotFoundError: When a file of the adapter, or a base, is missing.
         ValueError: When the folder holds neither, or the bases are not those that the adapter was trained on.
     """
+    try:
+        model = _load_weights(folder, vision, text, dtype)
+        processor = VisionQwenProcessor.from_pretrained(folder)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"A file of {folder} is damaged ({error}): copy or download it again.") from error
+    return model.eval().requires_grad_(False).to(device), processor
+
+
+def _load_weights(folder: Path, vision: str | None, text: str | None, dtype: torch.dtype) -> VisionQwen | PeftModel:
     if is_adapter_folder(folder):
-        model = load_adapter(folder, vision=vision, text=text, dtype=dtype)
-    else:
-        config = folder / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-        if kind != VisionQwenConfig.model_type:
-            held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise ValueError(
-                f"{folder} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
-                f"{VisionQwenConfig.model_type} model; it holds {held}."
-            )
-        if vision or text:
-            raise ValueError(f"{folder} is a full save with its own bases: leave --vision and --text out.")
-        model = VisionQwen.from_pretrained(folder, dtype=dtype)
-    return model.eval().requires_grad_(False).to(device), VisionQwenProcessor.from_pretrained(folder)
+        return load_adapter(folder, vision=vision, text=text, dtype=dtype)
+    config = folder / "config.json"
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    if kind != VisionQwenConfig.model_type:
+        held = sorted(path.name for path in folder.iterdir())
+        shown = ", ".join(held[:10] + ["..."] * (len(held) > 10)) or "nothing"
+        raise ValueError(
+            f"{folder} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
+            f"{VisionQwenConfig.model_type} model; it holds {shown}."
+        )
+    if vision or text:
+        raise ValueError(f"{folder} is a full save with its own bases: leave --vision and --text out.")
+    return VisionQwen.from_pretrained(folder, dtype=dtype)
+
+
+def base_model(model: VisionQwen | PeftModel) -> VisionQwen:
+    """The model inside its adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, VisionQwen)
+    return base
 
 
 def default_device() -> torch.device:

@@ -3,6 +3,9 @@
 Stage: trained model -> a Gradio page on this machine. Needs the extra `demo`.
 """
 
+# transformers declares sub-configurations as `dict | PreTrainedConfig | None`.
+# mypy: disable-error-code="union-attr"
+
 import json
 import os
 import threading
@@ -21,6 +24,7 @@ from peft import PeftModel
 
 from .captioning import ask
 from .generation import generate_texts
+from .loading import base_model
 from .modeling_vision_qwen import VisionQwen
 from .pictures import UnreadablePictureError, open_picture
 from .processing_vision_qwen import VisionQwenProcessor
@@ -75,18 +79,18 @@ class PictureAnswers:
         """
         image_processor = self._processor.image_processor
         pixel_values = image_processor(open_picture(Path(picture)), return_tensors="pt")["pixel_values"]
-        base = self._model.get_base_model() if isinstance(self._model, PeftModel) else self._model
         with torch.inference_mode():
-            features = base.model.get_vision_features(pixel_values.to(self._model.device))
+            features = base_model(self._model).model.get_vision_features(pixel_values.to(self._model.device))
         after = self._generate(features, question)
         yield after, ""
         if isinstance(self._model, PeftModel):
             yield after, self._generate(features, question, is_before=True)
 
     def _generate(self, features: torch.Tensor, question: str, is_before: bool = False) -> str:
-        with self._lock, self._model.disable_adapter() if is_before else nullcontext():
+        model = self._model
+        with self._lock, model.disable_adapter() if is_before and isinstance(model, PeftModel) else nullcontext():
             return generate_texts(
-                self._model,
+                model,
                 self._processor,
                 [picture_turn(ask(self.settings, question.strip() or None))],
                 [[0]],
