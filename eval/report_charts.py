@@ -94,15 +94,15 @@ def bar_chart(
     scale = (_WIDTH - left - right) / high
     parts, y = [], 0.0
     for split, group in groups.items():
-        parts.append(f'<text class="name" x="0" y="{y + 18:.0f}">{escape(split)}</text>')
+        parts.append(f'<text class="name" x="0" y="{y + 18:.0f}">{_text(split)}</text>')
         y += _GROUP - 6
         for name, value, interval in group:
             middle = y + _BAR / 2
             width = max(value * scale, 1.0)
-            label = f'x="{left - 8}" y="{middle + 4.5:.1f}" text-anchor="end">{escape(name)}'
+            label = f'x="{left - 8}" y="{middle + 4.5:.1f}" text-anchor="end">{_text(name)}'
             parts.append(f'<text class="tick" {label}</text>')
             box = f'x="{left}" y="{y + 3:.1f}" width="{width:.1f}" height="{_BAR - 6}" rx="2"'
-            parts.append(f'<rect class="bar {escape(name)}" {box}/>')
+            parts.append(f'<rect class="bar {_text(name)}" {box}/>')
             end = width
             if interval is not None:
                 low_x, high_x = left + interval[0] * scale, left + interval[1] * scale
@@ -146,7 +146,7 @@ def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledB
                 x, anchor = (x1, "start") if x1 + x2 < width else (x2, "end")
                 parts.append(f'<text class="{name}" x="{x}" y="{y}" text-anchor="{anchor}">{_text(each.label)}</text>')
     said = [f"{len(predicted)} boxes predicted", f"{len(references)} true"]
-    label = escape(", ".join(said))
+    label = _text(", ".join(said))
     return f'<svg class="boxes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
 
 
@@ -157,8 +157,8 @@ def _text(value: str) -> str:
 
 def _svg(height: float, label: str, parts: Sequence[str]) -> str:
     return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
-        f"<title>{escape(label)}</title>{''.join(parts)}</svg>"
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{_text(label)}">'
+        f"<title>{_text(label)}</title>{''.join(parts)}</svg>"
     )
 
 

@@ -332,38 +332,39 @@ def cards(rows: Sequence[Mapping[str, Any]], pictures: Mapping[str, Thumbnail], 
     """
     parts = []
     for row in rows:
-        question = row.get("question")
+        question, boxes = row.get("question"), _true_boxes(row)
+        picture = pictures.get(str(row["id"]))
+        image = f'<img src="{picture.address}" alt="picture {text(str(row["id"]))}">' if picture else ""
+        if picture and boxes is not None:
+            predicted, _ = parse_boxes(row["prediction"])
+            drawn = box_overlay(predicted, boxes, picture.width, picture.height)
+            image = f'<div class="photo">{image}{drawn}</div>'
         asked = f'<p class="question">{text(question)}</p>' if isinstance(question, str) and question else ""
-        references = "".join(f"<li>{text(said)}</li>" for said in _references(row))
+        references = "".join(f"<li>{text(said)}</li>" for said in _references(row, boxes or []))
         said = text(row["prediction"]) or '<span class="soft">(nothing)</span>'
         score = f"{text(metric)} {float(row[metric.lower()]):.2f}"
         parts.append(
-            f'<article class="card">{_photo(row, pictures.get(str(row["id"])))}<div class="said">'
-            f'<span class="score">{score}</span>{asked}<p>{said}</p><ul>{references}</ul></div></article>'
+            f'<article class="card">{image}<div class="said"><span class="score">{score}</span>'
+            f"{asked}<p>{said}</p><ul>{references}</ul></div></article>"
         )
     wide = " wide" if any("boxes" in row for row in rows) else ""
     return f'<div class="cards {kind}{wide}">{"".join(parts)}</div>'
 
 
-def _photo(row: Mapping[str, Any], picture: Thumbnail | None) -> str:
-    if picture is None:
-        return ""
-    image = f'<img src="{picture.address}" alt="picture {text(str(row["id"]))}">'
-    if not isinstance(row.get("boxes"), list):
-        return image
+def _true_boxes(row: Mapping[str, Any]) -> list[LabelledBox] | None:
+    if "boxes" not in row:
+        return None
     try:
-        true = [LabelledBox(each["label"], tuple(each["box"])) for each in row["boxes"]]
+        return [LabelledBox(each["label"], tuple(each["box"])) for each in row["boxes"]]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         expected = 'a list of {"label", "box": [x1, y1, x2, y2]}'
         raise ValueError(
             f"row {row['id']!r}: expected {expected} as boxes, got {row['boxes']!r} ({error!r})"
         ) from error
-    predicted, _ = parse_boxes(row["prediction"])
-    return f'<div class="photo">{image}{box_overlay(predicted, true, picture.width, picture.height)}</div>'
 
 
-def _references(row: Mapping[str, Any]) -> list[str]:
-    references = row.get("references") or [f"{each['label']} {each['box']}" for each in row["boxes"]] or ["none"]
+def _references(row: Mapping[str, Any], boxes: Sequence[LabelledBox]) -> list[str]:
+    references = row.get("references") or [f"{each.label} {list(each.box)}" for each in boxes] or ["none"]
     counts = Counter(references)
     said = [f"{each} ({n} of {counts.total()})" if n > 1 else each for each, n in counts.most_common()]
     pages = row.get("evidence_pages")

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import report
-from coco_caption.caption_scores import CaptionScores
-from gallery import best_and_worst, choose_gallery, picture_path, save_gallery_pictures
+import report_html
+from detection_scores import LabelledBox
+from gallery import best_and_worst, choose_gallery, picture_path, ranking, save_gallery_pictures
 from PIL import Image
 from predictions import write_predictions, write_scores
-from report_charts import finite_points, loss_chart
+from report_charts import box_overlay, finite_points, step_chart
+from score import METRICS
+from task_scores import Scores, score_rows
 
 EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(2)>'
 ALLOWED = set(
@@ -74,17 +77,49 @@ def make_run(folder: Path, evil: str = "", n: int = 40) -> Path:
     rows, per_picture = make_rows(n, evil), [index / 10 for index in range(n)]
     split = f"test{evil.replace('/', '')}"
     for name, cider in ((split, 1.95), (f"{split}-before", 0.125), (f"{split}-blind", 0.25)):
-        scores = CaptionScores(
+        scores = Scores(
             {"Bleu_4": 0.25, "CIDEr": cider},
-            per_picture,
-            f"ptb-java{evil}",
-            skipped={f"METEOR{evil}": f"no Java{evil}"},
+            {"CIDEr": per_picture},
+            "CIDEr",
             notes=[f"noted{evil}"],
+            skipped={f"METEOR{evil}": f"no Java{evil}"},
+            tokenizer=f"ptb-java{evil}",
         )
         write_scores(folder / "eval" / name / "scores.json", scores, decoding={f"num_beams{evil}": f"3{evil}"})
-    write_predictions(folder / "eval" / split / "predictions.jsonl", rows, per_picture)
-    chosen = choose_gallery([{**row, "cider": score} for row, score in zip(rows, per_picture, strict=True)])
+    write_predictions(folder / "eval" / split / "predictions.jsonl", rows, {"CIDEr": per_picture})
+    save_pictures(folder, split)
+    return folder
+
+
+def save_pictures(folder: Path, split: str) -> None:
+    chosen = choose_gallery(folder / "eval" / split)
     save_gallery_pictures(folder, split, {i: Image.new("RGB", (500, 300), "red") for i in chosen})
+
+
+def add_split(folder: Path, split: str, task: str, rows: list[dict]) -> Scores:
+    rows = [{"id": index, **row} for index, row in enumerate(rows)]
+    scores = score_rows(task, rows)
+    write_predictions(folder / "eval" / split / "predictions.jsonl", rows, scores.per_row)
+    write_scores(folder / "eval" / split / "scores.json", scores, task=task)
+    save_pictures(folder, split)
+    return scores
+
+
+def make_mixture(folder: Path, evil: str = "") -> Path:
+    """Two splits of questions, one each of boxes, slides and digits."""
+    answers = [f"red{evil}"] * 7 + [f"blue{evil}"] * 3
+    for split, said in (("one", "red"), ("two", "blue")):
+        row = {"references": answers, "answer_type": f"other{evil}"}
+        asked = {"question": f"What colour{evil}?", "prediction": f"{said}{evil}", **row}
+        add_split(folder, split, "vqa", [asked, {**asked, "prediction": f"none{evil}"}])
+    box = {"label": f"dog{evil}", "box": [0, 0, 499, 499]}
+    add_split(folder, "boxes", "grounding", [{"prediction": f"dog{evil} [500, 0, 999, 999]", "boxes": [box]}])
+    pages = {"prediction": f"Berlin{evil} (page 3)", "references": [f"Berlin{evil}"], "evidence_pages": [3, 4]}
+    add_split(folder, "decks", "slides", [pages])
+    add_split(folder, "numbers", "digits", [{"prediction": f"12{evil}", "references": ["123"]}])
+    logged = {"eval_vqa_accuracy": 0.25, "eval_page_f1": 0.5, "eval_runtime": 3.0, "eval_two_f1": 0.5}
+    log = [{"step": step, f"eval_{evil}_f1": 0.125, **logged} for step in (10, 20)]
+    (folder / "log_history.json").write_text(json.dumps(log))
     return folder
 
 
@@ -111,6 +146,104 @@ def test_page_is_self_contained_and_everything_in_it_is_text(tmp_path, evil):
     assert source.count("<svg") == 2
 
 
+@pytest.mark.parametrize("evil", ["", EVIL, "\ud800"])
+def test_page_of_several_tasks_is_text_too(tmp_path, evil):
+    source = report.build_report(make_mixture(tmp_path, evil)).read_text(encoding="utf-8")
+    page = Page(source)
+    assert set(page.tags) <= ALLOWED
+    shown = evil.replace("\ud800", "?")
+    for said in ("What colour{}?", "red{} (7 of 10)", "blue{} (3 of 10)", "other{}", "dog{}", "Berlin{} (page 3)"):
+        assert said.format(shown) in page.text
+    for chart in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
+        ElementTree.fromstring(chart)
+
+
+def test_each_split_is_shown_by_the_metric_of_its_task(tmp_path):
+    text = Page(report.build_report(make_mixture(tmp_path)).read_text(encoding="utf-8")).text
+    # One of two is right: min(1, 7 / 3), and min(1, 3 / 3) but 2 / 3 where one of those three is left out, is 0.9.
+    lead = re.findall(r"^(\w+) on (\w+): \n(0\.\d+|1\.\d+)", text.split("Scores")[0], re.MULTILINE)
+    assert lead == [
+        ("f1_50", "boxes", "0.000"),
+        ("f1", "decks", "1.000"),
+        ("exact_match", "numbers", "0.000"),
+        ("vqa_accuracy", "one", "0.500"),
+        ("vqa_accuracy", "two", "0.450"),
+    ]
+    assert re.findall(r"^(\w+): \w+, with its 95 % interval", text, re.MULTILINE) == [
+        "grounding",
+        "slides",
+        "digits",
+        "vqa",
+    ]
+    assert "vqa_accuracy on one by answer_type" in text
+    # Digits: 12 for 123, two of three right. Pages: one named of two.
+    table = text.split("Scores")[1].split("by step")[0].split()
+    for value in ("0.667", "0.500", "0.450"):
+        assert value in table
+    assert "CIDEr" not in text
+    shown = [line for line in text.splitlines() if re.fullmatch(r"[a-z]\w* [01]\.\d\d", line)]
+    assert shown.count("vqa_accuracy 1.00") == 1
+    assert shown.count("vqa_accuracy 0.90") == 1
+    assert {"f1_50 0.00", "f1 1.00", "exact_match 0.00"} <= set(shown)
+    assert "pages 3, 4" in text
+    # Of what was scored in training, the metrics that stand for the tasks.
+    drawn = re.findall(r"^(.*) by step, on held-out rows$", text, re.MULTILINE)
+    assert drawn == ["f1", "f1 on two", "vqa_accuracy"]
+
+
+def test_scores_in_training_are_drawn_before_any_other(tmp_path):
+    log = [{"step": s, "eval_CIDEr": s / 10, "eval_test_anls": 0.5, "eval_loss": 1.0, "eval_x": 1} for s in (5, 10)]
+    (tmp_path / "log_history.json").write_text(json.dumps(log))
+    source = report.build_report(tmp_path).read_text(encoding="utf-8")
+    drawn = re.findall(r"^(.*) by step, on held-out rows$", Page(source).text, re.MULTILINE)
+    assert drawn == ["CIDEr", "anls on test"]
+    assert "CIDEr by step; at the end score 1.000" in source
+
+
+def test_boxes_lie_over_the_picture_as_it_is_shown():
+    true = LabelledBox("dog", (0, 500, 499, 999))
+    drawn = box_overlay([LabelledBox("cat", (500, 0, 999, 249))], [true], 300, 150)
+    # The longer side is 1000, whatever the picture's size; both corners of a box belong to it.
+    assert 'viewBox="0 0 1000 500"' in drawn
+    assert '<rect class="reference" x="0" y="250" width="500" height="250"/>' in drawn
+    assert '<rect class="predicted" x="500" y="0" width="500" height="125"/>' in drawn
+    assert re.findall(r'<text class="(\w+)".*?text-anchor="(\w+)">(\w+)<', drawn) == [
+        ("reference", "start", "dog"),
+        ("predicted", "end", "cat"),
+    ]
+    assert "<text" not in box_overlay([], [], 7, 1)
+
+
+def test_boxes_of_the_gallery_are_those_of_the_row(tmp_path):
+    box = {"label": "dog", "box": [0, 0, 499, 499]}
+    add_split(tmp_path, "test", "grounding", [{"prediction": "a dog; dog [500, 0, 999, 999]", "boxes": [box]}])
+    source = report.build_report(tmp_path).read_text(encoding="utf-8")
+    # 500 x 300 pixels.
+    assert '<rect class="reference" x="0" y="0" width="500" height="300"/>' in source
+    assert source.count('<rect class="predicted"') == 1
+    assert "dog [0, 0, 499, 499]" in Page(source).text
+    path = tmp_path / "eval" / "test" / "predictions.jsonl"
+    path.write_text(path.read_text().replace('"label"', '"name"'))
+    with pytest.raises(ValueError, match=r"row 0: expected a list of .* as boxes, got"):
+        report.build_report(tmp_path)
+
+
+def test_every_metric_is_explained_with_its_range(tmp_path):
+    assert {name for names in METRICS.values() for name in names} == set(report_html.EXPLAINED)
+    text = Page(report.build_report(make_run(tmp_path)).read_text(encoding="utf-8")).text
+    assert "rare ones counting more; 0 to 10\n" in text
+    assert "that a reference has, too; 0 to 1\n" in text
+
+
+def test_scores_from_before_there_were_tasks(tmp_path):
+    run = make_run(tmp_path)
+    for path in run.rglob("scores.json"):
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({key: stored[key] for key in stored.keys() - {"task", "primary"}}))
+    text = Page(report.build_report(run).read_text(encoding="utf-8")).text
+    assert re.findall(r"^(\w+) on (\w+): \n([0-9.]+)", text, re.MULTILINE) == [("CIDEr", "test", "1.95")]
+
+
 def test_best_pictures_come_first_then_the_worst(tmp_path):
     text = Page(report.build_report(make_run(tmp_path)).read_text(encoding="utf-8")).text
     shown = re.findall(r"^says (\d+)$", text, re.MULTILINE)
@@ -118,13 +251,19 @@ def test_best_pictures_come_first_then_the_worst(tmp_path):
     assert re.findall(r"^CIDEr (\d\.\d\d)$", text, re.MULTILINE)[0] == "3.90"
 
 
-def test_gallery_choice():
+def test_gallery_choice(tmp_path):
     rows = [{"id": index, "cider": score} for index, score in enumerate([0.0, 3.0, None, 1.0, 0.0, 2.0])]
-    assert choose_gallery(rows, 4) == [1, 5, 4, 0]
-    assert choose_gallery(rows) == [1, 5, 3, 4, 0]
-    best, worst = best_and_worst(rows, 5)
+    best, worst = best_and_worst(rows, ["CIDEr"], 5)
     assert ([r["id"] for r in best], [r["id"] for r in worst]) == ([1, 5, 3], [4, 0])
-    assert choose_gallery([]) == []
+    assert best_and_worst([], ["CIDEr"]) == ([], [])
+    said = {"123": "1", "45": "45", "678": "678", "90": "91"}
+    rows = [{"prediction": text, "references": [truth]} for truth, text in said.items()]
+    scores = add_split(tmp_path, "test", "digits", rows)
+    assert scores.per_row["exact_match"] == [0, 1, 1, 0]
+    # Row 3 has one digit of two, row 0 one of three.
+    assert choose_gallery(tmp_path / "eval" / "test") == [1, 2, 0, 3]
+    assert choose_gallery(tmp_path / "eval" / "test", 2) == [1, 0]
+    assert ranking({"primary": "f1", "intervals": {"anls": [0, 1], "f1": [0, 1]}}) == ["f1", "anls"]
 
 
 @pytest.mark.parametrize("picture_id", ["../../x", "/etc/x", "..", "a/b.jpg", "x" * 500, "\ud800", 7, "", "%2e"])
@@ -158,7 +297,7 @@ def test_missing_parts_are_named_and_left_out(tmp_path):
     for said in ("run_summary.json", "the loss curve", "the scores", "the gallery"):
         assert said in page.text.split("Not in this report")[1]
     assert not {"svg", "img", "table"} & set(page.tags)
-    scores = CaptionScores({"CIDEr": 1.0}, [1.0], "ptb-java")
+    scores = Scores({"CIDEr": 1.0}, {"CIDEr": [1.0]}, "CIDEr")
     write_scores(tmp_path / "eval" / "val" / "scores.json", scores)
     text = Page(report.build_report(tmp_path).read_text(encoding="utf-8")).text.split("Not in this report")[1]
     assert "the scores before training" in text
@@ -183,11 +322,11 @@ def test_loss_curve_is_in_place_and_skips_what_is_no_number():
     ]
     points = finite_points(log, "loss")
     assert points == [(10.0, 3.0), (20.0, 1.0)]
-    drawn = re.search(r'class="line train" points="([^"]+)"', loss_chart(points, []))[1]
+    drawn = re.search(r'class="line train" points="([^"]+)"', step_chart("Loss", {"train": points}))[1]
     (x1, y1), (x2, y2) = [tuple(map(float, pair.split(","))) for pair in drawn.split()]
     # Left and right edge of the plot; 3.0 is the top tick and 1.0 a third of the height above 0.
     assert (x1, x2, y1) == (48.0, 468.0, 14.0)
     assert y2 == pytest.approx(14 + 242 * 2 / 3, abs=0.1)
-    assert "<circle" in loss_chart([(5.0, 1.0)], [])
-    long = loss_chart([(float(step), 1.0) for step in range(100_000)], [])
+    assert "<circle" in step_chart("Loss", {"train": [(5.0, 1.0)], "held-out": []})
+    long = step_chart("Loss", {"train": [(float(step), 1.0) for step in range(100_000)]})
     assert len(long) < 10_000
