@@ -13,7 +13,7 @@ from datasets import Dataset
 from peft import PeftModel
 
 from .arguments import DataArguments
-from .data import bind_rows, find_unreadable, load_rows, picture_folder
+from .data import bind_rows, check_places, find_unreadable, load_rows, picture_folder
 from .feature_cache import build_feature_cache
 from .pictures import Pictures
 from .tasks import Task, make_task
@@ -168,7 +168,7 @@ def encode_pictures(
 
 
 def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
-    """Finds a held-out split's rows that cannot be scored: unreadable pictures, or no text.
+    """Finds a held-out split's rows that cannot be scored: unreadable pictures, too many or too few, or no text.
 
     Args:
         split ([`Split`]): Its `left_out` is filled.
@@ -181,7 +181,7 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
     for index, row in enumerate(split.texts):
         reasons = [split.unreadable[image] for image in split.pictures.of_row(index) if image in split.unreadable]
         try:
-            split.task.example(row)
+            check_places(split.task.example(row), len(split.pictures.of_row(index)))
         except ValueError as error:
             reasons.append(str(error))
         if reasons:

@@ -1,26 +1,31 @@
 """Visual questions: one picture, several questions, each with its answers."""
 
-from .example import Example, Task, has_text, picture_turn, require_columns
+from .example import Example, Task, has_text, picture_turn, require_columns, row_key, to_text
+
+ANSWER_COLUMNS = ("answers", "multiple_choice_answer", "answer")
+"""Names under which published data sets keep what was answered; at least one is needed."""
+
+PICTURE_ID_COLUMNS = ("image_id", "id_image")
+"""Rows of one value are questions about one picture."""
 
 
 def vqa_task(columns: list[str], image_column: str, text_column: str | None, instruction: str | None) -> Task:
-    """VQAv2 (a row a question, `image_id`), or a column of questions a picture.
+    """VQAv2 (a row a question), or a column of questions a picture.
 
     Args:
-        columns (`list[str]`): VQAv2 has `question`, `answers` (ten dicts with `answer`), `multiple_choice_answer`,
-            `question_type`, `answer_type` and `image_id`, by which its rows are grouped. Without `question`, the column
-            `text_column` (`questions` by default) holds `{"question", "answer"}` dicts about the row's picture.
+        columns (`list[str]`): VQAv2 has `question`, `answers` (ten texts, or dicts with `answer`),
+            `multiple_choice_answer`, `question_type`, `answer_type`, `question_id`, by which predictions are named, and
+            `image_id`, by which its rows are grouped. Without `question`, the column `text_column` (`questions` by
+            default) holds `{"question", "answer"}` dicts about the row's picture.
         image_column, text_column (`str`): Where picture and questions are.
         instruction (`str`, *optional*): Said after each question, for example "Answer with a word or short phrase."
     """
-    if text_column is None and "question" in columns:
+    if text_column in (None, "question") and "question" in columns:
         require_columns(columns, image_column)
-        if not {"answers", "multiple_choice_answer", "answer"} & set(columns):
-            require_columns(columns, "answers")
-
-        def members(row: dict) -> list[dict]:
-            count = len(row["question"])
-            return [{name: row[name][place] for name in row} for place in range(count)]
+        if not set(ANSWER_COLUMNS) & set(columns):
+            require_columns(columns, " or ".join(ANSWER_COLUMNS))
+        picture_ids = [name for name in PICTURE_ID_COLUMNS if name in columns][:1]
+        id_column = "question_id" if "question_id" in columns else None
 
         def grouped(row: dict) -> Example:
             return vqa_example(members(row), instruction)
@@ -28,13 +33,18 @@ def vqa_task(columns: list[str], image_column: str, text_column: str | None, ins
         def single(row: dict) -> Example:
             return vqa_example([row], instruction)
 
-        if "image_id" in columns:
-            return Task("vqa", [image_column], grouped, group_key=lambda row: str(row["image_id"]))
-        return Task("vqa", [image_column], single)
+        if picture_ids:
+            return Task("vqa", [image_column], grouped, lambda row: row_key(row, picture_ids), id_column=id_column)
+        return Task("vqa", [image_column], single, id_column=id_column)
 
     column = text_column or "questions"
     require_columns(columns, image_column, column)
     return Task("vqa", [image_column], lambda row: vqa_example(row[column], instruction))
+
+
+def members(row: dict) -> list[dict]:
+    """The rows of a group, from one row whose cells are lists."""
+    return [dict(zip(row, cells, strict=True)) for cells in zip(*row.values(), strict=True)]
 
 
 def vqa_example(questions: list[dict], instruction: str | None = None) -> Example:
@@ -43,7 +53,7 @@ def vqa_example(questions: list[dict], instruction: str | None = None) -> Exampl
     Args:
         questions (`list[dict]`): Each has `question`, and one or both of `answers` (texts, or dicts with `answer`) and
             `multiple_choice_answer` or `answer`, the one to be learnt (the most frequent of `answers` without it).
-            `answer_type` and `question_type` (or `type`) are passed on to the scores.
+            Numbers count as text. `answer_type` and `question_type` (or `type`) are passed on to the scores.
         instruction (`str`, *optional*): Said after each question.
 
     Raises:
@@ -58,20 +68,45 @@ def vqa_example(questions: list[dict], instruction: str | None = None) -> Exampl
     for item in questions:
         if not isinstance(item, dict) or not has_text(item.get("question")):
             raise ValueError(f"Expected one or more questions with answers, got {item!r}.")
-        answers: list = [
-            answer.get("answer") if isinstance(answer, dict) else answer for answer in item.get("answers") or []
-        ]
-        best = item.get("multiple_choice_answer") or item.get("answer")
-        best = max(answers, key=answers.count) if best is None and answers else best
-        if not isinstance(best, str) or not best.strip() or not all(isinstance(answer, str) for answer in answers):
-            raise ValueError(f"Expected an answer with text to {item['question']!r}, got {best!r} and {answers!r}.")
         question = item["question"].strip()
-        asked.append([{"role": "user", "content": f"{question} {instruction}" if instruction else question}])
-        learnt.append(best.strip())
-        references.append(answers or [best.strip()])
+        best, accepted = _answers(item)
+        asked.append(question_turn(question, instruction))
+        learnt.append(best)
+        references.append(accepted)
         kinds = {"question_type": item.get("question_type") or item.get("type"), "answer_type": item.get("answer_type")}
         details.append({"question": question} | {name: kind for name, kind in kinds.items() if kind})
     completions = [
         [*question, {"role": "assistant", "content": answer}] for question, answer in zip(asked, learnt, strict=True)
     ]
     return Example(picture_turn(), completions, references, asked, details)
+
+
+def question_turn(question: str, instruction: str | None) -> list[dict]:
+    """A question as the one message between a picture and its answer."""
+    return [{"role": "user", "content": f"{question} {instruction}" if instruction else question}]
+
+
+def _answers(item: dict) -> tuple[str, list[str]]:
+    """The answer to be learnt, and those that are accepted."""
+    given = _flat(item.get("answers"))
+    chosen = item.get("multiple_choice_answer") or item.get("answer")
+    if isinstance(chosen, list):
+        given, chosen = given or _flat(chosen), None
+    best = to_text(chosen if chosen is not None else max(given, key=given.count, default=None))
+    # People may have left an answer blank; it stays among the ten.
+    accepted = ["" if answer == "" else to_text(answer) for answer in given]
+    if best is None or None in accepted:
+        raise ValueError(f"Expected an answer with text to {item['question']!r}, got {chosen!r} and {given!r}.")
+    return best, [answer for answer in accepted if answer is not None] or [best]
+
+
+def _flat(cell) -> list:
+    if isinstance(cell, dict):
+        return _flat(cell.get("answer"))
+    return (
+        [answer for each in cell for answer in _flat(each)]
+        if isinstance(cell, list)
+        else []
+        if cell is None
+        else [cell]
+    )
