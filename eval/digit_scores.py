@@ -1,6 +1,6 @@
 """Rows of digits read from a picture: right as a whole, and how many of the digits are right.
 
-Spaces and the separators , . ; - _ are ignored on both sides, so "1 234", "1,234" and "1234." are one number, and a
+Spaces and the separators . , ; : - _ / are ignored on both sides, so "1 234", "1,234" and "1234." are one number, and a
 decimal point does not count. Everything else stays: each other character that the reference does not have is an error.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from answer_match import edit_distance
 
-_IGNORED = re.compile(r"[\s,.;_-]+")
+_IGNORED = re.compile(r"[\s.,;:_/-]+")
 
 
 def digits_match(prediction: str, references: Sequence[str]) -> float:

@@ -43,9 +43,9 @@ def score_rows(task: str, rows: Sequence[Row], **caption_options: Any) -> Scores
     - `caption`: coco-caption's metrics. Primary: CIDEr.
     - `vqa`: `vqa_accuracy`, and where rows have `answer_type` or `question_type` also
       `vqa_accuracy[answer_type=number]` and the like.
-    - `slides`: `exact_match`, `f1`, `anls` of the answer without the pages that it names. Where rows have
-      `evidence_pages` (list of page numbers) and a prediction names pages, also `page_precision`, `page_recall` and
-      `page_f1`. Primary: f1.
+    - `slides`: `exact_match`, `f1`, `anls` of the answer without the pages that it names, unless a reference names
+      pages, too. Where all rows have `evidence_pages` (list of page numbers) and a prediction names pages, also
+      `page_precision`, `page_recall` and `page_f1`. Primary: f1.
     - `chat`: `exact_match`, `f1`, `anls`, `ROUGE_L`, `Bleu_4`. Primary: f1, as ROUGE_L and Bleu_4 have no value for
       each row that an interval could be drawn from.
     - `grounding`: `AP50`, `AP`, `precision50`, `recall50`, `mean_iou`, `f1_50` of the true `boxes`
@@ -97,24 +97,31 @@ def _vqa(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
 
 
 def _slides(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    for index, row in enumerate(rows):
+        if row.get("evidence_pages") is not None and not _is_list_of(int, row["evidence_pages"]):
+            raise _error(index, row, "evidence_pages", "a list of page numbers")
     evidence = [row.get("evidence_pages") for row in rows]
-    if any(pages is not None for pages in evidence):
-        for index, (row, pages) in enumerate(zip(rows, evidence, strict=True)):
-            if not _is_list_of(int, pages):
-                raise _error(index, row, "evidence_pages", "a list of page numbers, as other rows have it")
     split = [split_pages(row["prediction"]) for row in rows]
-    # To "On which page ...?" the pages are the answer.
-    answers = [{**row, "prediction": answer or row["prediction"]} for row, (answer, _) in zip(rows, split, strict=True)]
+    # Where the question is "On which page ...?", the pages are the answer.
+    answers = [
+        {**row, "prediction": row["prediction"] if not answer or _names_pages(row["references"]) else answer}
+        for row, (answer, _) in zip(rows, split, strict=True)
+    ]
     scores = _means(answers, "f1", exact_match=exact_match, f1=token_f1, anls=anls)
     names = ("page_precision", "page_recall", "page_f1")
-    if evidence[0] is None:
-        scores.skipped |= dict.fromkeys(names, "the rows have no evidence_pages")
+    without = evidence.count(None)
+    if without:
+        scores.skipped |= dict.fromkeys(names, f"{without} of {len(rows)} rows have no evidence_pages")
     elif not any(pages for _, pages in split):
         scores.skipped |= dict.fromkeys(names, "no prediction names a page")
     else:
         values = [page_scores(pages, set(true)) for (_, pages), true in zip(split, evidence, strict=True)]
         _add(scores, dict(zip(names, map(list, zip(*values, strict=True)), strict=True)))
     return scores
+
+
+def _names_pages(texts: Sequence[str]) -> bool:
+    return any(split_pages(text)[1] for text in texts)
 
 
 def _chat(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
