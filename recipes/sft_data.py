@@ -10,7 +10,7 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from vlm_peft.arguments import DataArguments, VisionArguments, data_sources
-from vlm_peft.data import encode_rows
+from vlm_peft.data import encode_rows, picture_folder, resolve_paths
 from vlm_peft.leakage import check_overlap, picture_hashes
 from vlm_peft.mixture import fetch_from, first_images, mix
 from vlm_peft.splits import Split, bind_task, encode_pictures, leave_out, load_split
@@ -56,6 +56,18 @@ def sources(vision: VisionArguments) -> list[DataArguments]:
     return [
         replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in data_sources(vision)
     ]
+
+
+def training_sources(vision: VisionArguments) -> list[DataArguments]:
+    """Those of them that are trained on.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    found = [source for source in sources(vision) if source.train_split is not None]
+    if not found:
+        raise ValueError("train_split is null everywhere: expected at least one data set to train on.")
+    return found
 
 
 def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]:
@@ -115,7 +127,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         )
 
     splits = []
-    for source in sources(vision):
+    for source in training_sources(vision):
         split = load_split(source, source.train_split, processor, limit=source.train_limit)
         for other in held_out.values():
             said = check_overlap(split, other, allow=vision.allow_overlap)
@@ -184,9 +196,10 @@ def _streams(vision: VisionArguments, training, processor, held_out: dict[str, S
         for split in held_out.values():
             hashes |= set(picture_hashes(split.pictures))
     streams, weights = [], []
-    for source in sources(vision):
+    for source in training_sources(vision):
         rows = load_stream(source, source.train_split, limit=source.train_limit)
         task = bind_task(source, rows.column_names)
+        rows = resolve_paths(rows, task.image_columns, picture_folder(source.dataset_name, source.image_folder))
         streams.append(
             stream_rows(
                 rows,

@@ -36,7 +36,10 @@ class DataArguments:
         metadata={"help": "Of a deck: the pages that an answer needs, or all.", "choices": ["evidence", "all"]},
     )
     name_pages: bool = field(default=False, metadata={"help": "Answers about a deck name their pages, too."})
-    train_split: str = field(default="train", metadata={"help": "Rows to train on."})
+    train_split: str | None = field(
+        default="train",
+        metadata={"help": "Rows to train on; train+restval are two splits. null in a mixture: to be scored only."},
+    )
     eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
     train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
     eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
@@ -174,6 +177,11 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         raise SystemExit(f"{program}: --streaming: the length of a stream is not known, so --max_steps is needed.")
     if not model_args.use_peft:
         raise SystemExit(f"{program}: --use_peft true is missing: this recipe trains LoRA and the projector.")
+    if vision_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+        raise SystemExit(
+            f"{program}: --early_stopping_patience needs --load_best_model_at_end true, --metric_for_best_model, and "
+            "--eval_strategy and --save_strategy of the same steps."
+        )
     for name, value in (
         ("dataset_name", next((None for source in sources if source.dataset_name is None), "given")),
         ("vision_model", vision_args.vision_model),

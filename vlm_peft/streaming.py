@@ -17,6 +17,7 @@ from .leakage import picture_hash
 from .pictures import UnreadablePictureError, encoded_bytes, open_picture
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import Task
+from .tasks.example import PICTURE_PLACES
 
 SHUFFLE_ROWS = 1000
 """Rows that wait, encoded as they are stored, from which the next one is drawn."""
@@ -34,7 +35,8 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
         FileNotFoundError, ValueError: As [`~vlm_peft.data.load_rows`], except that an empty split is not noticed.
     """
     assert data.dataset_name is not None
-    stored = data.stored_split or split
+    names = split.split("+")
+    stored = data.stored_split or (split if data.split_column is None else names[0])
     where = locate(data.dataset_name, stored, data.dataset_revision)
     rows = load_dataset(**where, split=stored, streaming=True)
     column = data.split_column
@@ -44,7 +46,7 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
                 f"The data set {data.dataset_name} has no column {column!r}; it has "
                 f"{', '.join(sorted(rows.column_names))}."
             )
-        rows = rows.filter(lambda value: value == split, input_columns=[column])
+        rows = rows.filter(lambda value: value in names, input_columns=[column])
     return rows if limit is None else rows.take(limit)
 
 
@@ -89,7 +91,11 @@ def stream_rows(
             row_id = str(group["texts"].get("id", number))
             try:
                 pictures = [_checked(value, row_id, held_out_hashes) for value in group["pictures"]]
-                example = task.example(group["texts"])
+                texts = group["texts"]
+                if task.complete is not None:
+                    columns = task.complete([texts], [[list(picture.size) for picture in pictures]])
+                    texts = texts | {name: cells[0] for name, cells in columns.items()}
+                example = task.example(texts)
                 images = (
                     list(processor.image_processor(pictures, return_tensors="pt")["pixel_values"]) if pictures else []
                 )
@@ -130,8 +136,10 @@ def _groups(rows: IterableDataset, task: Task) -> Iterator[dict]:
         for column in task.image_columns:
             value = group[0][column]
             cells += value if isinstance(value, list) else [value]
-        chosen = [cells[place] for place in task.pages(joined)] if task.pages is not None else cells
-        yield {"texts": joined, "pictures": [cell for cell in chosen if cell is not None]}
+        if task.pages is not None:
+            joined[PICTURE_PLACES] = [place for place, cell in enumerate(cells) if cell is not None]
+            cells = [cells[place] for place in task.pages(joined)]
+        yield {"texts": joined, "pictures": [cell for cell in cells if cell is not None]}
 
 
 def _checked(value, row_id: str, held_out_hashes: frozenset[str]):
