@@ -111,7 +111,8 @@ def _slides(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
     names = ("page_precision", "page_recall", "page_f1")
     without = evidence.count(None)
     if without:
-        scores.skipped |= dict.fromkeys(names, f"{without} of {len(rows)} rows have no evidence_pages")
+        which = "the" if without == len(rows) else f"{without} of {len(rows)}"
+        scores.skipped |= dict.fromkeys(names, f"{which} rows have no evidence_pages")
     elif not any(pages for _, pages in split):
         scores.skipped |= dict.fromkeys(names, "no prediction names a page")
     else:

@@ -87,7 +87,7 @@ def test_slides_score_the_answer_without_its_pages_and_the_pages():
     ("rows", "reason"),
     [
         ([row("42", "42", evidence_pages=[3])], "no prediction names a page"),
-        ([row("42 (page 3)", "42")], "1 of 1 rows have no evidence_pages"),
+        ([row("42 (page 3)", "42")], "the rows have no evidence_pages"),
     ],
 )
 def test_slides_without_pages_say_why(rows, reason):
