@@ -8,7 +8,6 @@ share the rows.
 """
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -68,56 +67,6 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def find_model(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: itself, or what the Hub has under that id.
-
-    Raises:
-        FileNotFoundError: if it is neither.
-    """
-    if Path(name).is_dir():
-        return Path(name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"The model {name} is not there: expected a folder, or an id on the Hub.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"The model {name} is no folder here, and the Hub does not give it as a repository ({reason})."
-        ) from error
-
-
-def load_model(folder: Path, options: argparse.Namespace):
-    """Model in evaluation mode and processor of an adapter folder or a full save.
-
-    Raises:
-        ValueError: if the folder holds neither.
-    """
-    import torch
-
-    from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor
-    from vlm_peft.adapters import is_adapter_folder
-
-    dtype = getattr(torch, options.dtype)
-    if is_adapter_folder(folder):
-        model = VisionQwen.from_adapter(folder, vision=options.vision, text=options.text, dtype=dtype)
-    else:
-        config = folder / "config.json"
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
-        if kind != VisionQwenConfig.model_type:
-            held = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
-            raise ValueError(
-                f"{options.model} holds no trained model: expected adapter_config.json of an adapter, or config.json "
-                f"of a {VisionQwenConfig.model_type} model; it holds {held}."
-            )
-        if options.vision or options.text:
-            raise ValueError(f"{options.model} is a full save with its own bases: leave --vision and --text out.")
-        model = VisionQwen.from_pretrained(folder, dtype=dtype)
-    return model.eval(), VisionQwenProcessor.from_pretrained(folder)
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
     options = parse_arguments(arguments)
@@ -130,20 +79,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     quiet_progress(state.is_main_process)
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
 
+    import torch
     from evaluation import evaluate_split
 
     from vlm_peft.arguments import DataArguments
+    from vlm_peft.loading import find_model, load_model
     from vlm_peft.splits import encode_pictures, leave_out, load_split
     from vlm_peft.tasks import TASK_FILE, TaskSettings
 
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
-    model, processor = load_model(folder, options)
+    dtype = getattr(torch, options.dtype)
+    model, processor = load_model(folder, vision=options.vision, text=options.text, dtype=dtype, device=state.device)
     settings = TaskSettings.read(folder)
     if settings is None:
         settings = TaskSettings()
         state.print(f"{options.model} has no {TASK_FILE}: see --task and --instruction for how it is asked.")
-    model.requires_grad_(False).to(state.device)
     data = DataArguments(
         dataset_name=options.dataset,
         dataset_revision=options.dataset_revision,

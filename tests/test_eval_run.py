@@ -14,6 +14,7 @@ from peft import get_peft_model
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import lora_config, save_composite_config
+from vlm_peft.loading import find_model
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 
 
@@ -166,7 +167,7 @@ def test_broken_task_file_is_said(tmp_path):
 def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
     def user():
         # A check of ours, called from a script.
-        run_py.find_model("/no/such/folder")
+        find_model("/no/such/folder")
 
     assert console.run_script(user, "run.py") == 2
     assert capsys.readouterr().err.startswith("run.py: The model /no/such/folder is not there")

@@ -7,12 +7,12 @@ import json
 from pathlib import Path
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import PeftModel
 from safetensors import SafetensorError
 
 from .adapters import is_adapter_folder, load_adapter
 from .configuration_vision_qwen import VisionQwenConfig
+from .hub import HubError, pull_model
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
 
@@ -33,12 +33,9 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
         raise FileNotFoundError(f"The model {name} is not there: expected a folder, or an id on the Hub.")
     try:
-        return Path(snapshot_download(name, revision=revision))
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise FileNotFoundError(
-            f"The model {name} is no folder here, and the Hub does not give it as a repository ({reason})."
-        ) from error
+        return pull_model(name, revision=revision)
+    except HubError as error:
+        raise FileNotFoundError(f"The model {name} is no folder here, and the Hub does not give it: {error}") from error
 
 
 def load_model(
