@@ -3,13 +3,14 @@
 Stage: encoded rows of several splits -> one data set and one way to their pictures.
 """
 
+import random
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import accumulate, groupby
 from typing import Any
 
 import torch
-from datasets import concatenate_datasets, interleave_datasets
+from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
 from .splits import Split
 
@@ -21,7 +22,7 @@ def mix(encoded: list, weights: list[float | None], seed: int) -> Any:
         encoded (`list[Dataset]` or `list[IterableDataset]`): At least one.
         weights (`list[float]`, *optional*): For each, how often its rows are drawn, relative to the others. Rows of a
             small data set are repeated until every row of every data set was drawn once. Without any weight, each row
-            comes once.
+            comes once; of streams, whose lengths are not known, all are drawn equally often.
         seed (`int`): Of the draw.
 
     Raises:
@@ -29,13 +30,39 @@ def mix(encoded: list, weights: list[float | None], seed: int) -> Any:
     """
     if len(encoded) == 1:
         return encoded[0]
+    is_stream = isinstance(encoded[0], IterableDataset)
     if all(weight is None for weight in weights):
-        return concatenate_datasets(encoded)
+        if not is_stream:
+            return concatenate_datasets(encoded)
+        weights = [1.0] * len(encoded)
     given = [weight for weight in weights if weight is not None]
     if len(given) < len(weights) or min(given) <= 0:
         raise ValueError(f"Expected a weight above 0 for each data set of the mixture, or none at all, got {weights}.")
     shares = [weight / sum(given) for weight in given]
+    if is_stream:
+        # `interleave_datasets` would pass rows through Arrow, which knows no tensors.
+        # A list among its arguments would be taken for shards and come in pieces.
+        arguments = {"streams": tuple(encoded), "shares": tuple(shares), "seed": seed}
+        return IterableDataset.from_generator(_draw, gen_kwargs=arguments)
     return interleave_datasets(encoded, probabilities=shares, seed=seed, stopping_strategy="all_exhausted")
+
+
+def _draw(streams: tuple[IterableDataset, ...], shares: tuple[float, ...], seed: int) -> Iterator[dict]:
+    """Rows of streams, drawn by their shares until each has ended once."""
+    draw = random.Random(seed)
+    iterators = [iter(stream) for stream in streams]
+    ended = [False] * len(streams)
+    while True:
+        chosen = draw.choices(range(len(streams)), shares)[0]
+        try:
+            row = next(iterators[chosen])
+        except StopIteration:
+            ended[chosen] = True
+            if all(ended):
+                return
+            iterators[chosen] = iter(streams[chosen])
+            row = next(iterators[chosen])
+        yield row
 
 
 def first_images(splits: list[Split]) -> list[int]:

@@ -38,7 +38,8 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
     names = split.split("+")
     stored = data.stored_split or (split if data.split_column is None else names[0])
     where = locate(data.dataset_name, stored, data.dataset_revision)
-    rows = load_dataset(**where, split=stored, streaming=True)
+    # Before rows are chosen: afterwards pictures would come decoded all the same.
+    rows = load_dataset(**where, split=stored, streaming=True).decode(False)
     column = data.split_column
     if column is not None:
         if column not in rows.column_names:
@@ -82,8 +83,6 @@ def stream_rows(
     Raises:
         ValueError: While it is read: for a row that cannot be used, or a held-out picture.
     """
-    if rows.features is not None:
-        rows = rows.decode(False)
     groups = IterableDataset.from_generator(_groups, gen_kwargs={"rows": rows, "task": task})
 
     def encode(groups: IterableDataset) -> Iterator[dict]:
