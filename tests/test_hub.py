@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_processor
+from conftest import ROOT, make_processor
 from datasets import Dataset, Image
 from hub_server import serve
 from model_card import write_model_card
@@ -74,6 +74,7 @@ class Worker:
         self.process = subprocess.Popen(
             [sys.executable, "-c", WORKER],
             env=self.environment | {"HF_DEBUG": "1"},
+            cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -382,7 +383,14 @@ def test_what_would_stop_a_push_is_found_before_training(hub, server):
     asked = {"repo_id": "me/later", "token": OWNER, **IDS}
     assert hub("check_push", **asked) == ("ok", "None")
     assert ("model", "me/later") not in server.repos
-    assert "is the local folder recipes/demo/clip" in hub("check_push", **asked | {"vision": "recipes/demo/clip"})[1]
+    assert (
+        f"is the local folder {ROOT / 'recipes/demo/clip'},"
+        in hub("check_push", **asked | {"vision": "recipes/demo/clip"})[1]
+    )
+    # A folder that looks like an id: the working directory's `vlm_peft/tasks`.
+    assert (
+        f"is the local folder {ROOT / 'vlm_peft/tasks'}," in hub("check_push", **asked | {"text": "vlm_peft/tasks"})[1]
+    )
     assert "without an access token" in hub("check_push", **asked | {"token": None})[1]
     assert "did not accept the access token" in hub("check_push", **asked | {"token": "hf_nobody"})[1]
 

@@ -135,7 +135,12 @@ def check_push(
         ValueError, HubError: As [`push_adapter`].
     """
     check_repo_id(repo_id)
-    base_ids({}, vision=vision, text=text)
+    # A training takes `demo/clip` from the working directory when it is there, and records its absolute path.
+    names = {"vision": vision, "text": text}
+    base_ids(
+        {},
+        **{part: str(Path(name).resolve()) if name and Path(name).exists() else name for part, name in names.items()},
+    )
     token = find_token(token, repo_id, private)
     with one_line_errors(repo_id, token, revision):
         look_up(HfApi(token=token, library_name="vlm_peft"), repo_id, "model", private, revision)
