@@ -21,6 +21,7 @@ from peft import get_peft_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     Dinov2WithRegistersConfig,
@@ -30,7 +31,6 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     SiglipVisionConfig,
-    SiglipVisionModel,
 )
 
 from vlm_peft import VisionQwen, VisionQwenProcessor, export
@@ -200,28 +200,32 @@ def test_a_process_without_this_package_loads_the_folders_and_runs_their_card(ad
     assert json.loads(result.stdout.splitlines()[-1]) == processor.decode(ids, skip_special_tokens=True)
 
 
-@pytest.fixture(scope="module")
-def other_bases(tmp_path_factory) -> tuple[Path, Path]:
-    """A SigLIP, and an untied decoder whose vocabulary ends before the placeholder."""
-    folder = tmp_path_factory.mktemp("other_bases")
+SMALL = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 8, "patch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("tower", "keep_class_token", "placeholders"),
+    [
+        (SiglipVisionConfig(**SMALL, intermediate_size=32), False, 16),
+        (SiglipVisionConfig(**SMALL, intermediate_size=32), True, 16),
+        (Dinov2WithRegistersConfig(**SMALL, mlp_ratio=2), True, 21),
+    ],
+    ids=["siglip", "siglip-class", "dinov2"],
+)
+def test_other_towers_and_a_placeholder_outside_the_vocabulary(tmp_path, tower, keep_class_token, placeholders):
+    """The decoder is untied, too."""
     torch.manual_seed(2)
-    small = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
-    SiglipVisionModel(SiglipVisionConfig(**small, image_size=8, patch_size=2)).save_pretrained(folder / "siglip")
-    make_processor(make_config()).image_processor.save_pretrained(folder / "siglip")
+    AutoModel.from_config(tower).save_pretrained(tmp_path / "tower")
+    make_processor(make_config()).image_processor.save_pretrained(tmp_path / "tower")
     text = {**make_config().text_config.to_dict(), "vocab_size": 259, "tie_word_embeddings": False}
-    Qwen3ForCausalLM(Qwen3Config(**text)).save_pretrained(folder / "qwen3")
-    make_tokenizer().save_pretrained(folder / "qwen3")
-    return folder / "siglip", folder / "qwen3"
-
-
-@pytest.mark.parametrize("keep_class_token", [False, True])
-def test_siglip_and_a_placeholder_outside_the_vocabulary(other_bases, tmp_path, keep_class_token):
-    adapter = train(*other_bases, tmp_path / "adapter", keep_class_token=keep_class_token)
+    Qwen3ForCausalLM(Qwen3Config(**text)).save_pretrained(tmp_path / "qwen3")
+    make_tokenizer().save_pretrained(tmp_path / "qwen3")
+    adapter = train(tmp_path / "tower", tmp_path / "qwen3", tmp_path / "adapter", keep_class_token=keep_class_token)
     folder = export_llava(adapter, tmp_path / "llava")
+    model, processor = AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder)
+    assert processor(images=[picture()], text="<|image_pad|>")["input_ids"] == [[259] * placeholders]
     expected_logits, expected_text = ask_adapter(adapter)
-    logits, text = ask(
-        AutoModelForImageTextToText.from_pretrained(folder), AutoProcessor.from_pretrained(folder), picture()
-    )
+    logits, text = ask(model, processor, picture())
     assert logits.shape[-1] == 260
     assert torch.equal(logits[..., :259], expected_logits)
     assert text == expected_text
@@ -374,16 +378,18 @@ def test_moved_bases_are_named_and_the_card_carries_licences(adapters, bases, tm
     adapter = Path(shutil.copytree(adapters["mlp"], tmp_path / "adapter"))
     (adapter / "README.md").write_text("---\nlicense: cc-by-4.0\ndatasets:\n- someone/pictures\n---\n# x\n")
     config = json.loads((adapter / "config.json").read_text())
-    (adapter / "config.json").write_text(json.dumps(config | {"vision_name_or_path": str(tmp_path / "gone")}))
+    moved = {"vision_name_or_path": str(tmp_path / "gone"), "text_name_or_path": "someone/qwen3"}
+    (adapter / "config.json").write_text(json.dumps(config | moved))
     with pytest.raises(FileNotFoundError, match="vision="):
         export_llava(adapter, tmp_path / "out")
     clip = Path(shutil.copytree(bases[0], tmp_path / "my_clip"))
     (clip / "README.md").write_text("---\nlicense: mit\n---\n# y\n")
-    card = (export_llava(adapter, tmp_path / "out", vision=clip) / "README.md").read_text()
+    card = (export_llava(adapter, tmp_path / "out", vision=clip, text=bases[1]) / "README.md").read_text()
     assert "license: cc-by-4.0\n" in card
     assert "- someone/pictures\n" in card
     assert "\n- encoder `my_clip`: mit\n" in card
-    assert "\n- decoder `qwen3`: not known" in card
+    assert "\n- decoder `someone/qwen3`: not known" in card
+    assert "base_model:\n- someone/qwen3\n" in card
     assert "# out\n" in card
     assert re.search(r"\| largest difference of a logit, this folder against its source \| \S+e\S+ \|", card)
 

@@ -50,7 +50,7 @@ from .tasks import TASK_FILE, TaskSettings
 _QUESTION = "Describe the picture."
 _PROBE_TOKENS = 16
 # Relative to the largest logit. On a CPU all of them are 0 as a rule; another thread or kernel may round differently.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Adding LoRA to the weights rounds differently than adding its output.
 _MERGE_TOLERANCE = 1e-4
 # In `llava-hf` repositories, and in vLLM and SGLang, these towers keep the prefix that transformers has dropped.
@@ -266,6 +266,9 @@ def _to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
         # Where the parts lay on this machine, and in which dtype, is not what is written.
         part.pop("_name_or_path", None)
         part["dtype"] = str(model.dtype).removeprefix("torch.")
+    for field in ("out_features", "out_indices", "stage_names"):
+        # DINOv2 names its layers here, those that are not built, too.
+        vision_config.pop(field, None)
     weights = model.state_dict()
     if config.tie_word_embeddings:
         del weights["lm_head.weight"]
@@ -398,26 +401,16 @@ def _check_reload(source: _Source, written: Path) -> float:
 
 def _write_card(source: _Source, written: Path, title: str, difference: float, *, is_llava: bool) -> None:
     """The folder's README.md: where it comes from, how it loads, and what was measured."""
-    config = source.model.config
     card = source.folder / "README.md"
     known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}
-    bases = [
-        (part, name, stated_licence(name, revision=revision))
-        for part, name, revision in (
-            ("encoder", config.vision_name_or_path, config.vision_revision),
-            ("decoder", config.text_name_or_path, config.text_revision),
-        )
-        if name is not None
-    ]
-    # A folder's place on this machine tells nobody anything; its name does.
-    shown = {name: Path(name).name if Path(name).exists() else name for _, name, _ in bases}
+    bases = _bases(source)
     data = ModelCardData(
         license=known.get("license") or common_licence(licence for _, _, licence in bases),
         license_name=known.get("license_name"),
         license_link=known.get("license_link"),
         language=known.get("language"),
         datasets=known.get("datasets"),
-        base_model=[name for _, name, _ in bases if shown[name] == name and is_hub_id(name)] or None,
+        base_model=[name for _, name, _ in bases if "/" in name] or None,
         library_name="transformers",
         pipeline_tag="image-text-to-text",
         tags=["vlm_peft", "vision-language", *(["llava"] if is_llava else [])],
@@ -429,7 +422,7 @@ def _write_card(source: _Source, written: Path, title: str, difference: float, *
         f"---\n{data.to_yaml()}\n---",
         f"# {title}\n",
         f"{kind}, exported with vlm_peft{merged}. It is made of\n",
-        *(licence_line(part, shown[name], licence) for part, name, licence in bases),
+        *(licence_line(part, name, licence) for part, name, licence in bases),
         "\n```python",
         "from transformers import pipeline" if is_llava else "import vlm_peft\nfrom transformers import pipeline",
         'ask = pipeline("image-text-to-text", model="THIS_FOLDER_OR_ID")',
@@ -442,7 +435,7 @@ def _write_card(source: _Source, written: Path, title: str, difference: float, *
         "|---|---|",
         f"| parameters | {sum(parameter.numel() for parameter in source.model.parameters()):,} |",
         f"| dtype | {str(source.model.dtype).removeprefix('torch.')} |",
-        f"| tokens a picture | {config.num_image_tokens} |",
+        f"| tokens a picture | {source.model.config.num_image_tokens} |",
         f"| largest difference of a logit, this folder against its source | {difference:.1e} |",
     ]
     if source.merge_difference is not None:
@@ -452,3 +445,17 @@ def _write_card(source: _Source, written: Path, title: str, difference: float, *
         f"{torch.__version__}.\n"
     )
     (written / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def _bases(source: _Source) -> list[tuple[str, str, str | None]]:
+    """Encoder and decoder: part, name and stated licence. Of a folder only the last name."""
+    config, recorded = source.model.config, VisionQwenConfig.from_pretrained(source.folder)
+    bases = []
+    for part, field in (("encoder", "vision"), ("decoder", "text")):
+        # An adapter records what it was trained on; what was loaded may be a copy of that.
+        loaded, trained_on = (getattr(each, f"{field}_name_or_path") for each in (config, recorded))
+        if loaded is not None:
+            is_id = trained_on is not None and is_hub_id(trained_on) and not Path(trained_on).exists()
+            licence = stated_licence(loaded, revision=getattr(config, f"{field}_revision"))
+            bases.append((part, trained_on if is_id else Path(loaded).name, licence))
+    return bases
