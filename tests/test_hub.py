@@ -4,6 +4,7 @@ Pushes run in one process of their own, pulls in another, as their environment h
 imported.
 """
 
+import io
 import json
 import os
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import threading
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, make_processor
@@ -23,7 +25,7 @@ from yaml import safe_load
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.hub import LOADED_FILES
+from vlm_peft.hub import LOADED_FILES, HubError, pull_model, push_adapter
 from vlm_peft.hub_datasets import content_hash
 
 OWNER = "hf_ownerTokenThatNobodyMaySee00000001"
@@ -368,6 +370,14 @@ def test_each_error_of_the_hub_is_one_line_with_what_to_do(push, hub, server):
     assert ("model", "me/fresh") not in server.repos
 
 
+def test_offline_is_said_as_such(run):
+    # The tests' own process is offline.
+    with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
+        push_adapter(run, "me/run", token=OWNER, **IDS)
+    with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
+        pull_model("me/run")
+
+
 def test_a_card_that_the_hub_does_not_like_is_refused_in_one_line(push, server, run):
     (run / "README.md").write_text("---\ntags: [a\n---\n# Damaged\n")
     kind, message = push("me/card-refused")
@@ -510,6 +520,21 @@ def test_adapter_and_data_set_come_back_in_a_fresh_process(push, hub, server, ho
     # Nothing that either process left on the disk holds the token.
     for folder in (home, tmp_path):
         assert not [path for path in folder.rglob("*") if path.is_file() and OWNER.encode() in path.read_bytes()]
+
+
+def test_image_folders_and_saved_data_sets_are_pushed_with_their_pictures(hub, server, tmp_path):
+    rows = walls(tmp_path / "train", {"red": (250, 0, 0), "blue": (0, 0, 250)})
+    lines = [json.dumps({"file_name": f"{name}.png", "caption": f"a {name} wall"}) for name in ("red", "blue")]
+    (tmp_path / "train" / "metadata.jsonl").write_text("\n".join(lines))
+    rows.save_to_disk(tmp_path / "saved")
+    for source in ("train", "saved"):
+        name = f"me/from-{source}"
+        assert hub("push_dataset", data=tmp_path / source, repo_id=name, token=OWNER)[0] == "ok"
+        files = server.repos["dataset", name].files
+        assert "Licence: not stated by the source of this data set." in files["README.md"].decode()
+        stored = pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"])).to_pylist()
+        found = {row["caption"]: PILImage.open(io.BytesIO(row["image"]["bytes"])).getpixel((0, 0)) for row in stored}
+        assert found == {"a red wall": (250, 0, 0), "a blue wall": (0, 0, 250)}
 
 
 def test_a_data_set_with_secrets_or_without_pictures_is_refused(hub, server, home, tmp_path):

@@ -178,7 +178,7 @@ def _explain(error: BaseException, repo_id: str, revision: str | None) -> str | 
     if cause is None:
         return None
     if isinstance(cause, OfflineModeIsEnabled):
-        return f"{repo_id} is not in the cache, and HF_HUB_OFFLINE is set: unset it to reach {endpoint}."
+        return f"HF_HUB_OFFLINE is set, and {repo_id} cannot be had without {endpoint}: unset it."
     if isinstance(cause, RevisionNotFoundError):
         return f"{repo_id} has no revision {revision!r} on {endpoint}: give a branch, tag or commit that it has."
     if not isinstance(cause, HfHubHTTPError):
