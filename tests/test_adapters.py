@@ -12,7 +12,7 @@ from conftest import make_config
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters import (
@@ -150,6 +150,14 @@ def test_moved_bases_are_asked_for_and_found(copied, bases, trained, tmp_path):
     assert torch.equal(logits(loaded), logits(trained))
 
 
+def test_auto_class_reassembles_an_adapter_folder(folder, trained):
+    loaded = AutoModelForImageTextToText.from_pretrained(folder)
+    assert isinstance(loaded, PeftModel)
+    assert torch.equal(logits(loaded), logits(trained))
+    halved = VisionQwen.from_pretrained(folder, dtype=torch.bfloat16)
+    assert halved.get_base_model().model.language_model.dtype == torch.bfloat16
+
+
 def test_training_goes_on_from_a_folder(folder, trained):
     loaded = VisionQwen.from_adapter(folder, is_trainable=True)
     trains = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
@@ -187,8 +195,17 @@ def test_nothing_is_unpickled(copied, trained, monkeypatch):
     monkeypatch.setattr(torch, "load", load)
     assert torch.equal(logits(VisionQwen.from_adapter(copied)), logits(trained))
     (copied / "adapter_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no adapter folder: adapter_model\.safetensors missing"):
+    with pytest.raises(FileNotFoundError, match=r"adapter_model\.bin, a pickle, .* is never loaded"):
         VisionQwen.from_adapter(copied)
+
+
+@pytest.mark.parametrize("part", ["clip", "qwen3"])
+def test_a_base_that_has_only_pickled_weights_is_refused(bases, tmp_path, part):
+    base = Path(shutil.copytree(bases[0].parent / part, tmp_path / part))
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    paths = {"clip": bases[0], "qwen3": bases[1]} | {part: base}
+    with pytest.raises(OSError, match=rf"{part} has no model\.safetensors, and pickled weights .* are never loaded"):
+        load_bases(*paths.values())
 
 
 # --- wrong and damaged folders ---
@@ -215,6 +232,22 @@ def test_a_damaged_file_is_named(copied):
     path = copied / "adapter_model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
+        VisionQwen.from_adapter(copied)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+def test_a_damaged_configuration_is_named(copied, name):
+    (copied / name).write_text((copied / name).read_text()[:-20])
+    with pytest.raises(ValueError, match=f"{name} is damaged"):
+        VisionQwen.from_adapter(copied)
+
+
+@pytest.mark.parametrize("name", ["processor_config.json", "tokenizer_config.json", "tokenizer.json"])
+def test_a_missing_file_of_the_processor_is_named(copied, trained, processor, name):
+    processor.save_pretrained(copied)
+    assert torch.equal(logits(VisionQwen.from_adapter(copied)), logits(trained))
+    (copied / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"no adapter folder: {name} missing"):
         VisionQwen.from_adapter(copied)
 
 
@@ -260,7 +293,7 @@ def test_another_text_base_is_refused(folder, bases, tmp_path, fields, message):
 
 @pytest.mark.parametrize("name", ["text_fingerprint", "vision_fingerprint"])
 def test_bases_without_a_fingerprint_are_compared_by_shape(copied, bases, trained, tmp_path, name):
-    """Quantized decoders have none: an adapter trained on one loads on the plain weights, and the other way round."""
+    """Decoders from scratch have none, and so have folders that were saved beside a quantized one in earlier times."""
     config = json.loads((copied / "config.json").read_text()) | {name: None}
     (copied / "config.json").write_text(json.dumps(config))
     assert torch.equal(logits(VisionQwen.from_adapter(copied)), logits(trained))
@@ -303,6 +336,32 @@ def test_lora_hits_the_decoder_only(model, target_modules, layers):
     assert {name.rpartition(".")[2] for name in hit} == set(layers)
     assert all(".language_model." in name for name in hit)
     assert len(hit) == 2 * len(layers)
+
+
+def test_lora_on_the_encoder_hits_its_numbered_layers_and_gets_gradients(model):
+    model.model.vision_tower.requires_grad_(False)
+    adapted = get_peft_model(model, lora_config(model, lora_vision=True, r=2, init_lora_weights=False)).train()
+    adapted(**batch(), labels=batch()["input_ids"]).loss.backward()
+    tower = {
+        name: parameter.grad
+        for name, parameter in adapted.named_parameters()
+        if ".vision_tower." in name and parameter.requires_grad
+    }
+    # Six linear layers (q, k, v, out, fc1, fc2) of the two layers that are built, A and B of each.
+    assert len(tower) == 2 * 6 * 2
+    assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in tower.values())
+    other = VisionQwen(make_config())
+    both = get_peft_model(other, lora_config(other, lora_vision=True, target_modules=["q_proj"]))
+    hit = {name.partition(".lora_")[0] for name, _ in both.named_parameters() if ".lora_A." in name}
+    assert len(hit) == 4
+    with pytest.raises(ValueError, match=r"hit no layer of the model: .*vision_tower.*gate_proj"):
+        lora_config(VisionQwen(make_config()), lora_vision=True, target_modules=["gate_proj"])
+
+
+def test_pissa_beside_quantized_weights_is_refused(model):
+    model.quantization_method = "bitsandbytes"
+    with pytest.raises(ValueError, match="PiSSA starts from the singular vectors of full-precision weights"):
+        lora_config(model, init_lora_weights="pissa_niter_4")
 
 
 def test_impossible_targets_are_refused(model):

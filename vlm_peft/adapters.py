@@ -26,6 +26,8 @@ from .modeling_vision_qwen import VisionQwen
 
 PROJECTOR = "multi_modal_projector"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
+# Saved together by the processor; an adapter alone, without any of them, loads.
+_PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer.json")
 _LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
 
 
@@ -265,8 +267,14 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: When a file of the adapter, or a base's folder, is missing; names it.
-        ValueError: When the folder is no adapter of a VisionQwen, or the bases are not those it was trained on.
+        ValueError: When the folder is no adapter of a VisionQwen, a file is damaged, the bases are not those it was
+            trained on, or it should be merged into quantized weights.
     """
+    if merge and arguments.get("quantization_config") is not None:
+        raise ValueError(
+            "merge=True with a quantization_config would round the adapter away with the weights: merge into the full "
+            "weights (without quantization_config) and quantize the saved result, or keep merge=False."
+        )
     folder = Path(name_or_path)
     if not folder.exists():
         if _looks_local(str(name_or_path)):
@@ -309,12 +317,26 @@ def _looks_local(name: str) -> bool:
 
 def _check_adapter_files(folder: Path) -> None:
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
+    unfit = [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]
+    if len(unfit) < len(_PROCESSOR_FILES):
+        missing += unfit
+    if missing == ["adapter_model.safetensors"] and (folder / "adapter_model.bin").is_file():
+        raise FileNotFoundError(
+            f"{folder} holds its weights as adapter_model.bin, a pickle, which could run any program and is never "
+            "loaded: ask for adapter_model.safetensors."
+        )
     if missing:
         found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
         raise FileNotFoundError(
             f"{folder} is no adapter folder: {', '.join(missing)} missing; it holds {', '.join(found) or 'nothing'}."
         )
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    configs = {}
+    for name in ("adapter_config.json", "config.json"):
+        try:
+            configs[name] = json.loads((folder / name).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{folder / name} is damaged ({error}): copy or download it again.") from error
+    model_type = configs["config.json"].get("model_type")
     if model_type != VisionQwenConfig.model_type:
         raise ValueError(f"{folder} is an adapter of a {model_type!r} model, expected {VisionQwenConfig.model_type!r}.")
     weights = folder / "adapter_model.safetensors"
@@ -333,7 +355,7 @@ def _check_adapter_files(folder: Path) -> None:
 def _check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, folder: Path) -> None:
     """Compares the bases that an adapter was trained on with those that were loaded.
 
-    Quantized weights have no fingerprint: of these, only the shapes are compared.
+    A part without a fingerprint, such as a decoder from scratch, is compared by its shapes.
     """
     for part in ("vision", "text"):
         old, new = getattr(saved, f"{part}_config"), getattr(loaded, f"{part}_config")
@@ -347,7 +369,12 @@ def _check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, folder: Path
         if not differing and (None in (expected, found) or expected == found):
             continue
         raise ValueError(
-            f"The adapter {folder} was trained on another {part} base: expected "
-            f"{getattr(saved, f'{part}_name_or_path')}, got {getattr(loaded, f'{part}_name_or_path')} ("
+            f"The adapter {folder} was trained on another {part} base: expected {_base_name(saved, part)}, got "
+            f"{_base_name(loaded, part)} ("
             f"{'; '.join(differing) or 'the same shape with other weights'})."
         )
+
+
+def _base_name(config: VisionQwenConfig, part: str) -> str:
+    name, revision = getattr(config, f"{part}_name_or_path"), getattr(config, f"{part}_revision")
+    return f"{name} at revision {revision}" if revision else str(name)

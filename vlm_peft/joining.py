@@ -9,6 +9,7 @@ Stage: two Hub ids or folders -> model; called by `VisionQwen.from_vision_text_p
 import copy
 import logging
 import math
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,19 +86,34 @@ def join_pretrained(
             full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
         )
     else:
-        decoder = AutoModelForCausalLM.from_pretrained(
-            text,
-            revision=text_revision,
-            dtype=dtype,
-            attn_implementation=attn_implementation,
-            quantization_config=quantization_config,
-            device_map=device_map,
-            use_safetensors=True,
-        )
+        with _safetensors_only(text):
+            decoder = AutoModelForCausalLM.from_pretrained(
+                text,
+                revision=text_revision,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                quantization_config=quantization_config,
+                device_map=device_map,
+                use_safetensors=True,
+            )
         full_config.text_fingerprint = _text_fingerprint(decoder, text, text_revision)
     _settle_quantized(decoder)
     full_config.vision_fingerprint = fingerprint(tower)
     return _join(full_config, tower, decoder)
+
+
+@contextmanager
+def _safetensors_only(name: str | Path):
+    """Says why a checkpoint that has only pickled weights is not loaded."""
+    try:
+        yield
+    except OSError as error:
+        if SAFE_WEIGHTS_NAME not in str(error):
+            raise
+        raise OSError(
+            f"{name} has no {SAFE_WEIGHTS_NAME}, and pickled weights (pytorch_model.bin), which could run any program, "
+            "are never loaded: look for a revision with safetensors, or convert a checkpoint that you trust."
+        ) from error
 
 
 def _settle_quantized(decoder: PreTrainedModel) -> None:
@@ -166,15 +182,16 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
     # The report of unused weights would list the text half and the upper layers on every load.
     transformers_logging.set_verbosity_error()
     try:
-        tower, info = AutoModel.from_pretrained(
-            config.vision_name_or_path,
-            config=config.vision_tower_config,
-            revision=config.vision_revision,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            output_loading_info=True,
-        )
+        with _safetensors_only(config.vision_name_or_path):
+            tower, info = AutoModel.from_pretrained(
+                config.vision_name_or_path,
+                config=config.vision_tower_config,
+                revision=config.vision_revision,
+                dtype=dtype,
+                device_map=device_map,
+                use_safetensors=True,
+                output_loading_info=True,
+            )
     finally:
         transformers_logging.set_verbosity(verbosity)
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(("pooler.", "head.")))

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, CausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.utils.generic import can_return_tuple
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
 from .projector import VisionQwenProjector
@@ -366,6 +367,28 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.get("image_hidden_states"),
+        )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """Loads a full save; a folder or repository with an adapter is reassembled by [`~VisionQwen.from_adapter`].
+
+        So `AutoModelForImageTextToText.from_pretrained` takes both.
+
+        Args:
+            pretrained_model_name_or_path (`str` or `Path`): Folder or Hub id.
+            *model_args, **kwargs: Of `PreTrainedModel.from_pretrained`; with an adapter those that say how its bases
+                are loaded: `dtype`, `device_map`, `attn_implementation`, `quantization_config` and `revision`.
+
+        Returns:
+            [`VisionQwen`], or a `PeftModel` around it, in evaluation mode.
+        """
+        revision = kwargs.get("revision")
+        if find_adapter_config_file(pretrained_model_name_or_path, revision=revision) is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        loading = ("dtype", "device_map", "attn_implementation", "quantization_config", "revision")
+        return cls.from_adapter(
+            pretrained_model_name_or_path, **{name: kwargs[name] for name in loading if kwargs.get(name) is not None}
         )
 
     @classmethod
