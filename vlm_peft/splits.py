@@ -24,7 +24,7 @@ class Question:
     """One text that a model is asked to generate.
 
     Args:
-        id (`str`): Of the row, or of the member of a group, with its number when the row has several.
+        id (`str`): Of the row, or of the member of a group; with a number where these have several questions.
         prompt (`list[dict]`): Messages up to where the assistant answers.
         image_ids (`list[int]`): Picture numbers, in the order of the prompt's image parts.
         references (`list[str]`): Accepted texts.
@@ -71,11 +71,9 @@ class Split:
                 continue
             example = self.task.example(row)
             for number, question in enumerate(example.questions):
-                row_id = row["id"]
-                if isinstance(row_id, list):
-                    name = str(row_id[number])
-                else:
-                    name = str(row_id) if len(example.questions) == 1 else f"{row_id}-{number}"
+                members = row["id"] if isinstance(row["id"], list) else [row["id"]]
+                several = len(example.questions) != len(members)
+                name = f"{row_name(row)}-{number}" if several else str(members[number])
                 yield Question(
                     name,
                     [*example.prompt, *question],

@@ -34,8 +34,9 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
     Args:
         columns (`list[str]`): RefCOCO has `bbox` ([x, y, width, height] in pixels), what people said of it in
             `answer` (lmms-lab/RefCOCO) or `sentences` (texts, or dicts with `sent` or `raw`), and `image_id` or
-            `file_name`, by which its rows are grouped. Without `bbox`, the column `text_column` (`objects` by default)
-            holds `{"name", "box"}` dicts with the same kind of boxes.
+            `file_name`, by which its rows are grouped. jxu124/refcoco, known by its column `raw_anns`, has
+            [x1, y1, x2, y2] in `bbox`. Without `bbox`, the column `text_column` (`objects` by default) holds
+            `{"name", "box"}` dicts, boxes [x, y, width, height] in pixels.
         image_column, text_column (`str`): Where pictures, and expressions or objects are.
         instruction (`str`, *optional*): Said before the names; "detect:" by default.
     """
@@ -44,12 +45,13 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
         column = text_column or next((name for name in EXPRESSION_COLUMNS if name in columns), None)
         require_columns(columns, image_column, column or " or ".join(EXPRESSION_COLUMNS))
         key = next((name for name in ("image_id", "file_name") if name in columns), None)
+        read_box = _from_corners if "raw_anns" in columns else list
 
         def grouped(row: dict) -> Example:
-            return referring_example(row[column], row["bbox"], _size(row), asked)
+            return referring_example(row[column], [read_box(box or []) for box in row["bbox"]], _size(row), asked)
 
         def single(row: dict) -> Example:
-            return referring_example([row[column]], [row["bbox"]], _size(row), asked)
+            return referring_example([row[column]], [read_box(row["bbox"] or [])], _size(row), asked)
 
         def sizes_only(rows: Iterable[dict], sizes: list[list[list[int]]]) -> dict[str, list]:
             return {"image_sizes": sizes}
@@ -62,10 +64,10 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
     require_columns(columns, image_column, column)
 
     def example(row: dict) -> Example:
-        return objects_example(row[column], _size(row), asked, absent=row["ask_also"], seed=str(row["id"]))
+        return objects_example(row[column], _size(row), asked, absent=row["ask_also"], seed=str(row.get("id")))
 
     def complete(rows: Iterable[dict], sizes: list[list[list[int]]]) -> dict[str, list]:
-        names = [(str(row["id"]), _names(row[column])) for row in rows]
+        names = [(str(row.get("id")), _names(row[column])) for row in rows]
         return {"image_sizes": sizes, "ask_also": choose_absent(names)}
 
     return Task("grounding", [image_column], example, complete=complete)
@@ -203,6 +205,11 @@ def _example(questions: list[list[str]], found: list[list[tuple[str, list[int]]]
         [*question, {"role": "assistant", "content": answer}] for question, answer in zip(asked, answers, strict=True)
     ]
     return Example(picture_turn(), completions, [[answer] for answer in answers], asked, details)
+
+
+def _from_corners(box: list[float]) -> list[float]:
+    """[x1, y1, x2, y2] -> [x, y, width, height]; anything else stays, to be refused."""
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]] if len(box) == 4 else box
 
 
 def _label(text: object) -> str:
