@@ -235,13 +235,19 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
     from predictions import write_text
     from report import build_report
 
+    from vlm_peft.arguments import data_sources
+
+    used = data_sources(run.vision)
+    names = [str(source.dataset_name) for source in used]
+    revisions = [source.dataset_revision for source in used]
     summary = {
-        "title": f"{run.output_dir.name}: {Path(run.vision.dataset_name).name}",
+        "title": f"{run.output_dir.name}: {', '.join(Path(name).name for name in names)}",
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "command": command,
         "vision_model": run.vision.vision_model,
         "text_model": run.model.model_name_or_path,
-        "dataset": run.vision.dataset_name,
+        "dataset": names if len(names) > 1 else names[0],
+        "dataset_revision": revisions if len(names) > 1 else revisions[0],
         "device": str(run.training.device),
         "seed": run.training.seed,
         "parameters": sum(row.parameters for row in rows),
@@ -367,7 +373,7 @@ def check_saved(run: Run, trainer) -> None:
 
     if not run.is_main:
         return
-    batch = trainer.data_collator([trainer.train_dataset[0]])
+    batch = trainer.data_collator([next(iter(trainer.train_dataset))])
     batch = {key: value.to(trainer.args.device) for key, value in batch.items() if "labels" not in key}
     reloaded = VisionQwen.from_adapter(trainer.args.output_dir, **run.loading).to(trainer.args.device)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()

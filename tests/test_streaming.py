@@ -106,7 +106,7 @@ def test_a_held_out_picture_ends_the_stream(data, processor):
 
 def test_a_missing_split_column_is_said(flickr, processor):
     data = DataArguments(dataset_name=str(flickr), stored_split="test", split_column="part")
-    with pytest.raises(ValueError, match="no column 'part'; it has caption, .*"):
+    with pytest.raises(ValueError, match=r"no column 'part'; it has caption, .*"):
         load_stream(data, "train")
 
 
