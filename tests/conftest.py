@@ -184,3 +184,29 @@ def bases(tmp_path_factory) -> tuple[Path, Path]:
 def flickr(tmp_path_factory) -> Path:
     """A folder of Flickr30k's schema: 24 train, 4 val and 4 test rows."""
     return save_flickr(tmp_path_factory.mktemp("flickr30k"))
+
+
+@pytest.fixture(scope="session")
+def adapter(tmp_path_factory, bases) -> Path:
+    """An untrained adapter folder, drawn at random so that it says something else about each picture; read only."""
+    from peft import get_peft_model
+
+    from vlm_peft.adapters import lora_config, save_composite_config
+    from vlm_peft.tasks import TASK_FILE, TaskSettings
+
+    torch.manual_seed(0)
+    vision, text = bases
+    model = VisionQwen.from_vision_text_pretrained(vision, text)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(vision, text, model.config)
+    adapted = get_peft_model(model, lora_config(model, r=4, init_lora_weights=False))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "multi_modal_projector" in name:
+                parameter.normal_(std=0.5)
+    folder = tmp_path_factory.mktemp("adapter")
+    adapted.save_pretrained(folder)
+    save_composite_config(adapted, folder)
+    processor.save_pretrained(folder)
+    settings = TaskSettings(instruction="Say what you see.", max_new_tokens=6, num_beams=2)
+    (folder / TASK_FILE).write_text(settings.to_json())
+    return folder

@@ -191,3 +191,14 @@ def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, 
     assert shared == plain == single
     assert len(set(shared)) > 3
     assert fewer < tokens_read
+
+
+def test_the_placeholder_is_never_generated(world):
+    """A decoder may predict a token of its vocabulary; this one would ask for a picture in the middle of the answer."""
+    placeholder = world.model.config.image_token_id
+    input_ids = torch.tensor([world.processor.encode_prompt(ask("b"))])
+    wanted = [[[placeholder], 1e4]]
+    generated = world.model.generate(
+        input_ids=input_ids, **world.from_pixels([3]), sequence_bias=wanted, max_new_tokens=4, do_sample=False
+    )
+    assert placeholder not in generated[0, input_ids.shape[1] :].tolist()

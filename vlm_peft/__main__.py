@@ -225,7 +225,7 @@ def demo(options: argparse.Namespace) -> int:
     Needs Gradio: pip install "vlm-peft[demo]"
     """
     if importlib.util.find_spec("gradio") is None:
-        raise ModuleNotFoundError('the page needs Gradio: pip install "vlm-peft[demo]"', name="gradio")
+        raise ValueError('The page needs Gradio: pip install "vlm-peft[demo]"')
     import torch
 
     # The projector that the adapter replaces is drawn anew on every load; the page shows the same one every time.

@@ -303,6 +303,8 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         """
         if image_features is not None:
             kwargs["mm_encoder_outputs"] = {"image": self.model.project_vision_features(image_features)}
+        # A decoder whose vocabulary has the placeholder may predict it, and would then ask for a picture in its answer.
+        kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
         return super().generate(*args, **kwargs)
 
     @can_return_tuple
