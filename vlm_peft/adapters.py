@@ -214,7 +214,7 @@ def load_pissa_from_lora(
         saved_start[name] = half if is_a else -half
     if not all(torch.equal(value, saved_start[name]) for name, value in start.items()):
         for sign, values in ((1, start), (-1, saved_start)):
-            set_peft_model_state_dict(model, values)
+            set_peft_model_state_dict(model, {**state, **values})
             for layer in model.modules():
                 if isinstance(layer, Linear):
                     base: Any = layer.get_base_layer()

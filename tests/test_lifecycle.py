@@ -1,0 +1,308 @@
+"""An adapter's life, for each kind of adapter: trained, killed, resumed, saved, loaded elsewhere, disabled, merged.
+
+Runs are real ones of `VisionSFTTrainer` on tiny bases, six steps long with a checkpoint every two.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_config, make_processor, save_bases
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
+from trl import SFTConfig
+
+from vlm_peft import VisionQwen
+from vlm_peft.adapters import lora_config
+from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
+
+IMAGE = 259
+STEPS = 6
+PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]}]
+COMPLETIONS = [["a dog", "two dogs on a lawn"], ["a cat"], ["one small horse", "a horse"], ["b", "cc", "ddd"]]
+
+VARIANTS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "pissa": {"init_lora_weights": "pissa"},
+    "qlora": {},
+}
+
+
+NF4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+
+
+def loading(variant: str) -> dict:
+    """How the bases of a variant are loaded."""
+    return {"quantization_config": BitsAndBytesConfig(**NF4)} if variant == "qlora" else {}
+
+
+def wide_config(**fields) -> Qwen3Config:
+    """As the tiny decoder, with inputs of 64 everywhere, the size of a block of 4-bit weights."""
+    text = make_config().text_config.to_dict()
+    text |= {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32, "initializer_range": 0.1}
+    return Qwen3Config(**text | fields)
+
+
+@pytest.fixture(scope="session")
+def wide_bases(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny CLIP, and a Qwen3 that can be quantized."""
+    clip, qwen3 = save_bases(tmp_path_factory.mktemp("wide"))
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(wide_config()).save_pretrained(qwen3)
+    return clip, qwen3
+
+
+def load_bases(bases: tuple[Path, Path], **arguments) -> VisionQwen:
+    """Bases with a projector that shows the decoder something, the same at every call."""
+    model = VisionQwen.from_vision_text_pretrained(*bases, image_token_id=IMAGE, **arguments)
+    model.model.vision_tower.requires_grad_(False)
+    generator = torch.Generator().manual_seed(4)
+    for layer in (model.model.multi_modal_projector.linear_1, model.model.multi_modal_projector.linear_2):
+        layer.weight.data.copy_(torch.randn(layer.weight.shape, generator=generator) * 0.2)
+    return model
+
+
+def make_trainer(folder: Path, model, lora: dict | None, callbacks=(), trainer: dict | None = None, **settings):
+    """A run of six steps of two rows; `lora=None` for a model that has its adapter."""
+    set_seed(0)
+    processor = make_processor(model.config)
+    rows = [
+        {**vars(processor.encode_row(PROMPT, texts)), "image_ids": [index]} for index, texts in enumerate(COMPLETIONS)
+    ]
+    features = torch.randn(len(rows), 16, 16, generator=torch.Generator().manual_seed(5))
+    arguments = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 2,
+        "max_steps": STEPS,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **settings,
+    }
+    return VisionSFTTrainer(
+        model,
+        args=prepare_training_arguments(SFTConfig(**arguments)),
+        train_dataset=Dataset.from_list(rows),
+        data_collator=SharedPrefixCollator(256, lambda ids: {"image_features": features[ids]}),
+        processing_class=processor,
+        peft_config=None if lora is None else lora_config(model, r=4, lora_dropout=0.1, **lora),
+        callbacks=list(callbacks),
+        **trainer or {},
+    )
+
+
+def losses(trainer) -> dict[int, float]:
+    return {entry["step"]: entry["loss"] for entry in trainer.state.log_history if "loss" in entry}
+
+
+def batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    pixel_values = torch.randn(1, 3, 8, 8, generator=generator)
+    return {"input_ids": torch.tensor([[1, *[IMAGE] * 16, 5, 6, 7]]), "pixel_values": pixel_values}
+
+
+@torch.inference_mode()
+def logits(model) -> torch.Tensor:
+    return model.eval()(**batch()).logits
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> None:
+    """Largest difference, relative to the largest value."""
+    assert (actual - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+class KillAfterStep5(TrainerCallback):
+    """The process is gone in the middle of a run, as when the machine is: no handler, no flush."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def train_and_die(folder: Path, model: VisionQwen, lora: dict) -> None:
+    """Trains in a process of its own, which does not survive step 5."""
+    child = os.fork()
+    if child == 0:
+        try:
+            make_trainer(folder, model, lora, [KillAfterStep5()]).train()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
+
+
+@dataclass
+class Life:
+    """Of one variant: the uninterrupted run and the one that was killed and went on."""
+
+    variant: str
+    whole: VisionSFTTrainer
+    resumed: VisionSFTTrainer
+    trained_logits: torch.Tensor
+
+    @property
+    def folder(self) -> Path:
+        """The saved adapter."""
+        return Path(self.whole.args.output_dir)
+
+    def load(self, **arguments) -> PeftModel | VisionQwen:
+        return VisionQwen.from_adapter(self.folder, **{**loading(self.variant), **arguments})
+
+
+@pytest.fixture(scope="module")
+def lives(wide_bases, tmp_path_factory) -> dict[str, Life]:
+    tmp, found = tmp_path_factory.mktemp("lives"), {}
+    for variant, lora in VARIANTS.items():
+
+        def base(variant: str = variant) -> VisionQwen:
+            return load_bases(wide_bases, **loading(variant))
+
+        whole = make_trainer(tmp / variant, base(), lora)
+        whole.train()
+        whole.save_model()
+        train_and_die(tmp / f"{variant}-killed", base(), lora)
+        resumed = make_trainer(tmp / f"{variant}-killed", base(), lora)
+        resumed.train(resume_from_checkpoint=True)
+        found[variant] = Life(variant, whole, resumed, logits(whole.model))
+    return found
+
+
+@pytest.fixture(params=VARIANTS)
+def life(lives, request) -> Life:
+    return lives[request.param]
+
+
+def test_the_loss_falls(life):
+    history = losses(life.whole)
+    assert history[STEPS] < history[1]
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(life):
+    """Bit for bit: the same losses, and the same weights at the end."""
+    after = losses(life.resumed)
+    assert {step: after[step] for step in (5, 6)} == {step: losses(life.whole)[step] for step in (5, 6)}
+    trained = dict(life.whole.model.named_parameters())
+    differing = [name for name, value in life.resumed.model.named_parameters() if not torch.equal(value, trained[name])]
+    assert not differing
+
+
+def test_every_checkpoint_loads_with_the_logits_of_its_step(life):
+    folders = sorted(path.name for path in life.folder.glob("checkpoint-*"))
+    assert folders == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
+    early = logits(VisionQwen.from_adapter(life.folder / "checkpoint-2", **loading(life.variant)))
+    last = logits(VisionQwen.from_adapter(life.folder / "checkpoint-6", **loading(life.variant)))
+    assert torch.equal(last, logits(life.load()))
+    assert not torch.equal(early, last)
+
+
+def test_loaded_in_fresh_process_equals_trained(lives, tmp_path):
+    """One process for all variants. PiSSA is trained on a base without its start: its logits differ by rounding."""
+    program = (
+        "import sys, torch; torch.set_num_threads(1)\n"
+        "from transformers import BitsAndBytesConfig\n"
+        "from vlm_peft import VisionQwen\n"
+        "batch, found = torch.load('batch.pt'), {}\n"
+        "for variant, (folder, quantization) in torch.load('folders.pt').items():\n"
+        "    config = BitsAndBytesConfig(**quantization) if quantization else None\n"
+        "    with torch.inference_mode():\n"
+        "        found[variant] = VisionQwen.from_adapter(folder, quantization_config=config)(**batch).logits\n"
+        "torch.save(found, 'logits.pt')\n"
+    )
+    folders = {name: (str(life.folder), NF4 if name == "qlora" else {}) for name, life in lives.items()}
+    torch.save(folders, tmp_path / "folders.pt")
+    torch.save(batch(), tmp_path / "batch.pt")
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, check=True)
+    found = torch.load(tmp_path / "logits.pt")
+    assert_close(found.pop("pissa"), lives["pissa"].trained_logits, 1e-5)
+    assert set(found) == {"lora", "dora", "qlora"}
+    assert all(torch.equal(loaded, lives[variant].trained_logits) for variant, loaded in found.items())
+
+
+def test_the_adapter_changes_the_output_and_disabling_it_restores_the_base_bit_for_bit(life, wide_bases):
+    adapted = life.load()
+    base = load_bases(wide_bases, **loading(life.variant))
+    fresh = adapted.get_base_model().model.multi_modal_projector.original_module
+    base.model.multi_modal_projector.load_state_dict(fresh.state_dict())
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), logits(base))
+    assert (logits(adapted) - logits(base)).abs().max() > 1e-2
+
+
+def test_merged_equals_unmerged(life):
+    """Into full weights; what merging rounds is relative to the largest logit."""
+    full = VisionQwen.from_adapter(life.folder)
+    merged = VisionQwen.from_adapter(life.folder, merge=True)
+    assert type(merged) is VisionQwen
+    assert_close(logits(merged), logits(full), 1e-4 if life.variant == "dora" else 1e-5)
+
+
+def test_another_base_is_refused(life, wide_bases, tmp_path):
+    torch.manual_seed(9)
+    Qwen3ForCausalLM(wide_config()).save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"another text base: expected .*qwen3, got .*other \(the same shape with"):
+        life.load(text=tmp_path / "other")
+    Qwen3ForCausalLM(wide_config(num_hidden_layers=3, layer_types=None)).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(ValueError, match=r"another text base: .* \(num_hidden_layers: 2 against 3\)"):
+        life.load(text=tmp_path / "deeper")
+
+
+def test_a_pissa_folder_holds_plain_lora_of_twice_the_rank_and_the_projector(lives):
+    state = load_file(lives["pissa"].folder / "adapter_model.safetensors")
+    assert {value.shape[0] for name, value in state.items() if ".lora_A." in name} == {8}
+    assert sum("multi_modal_projector" in name for name in state) == 4
+    loaded = lives["pissa"].load().active_peft_config
+    assert (loaded.r, loaded.init_lora_weights) == (8, True)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_goes_on_where_other_singular_vectors_were_found(wide_bases, tmp_path, monkeypatch, rslora):
+    """Another machine may turn signs around; here, even the smallest ones take the place of the largest."""
+    lora = {"init_lora_weights": "pissa", "use_rslora": rslora}
+    whole = make_trainer(tmp_path, load_bases(wide_bases), lora)
+    whole.train()
+    svd = torch.linalg.svd
+
+    def reversed_svd(*args, **kwargs):
+        left, values, right = svd(*args, **kwargs)
+        return left.flip(1), values.flip(0), right.flip(0)
+
+    monkeypatch.setattr(torch.linalg, "svd", reversed_svd)
+    resumed = make_trainer(tmp_path, load_bases(wide_bases), lora)
+    resumed._load_from_checkpoint(str(tmp_path / "checkpoint-6"))
+    assert_close(logits(resumed.model), logits(whole.model), 1e-5)
+    resumed.save_model(tmp_path / "again")
+    assert_close(logits(VisionQwen.from_adapter(tmp_path / "again")), logits(whole.model), 1e-5)
+
+
+def test_loraplus_and_separate_rates_reach_the_right_weights(wide_bases, tmp_path):
+    rates = {"projector_learning_rate": 0.5, "vision_learning_rate": 0.25, "loraplus_lr_ratio": 16.0}
+    model = load_bases(wide_bases)
+    trainer = make_trainer(tmp_path, model, {"lora_vision": True}, trainer=rates, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    found = {names[id(each)]: group["lr"] for group in optimizer.param_groups for each in group["params"]}
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(found)
+
+    def expected(name: str) -> float:
+        if "multi_modal_projector" in name:
+            return 0.5
+        return (0.25 if "vision_tower" in name else 1e-2) * (16 if "lora_B" in name else 1)
+
+    assert found == pytest.approx({name: expected(name) for name in names.values() if name in found})
+    assert {name for name, each in trainer.model.named_parameters() if each.requires_grad} == set(found)
