@@ -6,10 +6,10 @@ import logging
 
 import pytest
 from conftest import flickr_rows, make_config, make_processor
-from datasets import Dataset, Features, Image, List, Value
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from vlm_peft.data import encode_rows, find_unreadable, load_rows
+from vlm_peft.data import bind_rows, encode_rows, find_unreadable, load_rows, picture_folder
 from vlm_peft.pictures import Pictures
 from vlm_peft.tasks import make_task
 
@@ -82,6 +82,132 @@ def test_flickr30k_schema(flickr):
         load_rows(str(flickr), "dev", stored_split="test", split_column="split")
     with pytest.raises(ValueError, match="no column 'part'; it has caption, filename, id, image"):
         load_rows(str(flickr), "val", stored_split="test", split_column="part")
+
+
+def test_two_stored_splits_at_once_and_two_parts_of_a_column(tmp_path):
+    """COCO's `restval` counts as train."""
+    (tmp_path / "data").mkdir()
+    for name, count in (("train", 3), ("restval", 2), ("test", 1)):
+        make_rows([[name]] * count).to_parquet(tmp_path / "data" / f"{name}-00000-of-00001.parquet")
+    assert len(load_rows(str(tmp_path), "train+restval")) == 5
+    with pytest.raises(ValueError, match="has no split 'rest'; it has"):
+        load_rows(str(tmp_path), "train+rest")
+    with pytest.raises(ValueError, match=r"One file holds one split, got 'train\+restval'"):
+        load_rows(str(tmp_path / "data" / "train-00000-of-00001.parquet"), "train+restval")
+    rows = make_rows([["a"], ["b"], ["c"], ["d"]]).add_column("split", ["train", "val", "restval", "train"])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    found = load_rows(str(tmp_path / "rows.parquet"), "train+restval", split_column="split")
+    assert found["id"][:] == ["r0", "r2", "r3"]
+    with pytest.raises(ValueError, match=r"No row of .* has split = 'rest'; found restval, train, val"):
+        load_rows(str(tmp_path / "rows.parquet"), "train+rest", split_column="split")
+
+
+def test_a_split_column_of_class_labels_is_read_by_name(tmp_path):
+    rows = make_rows([["a"], ["b"], ["c"]]).add_column("part", [1, 0, 1])
+    rows.cast_column("part", ClassLabel(names=["train", "test"])).to_parquet(tmp_path / "rows.parquet")
+    found = load_rows(str(tmp_path / "rows.parquet"), "test", stored_split="whole", split_column="part")
+    assert found["id"][:] == ["r0", "r2"]
+
+
+def test_ids_that_name_several_rows_are_replaced_by_row_numbers(tmp_path):
+    rows = make_rows([["a"], ["b"], ["c"]]).remove_columns("id").add_column("id", ["x", "x", "y"])
+    rows.to_parquet(tmp_path / "rows.parquet")
+    assert load_rows(str(tmp_path / "rows.parquet"), "train")["id"][:] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet"])
+def test_tables(tmp_path, name):
+    """Numbers stay numbers, an empty cell is none."""
+    rows = Dataset.from_list([{"image": "a.png", "answer": 2}, {"image": None, "answer": 3}])
+    path = tmp_path / name
+    if name.endswith("sv"):
+        rows.to_csv(path, sep="\t" if name == "rows.tsv" else ",")
+    elif name == "rows.json":
+        path.write_text(json.dumps(list(rows)))
+    else:
+        (rows.to_parquet if name == "rows.parquet" else rows.to_json)(path)
+    found = load_rows(str(path), "anything")
+    assert (found["image"][:], found["answer"][:]) == (["a.png", None], [2, 3])
+
+
+# --- bind_rows ---
+
+
+def test_relative_paths_begin_at_the_table_or_at_the_image_folder(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(encode())
+    (tmp_path / "rows.jsonl").write_text('{"image": "pictures/a.png", "text": "a"}\n{"image": null, "text": "b"}\n')
+    rows = load_rows(str(tmp_path / "rows.jsonl"), "train")
+    task = make_task("caption", rows.column_names)
+    _, pictures = bind_rows(rows, task, picture_folder(str(tmp_path / "rows.jsonl")))
+    assert [pictures.of_row(0), pictures.of_row(1)] == [range(1), range(1, 1)]
+    assert pictures.encoded(0) == encode()
+    _, pictures = bind_rows(rows, task, picture_folder(str(tmp_path / "rows.jsonl"), str(tmp_path / "pictures")))
+    assert find_unreadable(pictures).keys() == {0}
+    assert picture_folder("somebody/a_data_set") is None
+    with pytest.raises(FileNotFoundError, match=r"--image_folder .*nowhere is not there"):
+        picture_folder("somebody/a_data_set", str(tmp_path / "nowhere"))
+
+
+def test_groups_are_joined_wherever_their_rows_stand():
+    rows = make_rows([["a"], ["b"], ["c"], ["d"]], [encode(colour) for colour in ("red", "blue", "red", "white")])
+    rows = rows.add_column("image_id", [7, 8, 7, None])
+    task = make_task("caption", rows.column_names)
+    texts, pictures = bind_rows(rows, task)
+    assert texts["captions"][:] == [[["a"], ["c"]], [["b"]], [["d"]]]
+    assert texts["id"][:] == [[7, 7], [8], [None]]
+    assert [task.example(row).completions for row in texts] == [["a", "c"], ["b"], ["d"]]
+    assert [pictures.encoded(index) for index in range(len(pictures))] == list(map(encode, ("red", "blue", "white")))
+
+
+def make_decks(evidence: list[list[int]]) -> Dataset:
+    """One deck of three pages, the second empty, with a question a list of evidence."""
+    pages = {"page_1": encode("red"), "page_2": None, "page_3": encode("blue")}
+    cells = {name: [page and {"bytes": page, "path": None}] * len(evidence) for name, page in pages.items()}
+    texts = {"question": [f"{number}?" for number in range(len(evidence))], "answer": ["a"] * len(evidence)}
+    columns = cells | texts | {"evidence_pages": evidence, "deck_name": ["d"] * len(evidence)}
+    rows = Dataset.from_dict(columns | {"id": [f"q{number}" for number in range(len(evidence))]})
+    return rows.cast(Features(rows.features | dict.fromkeys(pages, Image())))
+
+
+@pytest.mark.parametrize(("pages", "shown"), [("evidence", [["blue"], ["red", "blue"]]), ("all", [["red", "blue"]])])
+def test_pages_of_a_deck_are_counted_over_empty_cells(processor, pages, shown):
+    rows = make_decks([[3], [1, 3], [3, 1]])
+    task = make_task("slides", rows.column_names, slide_pages=pages)
+    texts, pictures = bind_rows(rows, task)
+    assert [[pictures.encoded(index) for index in pictures.of_row(row)] for row in range(len(texts))] == [
+        list(map(encode, colours)) for colours in shown
+    ]
+    encoded = encode_rows(texts, task, processor, pictures, max_length=None).dataset
+    assert sum(encoded["num_branches"][:]) == 3
+    for row, colours in zip(encoded, shown, strict=True):
+        assert row["input_ids"].count(processor.image_token_id) == len(colours) * processor.num_image_tokens
+
+
+def test_evidence_on_an_empty_page_is_named(processor):
+    rows = make_decks([[2], [1]])
+    task = make_task("slides", rows.column_names)
+    texts, pictures = bind_rows(rows, task)
+    with pytest.raises(ValueError, match=r"1 rows \(q0\): .*evidence_pages .* the deck's pages 1, 3, got \[2\]"):
+        encode_rows(texts, task, processor, pictures, max_length=None)
+
+
+def test_text_alone_is_a_data_set_without_pictures(processor):
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    rows = Dataset.from_list([{"id": str(number), "messages": turns} for number in range(3)])
+    task = make_task("chat", rows.column_names)
+    texts, pictures = bind_rows(rows, task)
+    assert len(pictures) == 0
+    assert encode_rows(texts, task, processor, pictures, max_length=None).dataset["image_ids"][:] == [[], [], []]
+
+
+def test_pictures_and_their_places_must_agree(processor):
+    turns = [{"from": "human", "value": "<image>What?"}, {"from": "gpt", "value": "a"}]
+    rows = make_rows([["a"]] * 2, [encode(), None]).remove_columns("captions").add_column("conversations", [turns] * 2)
+    task = make_task("chat", rows.column_names)
+    texts, pictures = bind_rows(rows, task)
+    with pytest.raises(ValueError, match=r"1 rows \(r1\): The row has 0 pictures, its prompt has places for 1\."):
+        encode_rows(texts, task, processor, pictures, max_length=None)
 
 
 def test_selecting_a_split_copies_no_pictures(tmp_path):
@@ -171,7 +297,8 @@ def test_completions_that_do_not_fit_are_spread_over_sequences_with_the_picture_
 def test_a_row_that_cannot_fit_is_refused_not_cut(processor):
     rows = make_rows([["a", "b" * 200], ["c"]])
     with pytest.raises(
-        ValueError, match=r"r0\): The pictures \(1 of 16 tokens\) and one completion need \d+ tokens, more than max_length=150"
+        ValueError,
+        match=r"r0\): The pictures \(1 of 16 tokens\) and one completion need \d+ tokens, more .*=150",
     ):
         run(rows, processor, 150)
     assert run(rows, processor, 150, on_bad_row="skip").dataset["row"][:] == [1]

@@ -83,6 +83,8 @@ def test_sixteen_bit_greys_keep_their_shades():
         (b"", "cannot identify"),
         ("data:image/png;base64,@@@@", "no valid base64"),
         ("nowhere/picture.png", "No such file"),
+        ("http://somewhere.invalid/picture.png", "is an address, and pictures are not downloaded"),
+        ({"url": "http://somewhere.invalid/picture.png"}, r"\['url'\] without a value"),
         ("a\0b.png", "null byte"),
         ({"bytes": None, "path": None}, r"\['bytes', 'path'\] without a value"),
         ({}, "'bytes' or 'path'"),

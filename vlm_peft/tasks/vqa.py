@@ -88,10 +88,12 @@ def question_turn(question: str, instruction: str | None) -> list[dict]:
 
 def _answers(item: dict) -> tuple[str, list[str]]:
     """The answer to be learnt, and those that are accepted."""
-    given = _flat(item.get("answers"))
-    chosen = item.get("multiple_choice_answer") or item.get("answer")
+    given = item.get("answers")
+    named = [item[name] for name in ("multiple_choice_answer", "answer") if item.get(name) is not None]
+    chosen = named[0] if named else None
     if isinstance(chosen, list):
-        given, chosen = given or _flat(chosen), None
+        given, chosen = given or chosen, None
+    given = [] if given is None else _flat(given)
     best = to_text(chosen if chosen is not None else max(given, key=given.count, default=None))
     # People may have left an answer blank; it stays among the ten.
     accepted = ["" if answer == "" else to_text(answer) for answer in given]
@@ -103,10 +105,4 @@ def _answers(item: dict) -> tuple[str, list[str]]:
 def _flat(cell) -> list:
     if isinstance(cell, dict):
         return _flat(cell.get("answer"))
-    return (
-        [answer for each in cell for answer in _flat(each)]
-        if isinstance(cell, list)
-        else []
-        if cell is None
-        else [cell]
-    )
+    return [answer for each in cell for answer in _flat(each)] if isinstance(cell, list) else [cell]
