@@ -4,7 +4,7 @@ Stage: after training; called by the command line. LoRA is added to the decoder'
 loaded again and compared with its source before it gets its name.
 
 A Llava folder needs nothing of ours: `LlavaForConditionalGeneration` and `LlavaProcessor` of transformers load it, and
-so do the servers that know them. Its weights have the names of the `llava-hf` repositories, which servers read. Its
+so do the servers that know them. Its weights have the names of the `llava-hf` repositories, which vLLM needs. Its
 vision tower ends at the highest layer that is read, as ours does: the same features, no weights that nobody runs, and
 no need of the encoder's own checkpoint.
 """
@@ -53,7 +53,7 @@ _PROBE_TOKENS = 16
 _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 # Adding LoRA to the weights rounds differently than adding its output.
 _MERGE_TOLERANCE = 1e-4
-# In `llava-hf` repositories, and in vLLM and SGLang, these towers keep the prefix that transformers has dropped.
+# In `llava-hf` repositories these towers have a prefix that transformers has dropped; vLLM 0.32 loads none without.
 _TOWERS_WITH_PREFIX = ("clip_vision_model", "siglip_vision_model")
 
 
@@ -233,6 +233,8 @@ def _load_source(
         eos_token_id=processor.end_of_turn_token_id,
         pad_token_id=processor.tokenizer.pad_token_id,
         bos_token_id=model.config.text_config.bos_token_id,
+        # As `VisionQwen.generate` does: a picture is never asked for in an answer.
+        suppress_tokens=[model.config.image_token_id],
     )
     answer = _ask(model, processor, instruction)
     return _Source(folder, model, processor, instruction, merge_difference, answer)
