@@ -1,0 +1,193 @@
+"""The page's functions in this process, and the page itself as a program that is asked over HTTP."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from urllib.parse import quote
+
+import pytest
+import torch
+from PIL import Image
+
+from vlm_peft import VisionQwen, __main__
+from vlm_peft.generation import generate_texts
+from vlm_peft.loading import load_model
+from vlm_peft.pictures import UnreadablePictureError, open_picture
+from vlm_peft.tasks import TaskSettings
+from vlm_peft.tasks.example import picture_turn
+from vlm_peft.web_demo import MAX_EXAMPLES, PictureAnswers, find_examples, make_page
+
+SETTINGS = TaskSettings(instruction="Say what you see.", max_new_tokens=6, num_beams=2)
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    """A picture of noise."""
+    noise = torch.randint(0, 256, (9, 12, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    file = tmp_path_factory.mktemp("picture") / "noise.png"
+    Image.fromarray(noise.numpy()).save(file)
+    return file
+
+
+@pytest.fixture
+def trained(adapter):
+    """Model and processor; drawn as the command draws the projector that the adapter replaces."""
+    torch.manual_seed(0)
+    return load_model(adapter)
+
+
+def expected(model, processor, picture, text: str) -> str:
+    def fetch(ids):
+        return {"pixel_values": processor.image_processor(open_picture(picture), return_tensors="pt")["pixel_values"]}
+
+    prompts = [picture_turn(text)]
+    return generate_texts(model, processor, prompts, [[0]], fetch, max_new_tokens=6, num_beams=2)[0]
+
+
+@pytest.mark.parametrize(("question", "text"), [("", "Say what you see."), (" What is it? ", "What is it?")])
+def test_after_comes_first_and_before_is_without_lora_and_projector(trained, picture, question, text):
+    model, processor = trained
+    after = expected(model, processor, picture, text)
+    with model.disable_adapter():
+        before = expected(model, processor, picture, text)
+    assert after != before
+    answers = PictureAnswers(model, processor, SETTINGS)
+    assert answers.has_before
+    assert list(answers(picture, question)) == [(after, ""), (after, before)]
+    assert expected(model, processor, picture, text) == after
+    # Before fine-tuning the projector had learnt nothing, and LoRA was not there.
+    projector = model.get_base_model().model.multi_modal_projector
+    with torch.no_grad():
+        for parameter in projector.modules_to_save["default"].parameters():
+            parameter.zero_()
+    assert list(answers(picture, question))[1][1] == before
+
+
+def test_a_full_save_has_no_before(adapter, picture):
+    model = VisionQwen.from_adapter(adapter, merge=True)
+    _, processor = load_model(adapter)
+    answers = PictureAnswers(model, processor, SETTINGS)
+    assert list(answers(picture, "")) == [(expected(model, processor, picture, "Say what you see."), "")]
+    page = make_page(answers, "full", [])
+    shown = {part["props"].get("label"): part["props"].get("visible") for part in page.get_config_file()["components"]}
+    assert shown["After fine-tuning"] is True
+    assert (shown["Before fine-tuning"], shown["References"]) == (False, False)
+
+
+def test_a_file_that_is_no_picture_is_said(trained, tmp_path):
+    (tmp_path / "notes.txt").write_text("no picture")
+    with pytest.raises(UnreadablePictureError, match="Cannot read the picture"):
+        next(PictureAnswers(*trained, SETTINGS)(tmp_path / "notes.txt", ""))
+
+
+def test_bases_are_named_without_the_folders_of_this_machine(trained):
+    parts = PictureAnswers(*trained, SETTINGS).parts
+    assert parts == "Fine-tuned with vlm_peft from the encoder clip and the decoder qwen3."
+
+
+def save_run(folder, picture, splits: dict[str, list[dict]]) -> None:
+    """A run's folder with predictions and a thumbnail for each row."""
+    for split, rows in splits.items():
+        (folder / "eval" / split / "pictures").mkdir(parents=True)
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / "eval" / split / "predictions.jsonl").write_text(lines)
+        for row in rows:
+            file = folder / "eval" / split / "pictures" / f"{quote(str(row['id']), safe='')}.webp"
+            Image.open(picture).save(file, "WEBP")
+
+
+def test_examples_come_from_all_splits_with_their_texts(tmp_path, picture):
+    first = [{"id": f"a/{number:02}", "references": ["x", "y"]} for number in range(30)]
+    save_run(tmp_path, picture, {"test": first, "vqa": [{"id": 7, "references": ["two"], "question": "How many?"}]})
+    (tmp_path / "eval" / "vqa" / "pictures" / "unknown.webp").write_bytes(b"")
+    (tmp_path / "eval" / "test-blind").mkdir()
+    examples = find_examples(tmp_path)
+    pictures = tmp_path / "eval"
+    assert examples[:4] == [
+        (str(pictures / "test" / "pictures" / "a%2F00.webp"), "", "x\ny"),
+        (str(pictures / "vqa" / "pictures" / "7.webp"), "How many?", "two"),
+        (str(pictures / "test" / "pictures" / "a%2F01.webp"), "", "x\ny"),
+        (str(pictures / "vqa" / "pictures" / "unknown.webp"), "", ""),
+    ]
+    assert len(examples) == MAX_EXAMPLES
+    assert find_examples(tmp_path / "nowhere") == []
+
+
+def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, adapter):
+    monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    assert __main__.main(["demo", str(adapter)]) == 2
+    assert capsys.readouterr().err == 'vlm-peft demo: The page needs Gradio: pip install "vlm-peft[demo]"\n'
+
+
+def fetch_text(address: str, body: dict | None = None) -> str:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+    # A proxy in the environment is not for this machine.
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+        return response.read().decode()
+
+
+def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained, picture, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = tmp_path / "mine"
+    folder.symlink_to(adapter, target_is_directory=True)
+    with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "vlm_peft", "demo", folder, "--port", str(port)],
+            stdout=out,
+            stderr=err,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "GRADIO_TEMP_DIR": str(tmp_path)},
+        )
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(1200):
+            if (tmp_path / "out").read_text() or server.poll() is not None:
+                break
+            time.sleep(0.1)
+        assert (tmp_path / "out").read_text() == f"The page is at {address}/ (Ctrl-C ends it).\n"
+
+        with socket.socket() as other:
+            # This address only: the machine's others are not listened on.
+            assert other.connect_ex(("127.0.0.2", port)) != 0
+        page = fetch_text(address)
+        sources = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+        sources += re.findall(r"url\(['\"]?([^'\")]+)", page + fetch_text(f"{address}/theme.css"))
+        assert any("assets/" in source for source in sources)
+        assert not [source for source in sources if re.match(r"(https?:)?//", source)]
+        assert json.loads(fetch_text(f"{address}/config"))["analytics_enabled"] is False
+
+        boundary = b"--part\r\n"
+        head = b'Content-Disposition: form-data; name="files"; filename="noise.png"\r\nContent-Type: image/png\r\n\r\n'
+        upload = urllib.request.Request(
+            f"{address}/gradio_api/upload",
+            boundary + head + picture.read_bytes() + b"\r\n--part--\r\n",
+            {"Content-Type": "multipart/form-data; boundary=part"},
+        )
+        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(upload, timeout=60) as response:
+            (stored,) = json.load(response)
+        file = {"path": stored, "meta": {"_type": "gradio.FileData"}}
+        call = f"{address}/gradio_api/call/answer"
+        event = json.loads(fetch_text(call, {"data": [file, "What is it?"]}))["event_id"]
+        events = re.findall(r"event: (\w+)\ndata: (.*)\n", fetch_text(f"{call}/{event}"))
+        assert events[-1][0] == "complete"
+        answer = json.loads(events[-1][1])
+
+        nothing = json.loads(fetch_text(call, {"data": [None, ""]}))["event_id"]
+        assert re.search(r'event: error\ndata: .*"Choose a picture first', fetch_text(f"{call}/{nothing}"))
+    finally:
+        server.send_signal(signal.SIGINT)
+        status = server.wait(60)
+    assert (status, (tmp_path / "err").read_text()) == (130, "")
+    model, processor = trained
+    with model.disable_adapter():
+        before = expected(model, processor, picture, "What is it?")
+    assert answer == [expected(model, processor, picture, "What is it?"), before]
