@@ -105,6 +105,11 @@ def test_slides_where_the_page_is_in_the_answer(prediction, reference):
     assert scores.metrics["page_f1"] == 1
 
 
+def test_slides_where_nothing_but_a_page_is_said_keep_it():
+    scores = score_rows("slides", [row("page 3", "3", evidence_pages=[3])])
+    assert scores.metrics["f1"] == pytest.approx(2 / 3)
+
+
 def test_slides_with_evidence_for_some_rows_only_score_no_pages():
     scores = score_rows("slides", [row("a (page 1)", "a", evidence_pages=[1]), row("b", "b")])
     assert scores.metrics["exact_match"] == 1
@@ -112,7 +117,9 @@ def test_slides_with_evidence_for_some_rows_only_score_no_pages():
 
 
 def test_chat_has_text_metrics_of_the_whole_set():
-    scores = score_rows("chat", CAPTIONS[:1], tokenizer="treebank-python")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scores = score_rows("chat", CAPTIONS[:1], tokenizer="treebank-python")
     assert set(scores.metrics) == {"exact_match", "f1", "anls", "ROUGE_L", "Bleu_4"}
     assert scores.metrics["exact_match"] == scores.metrics["ROUGE_L"] == 1
     # CIDEr's note and warning are not about these metrics.
