@@ -3,6 +3,7 @@
 Runs are real ones of `VisionSFTTrainer` on tiny bases, six steps long with a checkpoint every two.
 """
 
+import json
 import os
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import torch
 from conftest import make_config, make_processor, save_bases
 from datasets import Dataset
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
 from trl import SFTConfig
 
-from vlm_peft import VisionQwen
+from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import lora_config
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
@@ -306,3 +308,26 @@ def test_loraplus_and_separate_rates_reach_the_right_weights(wide_bases, tmp_pat
 
     assert found == pytest.approx({name: expected(name) for name in names.values() if name in found})
     assert {name for name, each in trainer.model.named_parameters() if each.requires_grad} == set(found)
+
+
+OLD = sorted((Path(__file__).parent / "data").glob("old_adapter*"))
+
+
+@pytest.mark.parametrize("folder", OLD, ids=[path.name for path in OLD])
+def test_an_adapter_of_an_earlier_version_loads_and_answers_as_then(folder):
+    """Later versions must go on loading it; see tests/data/make_old_adapter.py."""
+    expected = json.loads((folder / "expected.json").read_text())
+    tensors = load_file(folder / "expected.safetensors")
+    model = VisionQwen.from_adapter(folder / "adapter", vision=folder / "clip", text=folder / "qwen3")
+    processor = VisionQwenProcessor.from_pretrained(folder / "adapter")
+    picture = Image.new("RGB", (8, 8), tuple(expected["colour"]))
+    text = processor.apply_chat_template(expected["prompt"], add_generation_prompt=True)
+    inputs = processor(images=[picture], text=text, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], tensors["input_ids"])
+    torch.testing.assert_close(inputs["pixel_values"], tensors["pixel_values"], rtol=1e-6, atol=1e-6)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(**inputs).logits, tensors["logits"], rtol=1e-4, atol=1e-4)
+        generated = model.generate(**inputs, max_new_tokens=len(expected["answer"]), do_sample=False)
+    answer = generated[0, inputs["input_ids"].shape[1] :]
+    assert answer.tolist() == expected["answer"]
+    assert processor.tokenizer.decode(answer) == expected["text"]
