@@ -28,7 +28,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
     add("--model", required=True, help="adapter folder, folder of a full save, or Hub id of either")
-    add("--dataset", required=True, help="Hub id, parquet file or folder, or image folder with metadata.jsonl")
+    add("--dataset", required=True, help="Hub id, table (parquet, CSV, JSON) or folder of tables, or image folder")
     add("--split", required=True, help="rows to generate for")
     add("--output_dir", required=True, type=Path, help="gets predictions.jsonl and scores.json")
     add("--limit", type=_count, metavar="N", help="first N rows only")
@@ -52,6 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     data.add_argument("--split_column", help="column that names each row's true split")
     data.add_argument("--task", help="caption, vqa, slides, chat, grounding or digits (default: as in training)")
     data.add_argument("--image_column", default="image", help="column with the picture (default: image)")
+    data.add_argument("--image_folder", help="where relative paths begin (default: the table's own folder)")
     data.add_argument("--text_column", help="column with the texts (default: found by usual names)")
     data.add_argument("--instruction", help="what the user says beside the picture (default: as in training)")
     data.add_argument("--slide_pages", choices=("evidence", "all"), help="of a deck (default: as in training)")
@@ -102,6 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         split_column=options.split_column,
         task=options.task or settings.task,
         image_column=options.image_column,
+        image_folder=options.image_folder,
         text_column=options.text_column,
         instruction=settings.instruction if options.instruction is None else options.instruction,
         slide_pages=options.slide_pages or settings.slide_pages,

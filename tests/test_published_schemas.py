@@ -357,6 +357,44 @@ def test_any_table_beside_its_pictures(tmp_path, scenes, processor, kind):
     assert [split.pictures.encoded(index) for index in range(3)] == [scene["image"]["bytes"] for scene in scenes[:3]]
 
 
+@pytest.mark.parametrize("pages", ["evidence", "all"])
+def test_a_stream_of_decks_and_one_of_a_table_are_what_is_stored(decks, tmp_path, scenes, processor, pages):
+    from vlm_peft.arguments import DataArguments
+    from vlm_peft.data import encode_rows, picture_folder, resolve_paths
+    from vlm_peft.splits import bind_task, load_split
+    from vlm_peft.streaming import load_stream, stream_rows
+
+    (tmp_path / "train.json").write_text(json.dumps(llava_rows(scenes[:4], tmp_path, 0)))
+    # A stream joins neighbours only: the questions of a deck are brought together.
+    stored = sorted(pq.read_table(decks / "train-00000-of-00001.parquet").to_pylist(), key=lambda row: row["qa_id"])
+    ordered = save(tmp_path / "ordered", {"train": stored}, **{f"page_{number}": Image() for number in range(1, 21)})
+    for data in (
+        DataArguments(dataset_name=str(ordered), task="slides", slide_pages=pages),
+        DataArguments(dataset_name=str(tmp_path / "train.json"), task="chat"),
+    ):
+        split = load_split(data, "train", processor)
+        encoded = encode_rows(split.texts, split.task, processor, split.pictures, max_length=None).dataset
+        rows = load_stream(data, "train")
+        task = bind_task(data, rows.column_names)
+        rows = resolve_paths(rows, task.image_columns, picture_folder(data.dataset_name))
+        streamed = list(stream_rows(rows, task, processor, max_length=None))
+        assert sorted(row["input_ids"] for row in streamed) == sorted(encoded["input_ids"][:])
+        assert sum(len(row["image_ids"]) for row in streamed) == len(split.pictures)
+
+
+def test_held_out_rows_whose_pictures_miss_a_place_are_named(tmp_path, scenes, processor):
+    from vlm_peft.arguments import DataArguments
+    from vlm_peft.splits import leave_out, load_split
+
+    rows = llava_rows(scenes[:2], tmp_path, 0)
+    rows[1]["conversations"][0]["value"] += "<image>"
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    split = load_split(DataArguments(dataset_name=str(tmp_path / "rows.json"), task="chat"), "test", processor)
+    message = "(?s)1 of 5 rows of test cannot be scored.*row 1: The row has 1 pictures, its prompt has places for 2"
+    with pytest.raises(ValueError, match=message):
+        leave_out(split)
+
+
 def test_features_of_a_column_of_texts_are_kept(tmp_path, scenes):
     """Paths are completed in the picture's column only; lists of them, too."""
     from vlm_peft.data import resolve_paths

@@ -175,15 +175,16 @@ def resolve_paths(rows, columns: list[str], folder: Path | None):
     if folder is None or not columns:
         return rows
 
-    def join(cell):
-        if isinstance(cell, list):
-            return [join(each) for each in cell]
-        return os.path.join(folder, cell) if is_path(cell) else cell
-
     def resolve(*cells: list) -> dict:
-        return {name: [join(cell) for cell in column] for name, column in zip(columns, cells, strict=True)}
+        return {name: [_join(folder, cell) for cell in column] for name, column in zip(columns, cells, strict=True)}
 
     return rows.map(resolve, batched=True, input_columns=columns, features=Features(features))
+
+
+def _join(folder: Path, cell):
+    if isinstance(cell, list):
+        return [_join(folder, each) for each in cell]
+    return os.path.join(folder, cell) if is_path(cell) else cell
 
 
 def _holds_text(feature) -> bool:
