@@ -45,15 +45,9 @@ class Run:
     @property
     def loading(self) -> dict:
         """How the bases are loaded: before training, and again when the saved adapter is checked and scored."""
-        import torch
-        from trl import get_quantization_config
+        from vlm_peft.training_setup import loading_arguments
 
-        name = self.model.dtype
-        return {
-            "dtype": torch.float32 if name in (None, "auto") else getattr(torch, name),
-            "attn_implementation": self.model.attn_implementation,
-            "quantization_config": get_quantization_config(self.model),
-        }
+        return loading_arguments(self.model)
 
     @contextmanager
     def phase(self, name: str):
@@ -68,97 +62,38 @@ class Run:
             print(text, flush=True)
 
 
-def load_model(run: Run):
+def load_bases(run: Run):
     """Encoder + decoder + fresh projector, with their processor."""
-    from sft_data import local
+    from vlm_peft.training_setup import load_model
 
-    from vlm_peft import VisionQwen, VisionQwenProcessor
-
-    layers = run.vision.vision_feature_layer
-    vision = local(run.vision.vision_model, "vision_model")
-    text = local(run.model.model_name_or_path, "model_name_or_path")
-    try:
-        model = VisionQwen.from_vision_text_pretrained(
-            vision,
-            text,
-            vision_revision=run.vision.vision_revision,
-            text_revision=None if run.model.model_revision == "main" else run.model.model_revision,
-            **run.loading,
-            vision_feature_layer=layers[0] if len(layers) == 1 else layers,
-            keep_class_token=run.vision.keep_class_token,
-            projector_type=run.vision.projector_type,
-            projector_layer_norm=run.vision.projector_layer_norm,
-            pixel_shuffle_factor=run.vision.pixel_shuffle_factor,
-        )
-    except OSError as error:
-        # What transformers says when the Hub cannot be reached names no repository.
-        raise OSError(f"Cannot load the encoder {vision} or the decoder {text}. {error}") from error
-    model.model.vision_tower.requires_grad_(False)
     if run.vision.lora_vision and run.vision.feature_cache:
         run.vision.feature_cache = False
         run.say("The encoder trains (--lora_vision): its features change, so pictures are encoded in every step.")
-    processor = VisionQwenProcessor.from_vision_text_pretrained(
-        model.config.vision_name_or_path, model.config.text_name_or_path, model.config
-    )
-    return model.to(run.training.device), processor
+    return load_model(run.vision, run.model, run.training.device)
 
 
 def make_trainer(run: Run, model, processor, data, held_out: dict):
     """The trainer with its collator, after the table of what trains was printed and checked."""
-    from sft_data import sources
     from transformers import EarlyStoppingCallback
-    from trl import get_peft_config
 
-    from vlm_peft.adapters import check_trainable, format_trainable_table, lora_config, trainable_table
-    from vlm_peft.collator import SharedPrefixCollator
-    from vlm_peft.tasks import TASK_FILE, TaskSettings
-    from vlm_peft.trainer import StopOnSignal, VisionSFTTrainer, prepare_training_arguments
+    from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table
+    from vlm_peft.trainer import StopOnSignal
+    from vlm_peft.training_setup import build_trainer
 
-    asked = get_peft_config(run.model)
-    peft_config = lora_config(
-        model,
-        target_modules=run.model.lora_target_modules,
-        lora_vision=run.vision.lora_vision,
-        init_lora_weights=run.vision.init_lora_weights or True,
-        r=asked.r,
-        lora_alpha=asked.lora_alpha,
-        lora_dropout=asked.lora_dropout,
-        use_rslora=asked.use_rslora,
-        use_dora=asked.use_dora,
-        modules_to_save=asked.modules_to_save,
-    )
-    first = sources(run.vision)[0]
-    settings = TaskSettings(
-        task=first.task,
-        instruction=first.instruction,
-        slide_pages=first.slide_pages,
-        name_pages=first.name_pages,
-        max_new_tokens=run.vision.max_new_tokens,
-        num_beams=run.vision.num_beams,
-    )
     signals = StopOnSignal()
     callbacks: list = [signals]
     if run.vision.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(run.vision.early_stopping_patience))
-    collator = SharedPrefixCollator(
-        processor.tokenizer.pad_token_id,
+    trainer = build_trainer(
+        run.vision,
+        run.training,
+        run.model,
+        model,
+        processor,
+        data.dataset,
         data.fetch_images,
-        max_length=run.training.max_length,
-        packing=run.vision.pack_rows,
-    )
-    trainer = VisionSFTTrainer(
-        model=model,
-        args=prepare_training_arguments(run.training),
-        train_dataset=data.dataset,
         eval_dataset=data.eval_dataset,
-        data_collator=collator,
-        processing_class=processor,
-        peft_config=peft_config,
         callbacks=callbacks,
-        extra_files={TASK_FILE: settings.to_json()},
-        projector_learning_rate=run.vision.projector_learning_rate,
-        vision_learning_rate=run.vision.vision_learning_rate,
-        loraplus_lr_ratio=run.vision.loraplus_lr_ratio,
         score=make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
     )
     rows = trainable_table(trainer.model)
@@ -294,7 +229,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     set_seed(training_args.seed)
     with run.phase("load models"):
-        model, processor = load_model(run)
+        model, processor = load_bases(run)
     with run.phase("encode pictures"):
         held_out = load_held_out(vision_args, model, processor)
         data = load_training(vision_args, training_args, model, processor, held_out)

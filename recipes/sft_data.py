@@ -1,7 +1,7 @@
 """The rows of a training run: held-out splits, and training rows from a data set, a mixture or a stream."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +9,13 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
-from vlm_peft.arguments import DataArguments, VisionArguments, data_sources
+from vlm_peft.arguments import VisionArguments
 from vlm_peft.data import encode_rows, picture_folder, resolve_paths
 from vlm_peft.leakage import check_overlap, picture_hashes
 from vlm_peft.mixture import fetch_from, first_images, mix
 from vlm_peft.splits import Split, bind_task, encode_pictures, leave_out, load_split
 from vlm_peft.streaming import load_stream, stack_pixels, stream_rows
-
-ROOT = Path(__file__).resolve().parents[1]
+from vlm_peft.training_setup import sources, training_sources
 
 
 @dataclass(frozen=True)
@@ -34,40 +33,6 @@ class TrainingRows:
     eval_dataset: Dataset | None
     fetch_images: Callable[[list], dict[str, torch.Tensor]]
     described: str
-
-
-def local(name: str, option: str) -> str:
-    """A path that the repository has is found from any working directory.
-
-    Raises:
-        FileNotFoundError: for a path, not a Hub id, that is not there; names the option.
-    """
-    if Path(name).exists():
-        return name
-    if (ROOT / name).exists():
-        return str(ROOT / name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
-    return name
-
-
-def sources(vision: VisionArguments) -> list[DataArguments]:
-    """The data sets of the run, with paths that exist from here."""
-    return [
-        replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in data_sources(vision)
-    ]
-
-
-def training_sources(vision: VisionArguments) -> list[DataArguments]:
-    """Those of them that are trained on.
-
-    Raises:
-        ValueError: when there is none.
-    """
-    found = [source for source in sources(vision) if source.train_split is not None]
-    if not found:
-        raise ValueError("train_split is null everywhere: expected at least one data set to train on.")
-    return found
 
 
 def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]:

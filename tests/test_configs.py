@@ -72,7 +72,7 @@ def test_wrong_value_is_one_line_without_a_list_of_all_options(capsys):
 
 
 def test_paths_are_found_from_anywhere_and_missing_ones_named(tmp_path, monkeypatch):
-    from sft_data import local
+    from vlm_peft.training_setup import local
 
     monkeypatch.chdir(tmp_path)
     assert local("recipes/configs", "dataset_name") == str(ROOT / "recipes/configs")

@@ -67,18 +67,8 @@ def join_pretrained(
     """
     if (text is None) == (text_config is None):
         raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
-    vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
-    vision_config = getattr(vision_config, "vision_config", vision_config)
-    if text is not None:
-        text_config = AutoConfig.from_pretrained(text, revision=text_revision)
-    full_config = VisionQwenConfig(
-        vision_config=vision_config.to_dict(),
-        text_config=text_config.to_dict(),
-        vision_name_or_path=str(vision),
-        vision_revision=vision_revision,
-        text_name_or_path=None if text is None else str(text),
-        text_revision=text_revision,
-        **config,
+    full_config = joint_config(
+        vision, text, vision_revision=vision_revision, text_revision=text_revision, text_config=text_config, **config
     )
     tower = _load_vision_tower(full_config, dtype, device_map)
     if text is None:
@@ -100,6 +90,31 @@ def join_pretrained(
     _settle_quantized(decoder)
     full_config.vision_fingerprint = fingerprint(tower)
     return _join(full_config, tower, decoder)
+
+
+def joint_config(
+    vision: str | Path,
+    text: str | Path | None = None,
+    *,
+    vision_revision: str | None = None,
+    text_revision: str | None = None,
+    text_config: PreTrainedConfig | None = None,
+    **config,
+) -> VisionQwenConfig:
+    """Configuration of the model that [`join_pretrained`] would make of the same arguments; reads no weights."""
+    vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
+    vision_config = getattr(vision_config, "vision_config", vision_config)
+    if text is not None:
+        text_config = AutoConfig.from_pretrained(text, revision=text_revision)
+    return VisionQwenConfig(
+        vision_config=vision_config.to_dict(),
+        text_config=text_config.to_dict(),
+        vision_name_or_path=str(vision),
+        vision_revision=vision_revision,
+        text_name_or_path=None if text is None else str(text),
+        text_revision=text_revision,
+        **config,
+    )
 
 
 @contextmanager
@@ -213,7 +228,9 @@ def _text_fingerprint(decoder: PreTrainedModel, name: str | Path, revision: str 
     quantized = [name for name, parameter in trunk.named_parameters() if not parameter.is_floating_point()]
     if not quantized:
         return fingerprint(trunk)
-    single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, _raise_exceptions_for_missing_entries=False)
+    # Without a connection, a sharded checkpoint in the cache must not be asked for its single file.
+    quietly = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    single = cached_file(name, SAFE_WEIGHTS_NAME, revision=revision, **quietly)
     if single is not None:
         files = [single]
     else:

@@ -1,0 +1,201 @@
+"""Training setup: the options of a run -> its bases, processor, model, data sets' places and trainer.
+
+Stage: below the recipe, which trains with all of it, and the checks before a run, which only try it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import TrainerCallback
+from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+
+from .adapters import lora_config
+from .arguments import DataArguments, VisionArguments, data_sources
+from .collator import SharedPrefixCollator
+from .configuration_vision_qwen import VisionQwenConfig
+from .joining import joint_config
+from .modeling_vision_qwen import VisionQwen
+from .processing_vision_qwen import VisionQwenProcessor
+from .tasks import TASK_FILE, TaskSettings
+from .trainer import VisionSFTTrainer, prepare_training_arguments
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def local(name: str, option: str) -> str:
+    """A path that the repository has is found from any working directory.
+
+    Args:
+        name (`str`): Path, or id on the Hub, which is returned as it is.
+        option (`str`): Named in the message.
+
+    Raises:
+        FileNotFoundError: For a path, not a Hub id, that is not there; names the option.
+    """
+    if Path(name).exists():
+        return name
+    if (_ROOT / name).exists():
+        return str(_ROOT / name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+        raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
+    return name
+
+
+def sources(vision: VisionArguments) -> list[DataArguments]:
+    """The data sets of the run, with paths that exist from here."""
+    return [
+        replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in data_sources(vision)
+    ]
+
+
+def training_sources(vision: VisionArguments) -> list[DataArguments]:
+    """Those of them that are trained on.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    found = [source for source in sources(vision) if source.train_split is not None]
+    if not found:
+        raise ValueError("train_split is null everywhere: expected at least one data set to train on.")
+    return found
+
+
+def bases(vision: VisionArguments, model_args: ModelConfig) -> dict[str, Any]:
+    """Names and revisions of encoder and decoder, and how they are joined, for [`~vlm_peft.joining.join_pretrained`].
+
+    Raises:
+        FileNotFoundError: When a folder is not there.
+    """
+    layers = vision.vision_feature_layer
+    return {
+        "vision": local(str(vision.vision_model), "vision_model"),
+        "text": local(str(model_args.model_name_or_path), "model_name_or_path"),
+        "vision_revision": vision.vision_revision,
+        "text_revision": None if model_args.model_revision == "main" else model_args.model_revision,
+        "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
+        "keep_class_token": vision.keep_class_token,
+        "projector_type": vision.projector_type,
+        "projector_layer_norm": vision.projector_layer_norm,
+        "pixel_shuffle_factor": vision.pixel_shuffle_factor,
+    }
+
+
+def loading_arguments(model_args: ModelConfig) -> dict[str, Any]:
+    """How the bases are loaded: before training, and again when the saved adapter is checked and scored."""
+    name = model_args.dtype
+    return {
+        "dtype": torch.float32 if name in (None, "auto") else getattr(torch, name),
+        "attn_implementation": model_args.attn_implementation,
+        "quantization_config": get_quantization_config(model_args),
+    }
+
+
+def load_processor(vision: VisionArguments, model_args: ModelConfig) -> tuple[VisionQwenProcessor, VisionQwenConfig]:
+    """The run's processor and composite configuration; no weights are read.
+
+    Raises:
+        OSError: When a base is not there.
+        ValueError: When the two do not fit.
+    """
+    named = bases(vision, model_args)
+    try:
+        config = joint_config(**named)
+        return VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], config), config
+    except OSError as error:
+        raise OSError(_not_loaded(named, error)) from error
+
+
+def load_model(
+    vision: VisionArguments, model_args: ModelConfig, device: torch.device | str = "cpu"
+) -> tuple[VisionQwen, VisionQwenProcessor]:
+    """Frozen encoder + decoder + fresh projector, with their processor.
+
+    Raises:
+        OSError: When a base is not there.
+        ValueError: When the two do not fit.
+    """
+    named = bases(vision, model_args)
+    try:
+        model = VisionQwen.from_vision_text_pretrained(**named, **loading_arguments(model_args))
+    except OSError as error:
+        raise OSError(_not_loaded(named, error)) from error
+    model.model.vision_tower.requires_grad_(False)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], model.config)
+    return model.to(device), processor
+
+
+def _not_loaded(named: dict[str, Any], error: OSError) -> str:
+    # What transformers says when the Hub cannot be reached names no repository.
+    return f"Cannot load the encoder {named['vision']} or the decoder {named['text']}. {error}"
+
+
+def build_trainer(
+    vision: VisionArguments,
+    training: SFTConfig,
+    model_args: ModelConfig,
+    model: VisionQwen,
+    processor: VisionQwenProcessor,
+    train_dataset: Any,
+    fetch_images: Callable[[list], dict[str, torch.Tensor]],
+    *,
+    eval_dataset: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    score: Callable[[VisionQwen | PeftModel], dict[str, float]] | None = None,
+) -> VisionSFTTrainer:
+    """LoRA and projector as the options say, and the trainer of both with its collator.
+
+    Args:
+        vision, training, model_args: Of [`~vlm_peft.arguments.parse_arguments`]; `training` is changed in place by
+            [`~vlm_peft.trainer.prepare_training_arguments`].
+        model, processor: Of [`load_model`].
+        train_dataset, eval_dataset (`Dataset` or `IterableDataset`): Encoded rows.
+        fetch_images (`Callable`): Picture numbers of both -> model inputs.
+        callbacks, score: Of [`~vlm_peft.trainer.VisionSFTTrainer`].
+
+    Raises:
+        ValueError: When the options ask for LoRA that the model cannot have.
+    """
+    asked: Any = get_peft_config(model_args)
+    peft_config = lora_config(
+        model,
+        target_modules=model_args.lora_target_modules,
+        lora_vision=vision.lora_vision,
+        init_lora_weights=vision.init_lora_weights or True,
+        r=asked.r,
+        lora_alpha=asked.lora_alpha,
+        lora_dropout=asked.lora_dropout,
+        use_rslora=asked.use_rslora,
+        use_dora=asked.use_dora,
+        modules_to_save=asked.modules_to_save,
+    )
+    first = data_sources(vision)[0]
+    settings = TaskSettings(
+        task=first.task,
+        instruction=first.instruction,
+        slide_pages=first.slide_pages,
+        name_pages=first.name_pages,
+        max_new_tokens=vision.max_new_tokens,
+        num_beams=vision.num_beams,
+    )
+    collator = SharedPrefixCollator(
+        processor.tokenizer.pad_token_id, fetch_images, max_length=training.max_length, packing=vision.pack_rows
+    )
+    return VisionSFTTrainer(
+        model=model,
+        args=prepare_training_arguments(training),
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        data_collator=collator,
+        processing_class=processor,
+        peft_config=peft_config,
+        callbacks=list(callbacks),
+        extra_files={TASK_FILE: settings.to_json()},
+        projector_learning_rate=vision.projector_learning_rate,
+        vision_learning_rate=vision.vision_learning_rate,
+        loraplus_lr_ratio=vision.loraplus_lr_ratio,
+        score=score,
+    )
