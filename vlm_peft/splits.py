@@ -72,7 +72,8 @@ class Split:
             example = self.task.example(row)
             for number, question in enumerate(example.questions):
                 members = row["id"] if isinstance(row["id"], list) else [row["id"]]
-                several = len(example.questions) != len(members)
+                # Captions of one picture may be rows of their own: several members, one question.
+                several = len(example.questions) not in (1, len(members))
                 name = f"{row_name(row)}-{number}" if several else str(members[number])
                 yield Question(
                     name,
