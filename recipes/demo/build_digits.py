@@ -96,7 +96,8 @@ Columns: `id`; `image` (lossless WebP); `digits`, what stands there from left to
 Qwen's tokenizer, and with the demo's, one token a digit.
 
 Source: scikit-learn's `load_digits`, the test part of Optical Recognition of Handwritten Digits (E. Alpaydin and
-C. Kaynak, UCI Machine Learning Repository, doi 10.24432/C50P49), CC BY 4.0. Changed: enlarged, coloured, composed.
+C. Kaynak; archive.ics.uci.edu/dataset/80), CC BY 4.0. Changed: enlarged, coloured, composed. The same
+13 people wrote the digits of both splits.
 """
 
 
