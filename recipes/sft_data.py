@@ -10,12 +10,12 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from vlm_peft.arguments import VisionArguments
-from vlm_peft.data import encode_rows, picture_folder, resolve_paths
+from vlm_peft.data import encode_rows
 from vlm_peft.leakage import check_overlap, picture_hashes
 from vlm_peft.mixture import fetch_from, first_images, mix
-from vlm_peft.splits import Split, bind_task, encode_pictures, leave_out, load_split
-from vlm_peft.streaming import load_stream, stack_pixels, stream_rows
-from vlm_peft.training_setup import sources, training_sources
+from vlm_peft.splits import Split, encode_pictures, leave_out, load_split
+from vlm_peft.streaming import stack_pixels
+from vlm_peft.training_setup import sources, training_sources, training_stream
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,6 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
     found: dict[str, Split] = {}
     all_sources = sources(vision)
     for source in all_sources:
-        unknown = [name for name in source.blind_splits if name not in source.eval_splits]
-        if unknown:
-            raise ValueError(f"blind_splits: {', '.join(unknown)} must be among eval_splits, {source.eval_splits}.")
         for name in source.eval_splits:
             split = load_split(source, name, processor, limit=source.eval_limit)
             split = leave_out(_encoded(vision, split, model, processor), vision.on_bad_row)
@@ -77,7 +74,11 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
     """
     watched = first_held_out(held_out) if training.eval_strategy != "no" else []
     if vision.streaming:
-        dataset, weights = _streams(vision, training, processor, held_out)
+        hashes: set[str] = set()
+        if not vision.allow_overlap:
+            for split in held_out.values():
+                hashes |= set(picture_hashes(split.pictures))
+        dataset = training_stream(vision, training, processor, frozenset(hashes))
         described = (
             f"Training on a stream for {training.max_steps:,} steps: its length is not known, and each picture is "
             "encoded when it comes (no feature cache)."
@@ -85,7 +86,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         fetch = fetch_from(watched)
         eval_rows = _encode(vision, training, processor, watched, 0)
         return TrainingRows(
-            mix(dataset, weights, training.seed),
+            dataset,
             concatenate_datasets(eval_rows) if eval_rows else None,
             lambda images: fetch(images) if isinstance(images[0], int) else stack_pixels(images),
             described,
@@ -152,29 +153,3 @@ def _encoded(vision: VisionArguments, split: Split, model, processor) -> Split:
         directory=vision.feature_cache_dir,
         dtype=vision.feature_dtype,
     )
-
-
-def _streams(vision: VisionArguments, training, processor, held_out: dict[str, Split]) -> tuple[list, list]:
-    """A stream and a weight for each data set."""
-    hashes: set[str] = set()
-    if not vision.allow_overlap:
-        for split in held_out.values():
-            hashes |= set(picture_hashes(split.pictures))
-    streams, weights = [], []
-    for source in training_sources(vision):
-        rows = load_stream(source, source.train_split, limit=source.train_limit)
-        task = bind_task(source, rows.column_names)
-        rows = resolve_paths(rows, task.image_columns, picture_folder(source.dataset_name, source.image_folder))
-        streams.append(
-            stream_rows(
-                rows,
-                task,
-                processor,
-                max_length=training.max_length,
-                on_bad_row=vision.on_bad_row,
-                held_out_hashes=frozenset(hashes),
-                seed=training.seed,
-            )
-        )
-        weights.append(source.weight)
-    return streams, weights

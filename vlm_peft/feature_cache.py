@@ -23,6 +23,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
 from PIL.Image import Image
 
+from .configuration_vision_qwen import VisionQwenConfig
 from .modeling_vision_qwen import VisionQwen
 from .pictures import Pictures, UnreadablePictureError
 
@@ -110,20 +111,16 @@ def build_feature_cache(
     if any(parameter.requires_grad for parameter in tower.parameters()):
         raise ValueError("The vision tower has trainable parameters: its features cannot be cached.")
     shape = (model.config.num_vision_tokens, model.config.vision_feature_size)
-    directory = Path(directory or Path(HF_DATASETS_CACHE) / "vlm_peft_features")
+    directory = features_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    key = encoder_key(model, image_processor, dtype)
-    shards = [
-        range(start, min(start + SHARD_PICTURES, len(pictures))) for start in range(0, len(pictures), SHARD_PICTURES)
-    ]
-    files = [directory / f"{_shard_key(pictures, shard, key)}.arrow" for shard in shards]
+    shards, files = _shards(model, image_processor, pictures, directory, dtype)
 
     state = PartialState()
     # Shards of equal pictures share a file, which is written once.
     missing = list({file: index for index, file in enumerate(files) if not file.exists()}.values())
     state.wait_for_everyone()
     if missing:
-        bytes_per_picture = shape[0] * shape[1] * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
+        bytes_per_picture = picture_bytes(model.config, dtype)
         wanted = sum(len(shards[index]) for index in missing)
         _check_disk(directory, wanted * bytes_per_picture)
         if state.is_main_process:
@@ -142,6 +139,35 @@ def build_feature_cache(
     stored = [Dataset.from_file(str(file)) for file in files]
     dataset = concatenate_datasets(stored) if stored else Dataset.from_dict({"features": [], "problem": []}, _FEATURES)
     return FeatureCache(dataset, shape, dtype)
+
+
+def features_folder(directory: str | Path | None = None) -> Path:
+    """Where the Arrow files lie: `directory`, or `vlm_peft_features` in the data sets' cache."""
+    return Path(directory or Path(HF_DATASETS_CACHE) / "vlm_peft_features")
+
+
+def picture_bytes(config: VisionQwenConfig, dtype: str) -> int:
+    """Bytes of one picture's features as stored."""
+    return config.num_vision_tokens * config.vision_feature_size * np.dtype(_NUMPY_DTYPES[dtype]).itemsize
+
+
+def count_missing(
+    model: VisionQwen, image_processor, pictures: Pictures, *, directory: str | Path | None = None, dtype: str
+) -> int:
+    """Pictures that [`build_feature_cache`] would have to encode; all are read, nothing is written."""
+    shards, files = _shards(model, image_processor, pictures, features_folder(directory), dtype)
+    return sum(len(shard) for file, shard in dict(zip(files, shards, strict=True)).items() if not file.exists())
+
+
+def _shards(
+    model: VisionQwen, image_processor, pictures: Pictures, directory: Path, dtype: str
+) -> tuple[list[range], list[Path]]:
+    """Picture numbers of each shard, and its file."""
+    key = encoder_key(model, image_processor, dtype)
+    shards = [
+        range(start, min(start + SHARD_PICTURES, len(pictures))) for start in range(0, len(pictures), SHARD_PICTURES)
+    ]
+    return shards, [directory / f"{_shard_key(pictures, shard, key)}.arrow" for shard in shards]
 
 
 def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import IterableDataset
 from peft import PeftModel
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
@@ -17,9 +18,13 @@ from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
 from .configuration_vision_qwen import VisionQwenConfig
+from .data import picture_folder, resolve_paths
 from .joining import joint_config
+from .mixture import mix
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
+from .splits import bind_task
+from .streaming import load_stream, stream_rows
 from .tasks import TASK_FILE, TaskSettings
 from .trainer import VisionSFTTrainer, prepare_training_arguments
 
@@ -46,10 +51,18 @@ def local(name: str, option: str) -> str:
 
 
 def sources(vision: VisionArguments) -> list[DataArguments]:
-    """The data sets of the run, with paths that exist from here."""
-    return [
-        replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in data_sources(vision)
-    ]
+    """The data sets of the run, with paths that exist from here.
+
+    Raises:
+        FileNotFoundError: When a data set's path is not there.
+        ValueError: When a blind split is not among the evaluation splits.
+    """
+    found = data_sources(vision)
+    for source in found:
+        unknown = [name for name in source.blind_splits if name not in source.eval_splits]
+        if unknown:
+            raise ValueError(f"blind_splits: {', '.join(unknown)} must be among eval_splits, {source.eval_splits}.")
+    return [replace(source, dataset_name=local(str(source.dataset_name), "dataset_name")) for source in found]
 
 
 def training_sources(vision: VisionArguments) -> list[DataArguments]:
@@ -62,6 +75,36 @@ def training_sources(vision: VisionArguments) -> list[DataArguments]:
     if not found:
         raise ValueError("train_split is null everywhere: expected at least one data set to train on.")
     return found
+
+
+def training_stream(
+    vision: VisionArguments, training: SFTConfig, processor: VisionQwenProcessor, held_out_hashes: frozenset[str]
+) -> IterableDataset:
+    """Training rows of a run with `streaming`, drawn from all its data sets; see [`~vlm_peft.streaming.stream_rows`].
+
+    Args:
+        vision, training: The run's options.
+        processor: Of [`load_processor`].
+        held_out_hashes (`frozenset[str]`): Of [`~vlm_peft.leakage.picture_hashes`].
+    """
+    streams, weights = [], []
+    for source in training_sources(vision):
+        rows = load_stream(source, str(source.train_split), limit=source.train_limit)
+        task = bind_task(source, rows.column_names)
+        rows = resolve_paths(rows, task.image_columns, picture_folder(str(source.dataset_name), source.image_folder))
+        streams.append(
+            stream_rows(
+                rows,
+                task,
+                processor,
+                max_length=training.max_length,
+                on_bad_row=vision.on_bad_row,
+                held_out_hashes=held_out_hashes,
+                seed=training.seed,
+            )
+        )
+        weights.append(source.weight)
+    return mix(streams, weights, training.seed)
 
 
 def bases(vision: VisionArguments, model_args: ModelConfig) -> dict[str, Any]:
