@@ -73,14 +73,23 @@ def load_bases(bases: tuple[Path, Path], **arguments) -> VisionQwen:
     return model
 
 
-def make_trainer(folder: Path, model, lora: dict | None, callbacks=(), trainer: dict | None = None, **settings):
+def make_trainer(
+    folder: Path,
+    model,
+    lora: dict | None,
+    callbacks=(),
+    trainer: dict | None = None,
+    images: str = "image_features",
+    **settings,
+):
     """A run of six steps of two rows; `lora=None` for a model that has its adapter."""
     set_seed(0)
     processor = make_processor(model.config)
     rows = [
         {**vars(processor.encode_row(PROMPT, texts)), "image_ids": [index]} for index, texts in enumerate(COMPLETIONS)
     ]
-    features = torch.randn(len(rows), 16, 16, generator=torch.Generator().manual_seed(5))
+    shape = (16, 16) if images == "image_features" else (3, 8, 8)
+    inputs = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(5))
     arguments = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 2,
@@ -100,7 +109,7 @@ def make_trainer(folder: Path, model, lora: dict | None, callbacks=(), trainer: 
         model,
         args=prepare_training_arguments(SFTConfig(**arguments)),
         train_dataset=Dataset.from_list(rows),
-        data_collator=SharedPrefixCollator(256, lambda ids: {"image_features": features[ids]}),
+        data_collator=SharedPrefixCollator(256, lambda ids: {images: inputs[ids]}),
         processing_class=processor,
         peft_config=None if lora is None else lora_config(model, r=4, lora_dropout=0.1, **lora),
         callbacks=list(callbacks),
@@ -292,8 +301,9 @@ def test_pissa_goes_on_where_other_singular_vectors_were_found(wide_bases, tmp_p
     assert_close(logits(VisionQwen.from_adapter(tmp_path / "again")), logits(whole.model), 1e-5)
 
 
-def test_loraplus_and_separate_rates_reach_the_right_weights(wide_bases, tmp_path):
-    rates = {"projector_learning_rate": 0.5, "vision_learning_rate": 0.25, "loraplus_lr_ratio": 16.0}
+@pytest.mark.parametrize("projector_rate", [0.5, None])
+def test_loraplus_and_separate_rates_reach_the_right_weights(wide_bases, tmp_path, projector_rate):
+    rates = {"projector_learning_rate": projector_rate, "vision_learning_rate": 0.25, "loraplus_lr_ratio": 16.0}
     model = load_bases(wide_bases)
     trainer = make_trainer(tmp_path, model, {"lora_vision": True}, trainer=rates, weight_decay=0.1)
     optimizer = trainer.create_optimizer()
@@ -303,11 +313,31 @@ def test_loraplus_and_separate_rates_reach_the_right_weights(wide_bases, tmp_pat
 
     def expected(name: str) -> float:
         if "multi_modal_projector" in name:
-            return 0.5
+            return projector_rate or 1e-2
         return (0.25 if "vision_tower" in name else 1e-2) * (16 if "lora_B" in name else 1)
 
     assert found == pytest.approx({name: expected(name) for name in names.values() if name in found})
     assert {name for name, each in trainer.model.named_parameters() if each.requires_grad} == set(found)
+
+
+def test_lora_on_the_encoder_learns_is_saved_and_survives_checkpointing_of_activations(wide_bases, tmp_path):
+    settings = {"images": "pixel_values", "max_steps": 2, "save_strategy": "no"}
+    moved = {}
+    for name, checkpointing in (("plain", False), ("recomputed", True)):
+        folder = tmp_path / name
+        trainer = make_trainer(
+            folder, load_bases(wide_bases), {"lora_vision": True}, gradient_checkpointing=checkpointing, **settings
+        )
+        trainer.train()
+        trainer.save_model()
+        # B starts at zero.
+        weights = {each: value.detach() for each, value in trainer.model.named_parameters() if "lora_B" in each}
+        moved[name] = {each: value for each, value in weights.items() if "vision_tower" in each}
+        assert all(value.abs().sum() > 0 for value in weights.values())
+        assert torch.equal(logits(VisionQwen.from_adapter(folder)), logits(trainer.model))
+    assert len(moved["plain"]) == 2 * 6
+    for each, value in moved["plain"].items():
+        torch.testing.assert_close(moved["recomputed"][each], value, rtol=1e-3, atol=1e-5)
 
 
 OLD = sorted((Path(__file__).parent / "data").glob("old_adapter*"))
