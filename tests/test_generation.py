@@ -11,6 +11,7 @@ from peft import get_peft_model
 from vlm_peft import VisionQwen
 from vlm_peft.adapters import lora_config
 from vlm_peft.generation import generate_texts
+from vlm_peft.modeling_vision_qwen import VisionQwenModel
 
 PICTURE = {"type": "image"}
 
@@ -159,15 +160,14 @@ def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, 
     prompts = [ask(text) for text in QUESTIONS] + [ask(text) for text in QUESTIONS[:3]] + [ask("a", 2)]
     images = [[0]] * 5 + [[1]] * 3 + [[2, 3]]
     read = []
-    forward = VisionQwen.forward
+    forward = VisionQwenModel.forward
 
-    # `generate` reads the signature.
     @functools.wraps(forward)
     def counted(self, *args, **kwargs):
         read.append(kwargs["input_ids"].numel())
         return forward(self, *args, **kwargs)
 
-    monkeypatch.setattr(VisionQwen, "forward", counted)
+    monkeypatch.setattr(VisionQwenModel, "forward", counted)
 
     def texts(size):
         read.clear()
@@ -186,7 +186,7 @@ def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, 
     monkeypatch.setattr("vlm_peft.generation._common_prefix", lambda sequences: [])
     plain, tokens_read = texts(batch_size)
     monkeypatch.undo()
-    monkeypatch.setattr(VisionQwen, "forward", counted)
+    monkeypatch.setattr(VisionQwenModel, "forward", counted)
     shared, fewer = texts(batch_size)
     assert shared == plain == single
     assert len(set(shared)) > 3

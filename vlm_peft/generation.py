@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from .greedy import greedy, make_argmax
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
 
@@ -59,6 +60,9 @@ def generate_texts(
         shares = len(longest) < len(prompts)
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
+    search: dict = {"num_beams": num_beams}
+    if num_beams == 1:
+        search = {"custom_generate": greedy, "choose": make_argmax(model)}
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
@@ -72,7 +76,7 @@ def generate_texts(
             generated = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
-                num_beams=num_beams,
+                **search,
                 do_sample=False,
                 eos_token_id=processor.end_of_turn_token_id,
                 pad_token_id=processor.tokenizer.pad_token_id,
