@@ -64,6 +64,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
     _add_model_options(add)
 
+    command(doctor, "the checks before a training run, and what the run will take")
+
     add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
     add("model", help=MODEL_HELP)
     add("output", type=Path, help="folder to be made")
@@ -82,6 +84,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         near = difflib.get_close_matches(arguments[0], commands.choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands.choices)}"
         parser.error(f"no command {arguments[0]!r}: {hint}")
+    if arguments[:1] == [doctor.__name__]:
+        # Its options are the recipe's, some 250 of them.
+        return argparse.Namespace(command=doctor.__name__, run=doctor, arguments=arguments[1:])
     return parser.parse_args(arguments)
 
 
@@ -122,8 +127,8 @@ def _quiet_imports() -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "kernels-community" not in record.getMessage()
     )
-    # peft reads an attribute that transformers 5 renames.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # peft and TRL use names that transformers 5 renames.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def _quiet_loading() -> None:
@@ -237,6 +242,19 @@ def demo(options: argparse.Namespace) -> int:
     page = make_page(PictureAnswers(model, processor, settings), folder.resolve().name, find_examples(folder))
     serve_page(page, options.host, options.port, options.share)
     return 0
+
+
+def doctor(options: argparse.Namespace) -> int:
+    """Checks a training configuration and this machine, and predicts time, memory and size of the run.
+
+    vlm-peft doctor --config recipes/configs/demo.yaml --learning_rate 1e-4     any option of the recipe
+
+    The exit status is 0 when the run can start, 1 when something is in its way, 2 for options that are none.
+    """
+    from .doctor import main as examine
+
+    _quiet_loading()
+    return examine(options.arguments)
 
 
 def export(options: argparse.Namespace) -> int:

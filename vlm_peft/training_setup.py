@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
+from . import attention  # noqa: F401  (registers what `attn_implementation` may name)
 from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
