@@ -4,13 +4,15 @@ The blind control asks the same questions about the wrong pictures: each row get
 away. What a model scores there it owes to the language alone.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from clip_score import clip_scores
 from predictions import Row, score_summary, write_predictions, write_scores
-from task_scores import score_rows
+from task_scores import Scores, score_rows
 
 from vlm_peft.generation import generate_texts
 from vlm_peft.splits import Question, Split
@@ -30,6 +32,7 @@ def evaluate_split(
     meteor: bool = False,
     spice: bool = False,
     tokenizer: str = "auto",
+    clip_model: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Generates on all processes, scores on the main one, writes two files and returns what scores.json holds.
@@ -44,6 +47,7 @@ def evaluate_split(
         batch_size: Prompts at a time on each process.
         max_new_tokens, num_beams: Decoding; recorded.
         meteor, spice, tokenizer: See `score_captions`.
+        clip_model: Folder or id of a CLIP: also CLIPScore and RefCLIPScore of captions, against each row's own picture.
         progress: Shows a progress bar.
 
     Raises:
@@ -65,6 +69,8 @@ def evaluate_split(
     if PartialState().is_main_process:
         options = {"tokenizer": tokenizer, "meteor": meteor, "spice": spice} if split.task.name == "caption" else {}
         scores = score_rows(split.task.name, rows, **options)
+        if clip_model is not None and split.task.name == "caption":
+            _add_clip_scores(scores, clip_model, split, questions, rows)
         if split.left_out:
             scores.notes.append(
                 f"{len(split.left_out)} of {len(split.texts)} rows left out: no readable picture, or no text."
@@ -81,6 +87,33 @@ def evaluate_split(
         summary = score_summary(scores, **described)
     PartialState().wait_for_everyone()
     return summary
+
+
+class _OwnPictures(Sequence):
+    """Each question's first picture, opened when it is taken."""
+
+    def __init__(self, split: Split, questions: list[Question]):
+        self._split, self._questions = split, questions
+
+    def __len__(self) -> int:
+        return len(self._questions)
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        return self._split.pictures.open(self._questions[index].image_ids[0])
+
+
+def _add_clip_scores(scores: Scores, clip_model: str, split: Split, questions: list[Question], rows: list[Row]) -> None:
+    found = clip_scores(
+        clip_model,
+        _OwnPictures(split, questions),
+        [row["prediction"] for row in rows],
+        [row["references"] for row in rows],
+    )
+    scores.metrics |= found.metrics
+    scores.per_row |= found.per_picture
+    scores.notes += [*found.notes, f"CLIPScore and RefCLIPScore with {clip_model}."]
 
 
 def generate_rows(

@@ -20,6 +20,9 @@ Scores = Mapping[str, Mapping[str, Summary]]
 CONDITIONS = ("before", "after", "blind")
 
 _SEQUENCES = "share of word sequences, as long as the number says or shorter, that a reference has, too"
+HIGHEST = {"CIDEr": 10, "CLIPScore": 2.5, "RefCLIPScore": 1.43}
+"""Metrics that go beyond 1."""
+
 EXPLAINED = {
     "CIDEr": "word sequences shared with the references, rare ones counting more",
     "Bleu_1": _SEQUENCES,
@@ -29,6 +32,8 @@ EXPLAINED = {
     "ROUGE_L": "longest sequence of words in common with a reference",
     "METEOR": "words in common with a reference, also by stem and synonym",
     "SPICE": "objects, their attributes and relations in common with the references",
+    "CLIPScore": "likeness of caption and picture to a CLIP",
+    "RefCLIPScore": "the same, and likeness to the nearest reference",
     "vqa_accuracy": "1 where three or more of ten people gave the answer, less where fewer did",
     "f1": "words in common with the nearest accepted answer, missing and extra ones counted",
     "exact_match": "share of rows that equal an accepted answer, case, spaces and signs aside",
@@ -224,7 +229,7 @@ def _scores_table(splits: Scores) -> str:
     meanings: dict[str, list[str]] = {}
     for name in columns:
         if name in EXPLAINED:
-            meanings.setdefault(f"{EXPLAINED[name]}; 0 to {10 if name == 'CIDEr' else 1}", []).append(name)
+            meanings.setdefault(f"{EXPLAINED[name]}; 0 to {HIGHEST.get(name, 1)}", []).append(name)
     explained = "".join(f"<dt>{', '.join(names)}</dt><dd>{text(said)}</dd>" for said, names in meanings.items())
     return (
         '<div class="scroll"><table><thead><tr><th class="text">split</th><th class="text">model</th>'

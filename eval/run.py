@@ -2,9 +2,9 @@
 
     accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
 
-Writes predictions.jsonl (`{"id", "prediction", "references", "cider"}` a line) and scores.json to --output_dir. The
-model is asked as it was in training (task.json beside the adapter) unless the options say otherwise. Several processes
-share the rows.
+Writes predictions.jsonl (`{"id", "prediction", "references"}` and the scores of the row, a line each) and scores.json to
+--output_dir. The model is asked as it was in training (task.json beside the adapter) unless the options say otherwise.
+Several processes share the rows.
 """
 
 import argparse
@@ -38,6 +38,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--blind", action="store_true", help="swap the pictures: what the model says without seeing the right one")
     add("--meteor", action=flag, default=True, help="METEOR, where Java is there; takes 6 s (default: yes)")
     add("--spice", action=flag, default=False, help="SPICE, where Java and its models are there (default: no)")
+    add("--clip_model", metavar="CLIP", help="folder or id of a CLIP: also CLIPScore of captions")
     add("--tokenizer", choices=("auto", "ptb-java", "treebank-python"), default="auto", help="for the scores")
 
     parts = parser.add_argument_group("the model")
@@ -129,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         meteor=options.meteor,
         spice=options.spice,
         tokenizer=options.tokenizer,
+        clip_model=options.clip_model,
     )
     if state.is_main_process:
         metrics = summary["metrics"]

@@ -11,6 +11,7 @@ LoRA on the decoder and a full projector are trained; the adapter folder, held-o
 import json
 import logging
 import os
+import re
 import sys
 import time
 from contextlib import contextmanager
@@ -161,7 +162,7 @@ def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None
             run.say(f"{name + suffix:<20} n={summary['n']}  {shown}")
 
 
-def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
+def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> Path:
     """Writes run_summary.json, log_history.json, the gallery's pictures, README.md and report.html."""
     from dataclasses import asdict
 
@@ -171,6 +172,7 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
     from report import build_report
 
     from vlm_peft.arguments import data_sources
+    from vlm_peft.splits import content_hash
 
     used = data_sources(run.vision)
     names = [str(source.dataset_name) for source in used]
@@ -183,6 +185,16 @@ def write_report(run: Run, trainer, rows, splits: dict, command: str) -> Path:
         "text_model": run.model.model_name_or_path,
         "dataset": names if len(names) > 1 else names[0],
         "dataset_revision": revisions if len(names) > 1 else revisions[0],
+        "vision_revision": run.vision.vision_revision,
+        "text_revision": run.model.model_revision,
+        "data": {
+            split.name: {
+                "rows": len(split.texts),
+                "pictures": len(split.pictures),
+                "content_hash": content_hash(split),
+            }
+            for split in [*data.splits, *splits.values()]
+        },
         "device": str(run.training.device),
         "seed": run.training.seed,
         "parameters": sum(row.parameters for row in rows),
@@ -218,6 +230,7 @@ def main(arguments: list[str] | None = None) -> int:
         arguments or ["--config", str(DEFAULT_CONFIG)], description=__doc__.splitlines()[0]
     )
     run = Run(vision_args, training_args, model_args)
+    push = prepare_push(run)
     checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
@@ -261,13 +274,43 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(run, trained, processor, blind, "-blind")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started
-        command = "accelerate launch recipes/sft.py " + " ".join(arguments)
-        report = write_report(run, trainer, rows, held_out, command.strip())
+        # A token on the command line is nobody else's business.
+        shown = re.sub(r"(--hub_token[= ])\S+", r"\1***", " ".join(arguments))
+        command = f"accelerate launch recipes/sft.py {shown}"
+        report = write_report(run, trainer, rows, data, held_out, command.strip())
         run.say(
             f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
             f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
         )
+        if push is not None:
+            from vlm_peft.hub import push_adapter
+
+            run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
     return 0
+
+
+def prepare_push(run: Run) -> dict | None:
+    """What `push_adapter` will be told after a run with `--push_to_hub`; checked now, and taken from the trainer.
+
+    Raises:
+        ValueError, OSError: for what would stop the push: the name, the token, bases that are not on the Hub.
+    """
+    if not run.training.push_to_hub:
+        return None
+    from vlm_peft.hub import check_push
+    from vlm_peft.training_setup import local
+
+    # The trainer would push each save by itself, with a card that describes a text model.
+    run.training.push_to_hub = False
+    push = {
+        "repo_id": run.training.hub_model_id or run.output_dir.resolve().name,
+        "private": run.training.hub_private_repo,
+        "revision": run.training.hub_revision,
+        "token": run.training.hub_token,
+    }
+    vision = local(run.vision.vision_model, "vision_model")
+    check_push(**push, vision=vision, text=local(run.model.model_name_or_path, "model_name_or_path"))
+    return push
 
 
 def checkpoint_to_resume(training_args) -> str | None:

@@ -27,12 +27,14 @@ class TrainingRows:
         eval_dataset: Encoded rows of each data set's first held-out split, for the loss at evaluations.
         fetch_images: Picture numbers of both -> model inputs.
         described: One sentence for the log.
+        splits: What the rows were made of; none for a stream.
     """
 
     dataset: Any
     eval_dataset: Dataset | None
     fetch_images: Callable[[list], dict[str, torch.Tensor]]
     described: str
+    splits: list[Split]
 
 
 def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]:
@@ -90,6 +92,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
             concatenate_datasets(eval_rows) if eval_rows else None,
             lambda images: fetch(images) if isinstance(images[0], int) else stack_pixels(images),
             described,
+            [],
         )
 
     splits = []
@@ -113,6 +116,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         concatenate_datasets(eval_rows) if eval_rows else None,
         fetch_from([*splits, *watched]),
         described + ".",
+        splits,
     )
 
 

@@ -73,6 +73,14 @@ def test_blind_swaps_the_pictures(evaluate):
     assert blind[1]["decoding"]["blind"] is True
 
 
+def test_clip_scores_of_captions_are_added_on_request(evaluate):
+    predictions, scores = evaluate("--clip_model", str(ROOT / "recipes" / "demo" / "clip"))
+    assert 0 < scores["metrics"]["CLIPScore"] < 2.5
+    assert scores["metrics"]["CLIPScore"] == pytest.approx(sum(row["clipscore"] for row in predictions) / 4)
+    assert "RefCLIPScore" in scores["intervals"]
+    assert "CLIPScore" not in evaluate()[1]["metrics"]
+
+
 def test_limit(evaluate):
     predictions, scores = evaluate("--limit", "3")
     assert scores["n"] == len(predictions) == 3

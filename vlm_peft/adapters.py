@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear
 from safetensors import SafetensorError, safe_open
@@ -22,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_vision_qwen import VisionQwenConfig
+from .hub import pull_model
 from .modeling_vision_qwen import VisionQwen
 
 PROJECTOR = "multi_modal_projector"
@@ -279,7 +279,7 @@ def load_adapter(
     if not folder.exists():
         if _looks_local(str(name_or_path)):
             raise FileNotFoundError(f"The adapter folder {name_or_path} is not there.")
-        folder = Path(snapshot_download(str(name_or_path), revision=revision))
+        folder = pull_model(str(name_or_path), revision=revision)
     _check_adapter_files(folder)
     config = VisionQwenConfig.from_pretrained(folder)
     if text is None and config.text_name_or_path is None:

@@ -3,11 +3,13 @@
 Stage: names and options -> everything that encoding, training and evaluation read.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
@@ -15,7 +17,7 @@ from peft import PeftModel
 from .arguments import DataArguments
 from .data import bind_rows, check_places, find_unreadable, load_rows, picture_folder
 from .feature_cache import build_feature_cache
-from .pictures import Pictures
+from .pictures import Pictures, UnreadablePictureError
 from .tasks import Task, make_task
 
 
@@ -82,6 +84,19 @@ class Split:
                     example.references[number],
                     example.details[number] if example.details else {},
                 )
+
+
+def content_hash(split: Split) -> str:
+    """Hash of a split's texts and picture files, in order: 32 hexadecimal digits (xxh3, 128 bits)."""
+    digest = xxhash.xxh3_128()
+    for row in split.texts:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    for index in range(len(split.pictures)):
+        try:
+            digest.update(split.pictures.encoded(index))
+        except UnreadablePictureError as error:
+            digest.update(str(error).encode())
+    return digest.hexdigest()
 
 
 def bind_task(data: DataArguments, columns: list[str]) -> Task:
