@@ -81,7 +81,9 @@ class Conversation:
                 attention_mask=torch.ones_like(input_ids),
                 **images,
                 max_new_tokens=self._max_new_tokens,
+                # A full save's own settings may say otherwise; what is streamed has one beam.
                 do_sample=False,
+                num_beams=1,
                 eos_token_id=self._processor.end_of_turn_token_id,
                 pad_token_id=self._processor.tokenizer.pad_token_id,
                 streamer=streamer,

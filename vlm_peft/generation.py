@@ -62,7 +62,7 @@ def generate_texts(
 
     search: dict = {"num_beams": num_beams}
     if num_beams == 1:
-        search = {"custom_generate": greedy, "choose": make_argmax(model)}
+        search |= {"custom_generate": greedy, "choose": make_argmax(model)}
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
