@@ -53,14 +53,15 @@ def test_a_folder_of_parquet_files_has_its_splits_and_a_wrong_one_lists_them(tmp
         load_rows(str(tmp_path), "val")
 
 
-def test_an_image_folder_with_metadata(tmp_path):
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_an_image_folder_with_metadata(tmp_path, kind):
     folder = tmp_path / "train"
     folder.mkdir()
-    lines = []
     for colour in ("red", "blue"):
         (folder / f"{colour}.png").write_bytes(encode(colour))
-        lines.append(json.dumps({"file_name": f"{colour}.png", "text": f"a {colour} wall"}))
-    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    metadata = Dataset.from_list([{"file_name": f"{name}.png", "text": f"a {name} wall"} for name in ("red", "blue")])
+    write = {"jsonl": metadata.to_json, "csv": metadata.to_csv, "parquet": metadata.to_parquet}[kind]
+    write(folder / f"metadata.{kind}")
     rows = load_rows(str(tmp_path), "train")
     task = make_task("caption", rows.column_names)
     pictures = Pictures(rows, task.image_columns)

@@ -82,6 +82,7 @@ def test_the_usual_caption_columns_are_found_and_others_can_be_named():
     [
         ("caption", ["photo", "caption"], "no column 'image'; it has caption, photo"),
         ("caption", ["image", "alt"], "no column 'captions or caption or sentences or text'; it has alt, image"),
+        ("caption", ["sentences", "url"], r"'image'; it has sentences, url\..* not downloaded from addresses \(url\)"),
         ("vqa", ["image", "caption"], "no column 'questions'; it has caption, image"),
         (
             "vqa",

@@ -71,9 +71,11 @@ def require_columns(columns: list[str], *needed: str) -> None:
     """
     missing = [name for name in needed if name not in columns]
     if missing:
+        addresses = [name for name in columns if name.endswith("url")]
         raise ValueError(
             f"The data set has no column {', '.join(map(repr, missing))}; it has {', '.join(sorted(columns))}. Name "
             "the columns with --image_column and --text_column."
+            + (f" Pictures are not downloaded from addresses ({', '.join(addresses)})." if addresses else "")
         )
 
 
