@@ -73,6 +73,15 @@ def load_bases(bases: tuple[Path, Path], **arguments) -> VisionQwen:
     return model
 
 
+def encoded_rows(model: VisionQwen) -> tuple[Dataset, VisionQwenProcessor]:
+    """Four pictures with one to three texts each."""
+    processor = make_processor(model.config)
+    rows = [
+        {**vars(processor.encode_row(PROMPT, texts)), "image_ids": [index]} for index, texts in enumerate(COMPLETIONS)
+    ]
+    return Dataset.from_list(rows), processor
+
+
 def make_trainer(
     folder: Path,
     model,
@@ -84,10 +93,7 @@ def make_trainer(
 ):
     """A run of six steps of two rows; `lora=None` for a model that has its adapter."""
     set_seed(0)
-    processor = make_processor(model.config)
-    rows = [
-        {**vars(processor.encode_row(PROMPT, texts)), "image_ids": [index]} for index, texts in enumerate(COMPLETIONS)
-    ]
+    rows, processor = encoded_rows(model)
     shape = (16, 16) if images == "image_features" else (3, 8, 8)
     inputs = torch.randn(len(rows), *shape, generator=torch.Generator().manual_seed(5))
     arguments = {
@@ -108,7 +114,7 @@ def make_trainer(
     return VisionSFTTrainer(
         model,
         args=prepare_training_arguments(SFTConfig(**arguments)),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=rows,
         data_collator=SharedPrefixCollator(256, lambda ids: {images: inputs[ids]}),
         processing_class=processor,
         peft_config=None if lora is None else lora_config(model, r=4, lora_dropout=0.1, **lora),

@@ -4,11 +4,23 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
-from test_lifecycle import NF4, VARIANTS, load_bases, logits, losses, make_trainer, wide_bases, wide_config
+from test_lifecycle import (
+    NF4,
+    VARIANTS,
+    encoded_rows,
+    load_bases,
+    logits,
+    losses,
+    make_trainer,
+    wide_bases,
+    wide_config,
+)
 from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters import lora_config, trainable_table
+from vlm_peft.arguments import parse_arguments
+from vlm_peft.training_setup import build_trainer, load_model
 
 __all__ = ["wide_bases"]
 
@@ -150,3 +162,27 @@ def test_a_quantized_head_is_refused(wide_bases, tmp_path):
     config = BitsAndBytesConfig(**NF4, llm_int8_skip_modules=["o_proj"])
     with pytest.raises(ValueError, match=r"head is quantized, .* add 'lm_head' to llm_int8_skip_modules"):
         load_bases((wide_bases[0], tmp_path), quantization_config=config)
+
+
+def test_options_of_a_run_reach_quantization_and_every_kind_of_lora(wide_bases, flickr, tmp_path):
+    options = ["--dataset_name", str(flickr), "--vision_model", str(wide_bases[0]), "--use_peft", "--use_dora"]
+    options += ["--model_name_or_path", str(wide_bases[1]), "--load_in_4bit", "--use_bnb_nested_quant", "--use_rslora"]
+    options += ["--lora_vision", "--vision_learning_rate", "0.25", "--loraplus_lr_ratio", "16", "--bf16", "false"]
+    options += ["--output_dir", str(tmp_path), "--use_cpu", "true", "--report_to", "none", "--learning_rate", "0.01"]
+    vision, training, model_args = parse_arguments(options)
+    model, _ = load_model(vision, model_args)
+    model.config.image_token_id = 259
+    rows, processor = encoded_rows(model)
+    trainer = build_trainer(vision, training, model_args, model, processor, rows, lambda ids: {})
+    lora = trainer.model.active_peft_config
+    assert (lora.use_dora, lora.use_rslora, lora.init_lora_weights) == (True, True, True)
+    table = {row.module: row for row in trainable_table(trainer.model)}
+    assert table["language_model"].dtypes == "float32, nf4 (uint8)"
+    assert table["vision_tower"].trainable > 0
+    weight = model.model.language_model.get_parameter(f"{LINEAR}.base_layer.weight")
+    assert weight.quant_state.nested
+    groups = trainer.create_optimizer().param_groups
+    assert {group["lr"] for group in groups if group["params"]} == {0.01, 0.16, 0.25, 4.0}
+    pissa = parse_arguments([*options, "--init_lora_weights", "pissa"])
+    with pytest.raises(ValueError, match="PiSSA starts from the singular vectors"):
+        build_trainer(*pissa, model, processor, rows, lambda ids: {})
