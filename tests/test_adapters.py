@@ -291,6 +291,13 @@ def test_another_text_base_is_refused(folder, bases, tmp_path, fields, message):
         VisionQwen.from_adapter(folder, text=other)
 
 
+def test_a_refused_base_is_named_with_its_revision(copied, bases, tmp_path):
+    config = json.loads((copied / "config.json").read_text()) | {"text_revision": "0a1b2c"}
+    (copied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"expected .*qwen3 at revision 0a1b2c, got .*other"):
+        VisionQwen.from_adapter(copied, text=other_decoder(bases, tmp_path / "other"))
+
+
 @pytest.mark.parametrize("name", ["text_fingerprint", "vision_fingerprint"])
 def test_bases_without_a_fingerprint_are_compared_by_shape(copied, bases, trained, tmp_path, name):
     """Decoders from scratch have none, and so have folders that were saved beside a quantized one in earlier times."""
