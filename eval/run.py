@@ -2,7 +2,7 @@
 
     accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
 
-Writes predictions.jsonl (`{"id", "prediction", "references"}` and the scores of the row, a line each) and scores.json to
+Writes predictions.jsonl (`{"id", "prediction", "references"}` and the scores of the row, one a line) and scores.json to
 --output_dir. The model is asked as it was in training (task.json beside the adapter) unless the options say otherwise.
 Several processes share the rows.
 """
