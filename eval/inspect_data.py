@@ -23,6 +23,7 @@ from console import quiet_imports, run_script  # noqa: E402
 NO_LABEL = -100
 PERCENTILES = (0, 5, 50, 95, 99, 100)
 _BARS = 12
+_NOTHING = -1  # in the place of a token where there is none
 _STREAMED_ROWS = 1000
 _GREEN, _RED, _PLAIN = "\x1b[32m", "\x1b[41;97m", "\x1b[0m"
 
@@ -95,8 +96,8 @@ def read_layout(layout: dict, processor, picture_names: Sequence[str]) -> Laid:
         awaited[branch] = label
     for branch, said in awaited.items():
         if said != NO_LABEL:
-            # The last token of a branch is only predicted, and no input.
-            parts[branch].append((said, said))
+            # The last token of a branch is only predicted, and no input; after the prefix there is no one next token.
+            parts[branch].append((said if branch else _NOTHING, said))
     names = iter(picture_names)
     pieces = {branch: list(_pieces(tokens, processor, names)) for branch, tokens in parts.items()}
     labels = [label for label in layout["shift_labels"] if label != NO_LABEL]
@@ -122,7 +123,8 @@ def _pieces(tokens: list[tuple[int, int | None]], processor, names: Iterator[str
             place += count
             continue
         if label is not None and label != token:
-            yield Piece(decode([token]), [token], label=decode([label]))
+            given = [] if token == _NOTHING else [token]
+            yield Piece(decode(given), given, label=decode([label]))
             place += 1
             continue
         # Up to four tokens may be the bytes of one character.
