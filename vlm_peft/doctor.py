@@ -70,7 +70,7 @@ TRIAL_SECONDS = 20.0
 """Trial steps end after so long, once there are enough of them."""
 
 _WARM_UP = 3  # steps, the heaviest batch among them
-_ENOUGH = 6  # measured steps
+_ENOUGH = 4  # measured steps
 _ENCODE_AT_ONCE = 64  # as the feature cache does
 _ENCODE_SECONDS = 60.0
 _STREAMED_ROWS = 64  # of which a stream's lengths are told
@@ -183,7 +183,8 @@ class Doctor:
             self.problem(str(error))
 
     def problem(self, text: str) -> None:
-        """Prints what is in the way of the run, and remembers it."""
+        """Prints what is in the way of the run as one line, and remembers it."""
+        text = " ".join(text.split())
         if text not in self.problems:
             self.problems.append(text)
             _say(f"  PROBLEM: {text}")
@@ -267,8 +268,15 @@ class Doctor:
         _say(f"    {len(split.unreadable)} of {len(sample)} pictures tried cannot be read")
 
     def encode_training_rows(self) -> Dataset | IterableDataset | None:
-        """Lays all training rows out, and tells their lengths; None when there is none to train on."""
+        """Lays all training rows out, and tells their lengths; None when there is none to train on.
+
+        The first held-out split of each data set, too, when its loss will be watched.
+        """
         assert self.processor is not None
+        if self.training.eval_strategy != IntervalStrategy.NO:
+            for split in {id(split.data): split for split in reversed(self.held_out)}.values():
+                with self.catching():
+                    self.encode_split(split, 0)
         if self.vision.streaming:
             with self.catching():
                 stream = training_stream(self.vision, self.training, self.processor, frozenset())
@@ -480,7 +488,7 @@ class Doctor:
         place = {image: number % max(1, len(features)) for number, image in enumerate(wanted)}
 
         def fetch(images: list[int]) -> dict[str, torch.Tensor]:
-            return {"image_features": torch.stack([features[place[image]].clone() for image in images])}
+            return {"image_features": torch.stack([features[place[image]] for image in images])}
 
         return fetch, rate
 
@@ -709,7 +717,10 @@ def _version(name: str) -> str | None:
 
 
 def _size(count: float) -> str:
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:.{2 if name == 'GB' else 1}f} {name}"
+    return f"{count / 1e3:.1f} KB"
 
 
 def _duration(seconds: float) -> str:
