@@ -47,6 +47,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parts.add_argument("--text", help="where an adapter's decoder lies when it moved")
     parts.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="(default: float32)")
 
+    parts.add_argument("--load_in_4bit", action="store_true", help="an adapter's decoder in 4 bits (NF4), as in QLoRA")
+
     data = parser.add_argument_group("the data")
     data.add_argument("--dataset_revision", help="commit or branch of the data set")
     data.add_argument("--stored_split", help="the split as stored, with --split_column")
@@ -83,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     import torch
     from evaluation import evaluate_split
+    from transformers import BitsAndBytesConfig
 
     from vlm_peft.arguments import DataArguments
     from vlm_peft.loading import find_model, load_model
@@ -92,7 +95,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
     dtype = getattr(torch, options.dtype)
-    model, processor = load_model(folder, vision=options.vision, text=options.text, dtype=dtype, device=state.device)
+    quantization = None
+    if options.load_in_4bit:
+        quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model, processor = load_model(
+        folder,
+        vision=options.vision,
+        text=options.text,
+        dtype=dtype,
+        device=state.device,
+        quantization_config=quantization,
+    )
     settings = TaskSettings.read(folder)
     if settings is None:
         settings = TaskSettings()

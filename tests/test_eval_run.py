@@ -96,8 +96,14 @@ def test_full_save_gives_what_the_adapter_gives(evaluate, adapter, tmp_path, cap
     capsys.readouterr()
     evaluate(model=folder)
     assert f"has no {TASK_FILE}: see --task and --instruction" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="leave --vision and --text out"):
+    with pytest.raises(ValueError, match="leave --vision, --text and --load_in_4bit out"):
         evaluate("--vision", "elsewhere", model=folder)
+
+
+def test_a_decoder_in_4_bits_is_asked_for_by_an_option(evaluate):
+    # The tiny decoder is too narrow for 4 bits on a CPU, so that the option is seen to arrive.
+    with pytest.raises(ValueError, match="multiple of 64"):
+        evaluate("--load_in_4bit")
 
 
 def test_bases_that_moved(evaluate, adapter, bases, tmp_path):

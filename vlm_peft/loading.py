@@ -5,6 +5,7 @@ Stage: before everything that uses a trained model: the command line, the web pa
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -45,6 +46,7 @@ def load_model(
     text: str | None = None,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
+    quantization_config=None,
 ) -> tuple[VisionQwen | PeftModel, VisionQwenProcessor]:
     """Model and processor of an adapter folder or a full save, ready to generate.
 
@@ -53,6 +55,7 @@ def load_model(
         vision, text (`str`, *optional*): Where an adapter's bases lie when they moved.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Of the weights.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the model goes.
+        quantization_config (`BitsAndBytesConfig`, *optional*): Of an adapter's decoder.
 
     Returns:
         `PeftModel` around a [`VisionQwen`] for an adapter, [`VisionQwen`] for a full save, frozen and in evaluation
@@ -63,16 +66,23 @@ def load_model(
         ValueError: When the folder holds neither, or the bases are not those that the adapter was trained on.
     """
     try:
-        model = _load_weights(folder, vision, text, dtype)
+        if is_adapter_folder(folder):
+            model: Any = load_adapter(
+                folder, vision=vision, text=text, dtype=dtype, quantization_config=quantization_config
+            )
+        elif vision or text or quantization_config:
+            raise ValueError(
+                f"{folder} is a full save with its own bases: leave --vision, --text and --load_in_4bit out."
+            )
+        else:
+            model = _load_full_save(folder, dtype)
         processor = VisionQwenProcessor.from_pretrained(folder)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"A file of {folder} is damaged ({error}): copy or download it again.") from error
     return model.eval().requires_grad_(False).to(device), processor
 
 
-def _load_weights(folder: Path, vision: str | None, text: str | None, dtype: torch.dtype) -> VisionQwen | PeftModel:
-    if is_adapter_folder(folder):
-        return load_adapter(folder, vision=vision, text=text, dtype=dtype)
+def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
     config = folder / "config.json"
     kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
     if kind != VisionQwenConfig.model_type:
@@ -82,8 +92,6 @@ def _load_weights(folder: Path, vision: str | None, text: str | None, dtype: tor
             f"{folder} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
             f"{VisionQwenConfig.model_type} model; it holds {shown}."
         )
-    if vision or text:
-        raise ValueError(f"{folder} is a full save with its own bases: leave --vision and --text out.")
     return VisionQwen.from_pretrained(folder, dtype=dtype)
 
 
