@@ -10,8 +10,10 @@ from datasets import Dataset, Features, Image, List, Value, load_dataset
 from detection_scores import LabelledBox, parse_boxes, score_boxes
 from PIL import Image as PILImage
 
+from vlm_peft.arguments import DataArguments
 from vlm_peft.data import bind_rows, load_rows
 from vlm_peft.pictures import Pictures, UnreadablePictureError
+from vlm_peft.streaming import load_stream, stream_rows
 from vlm_peft.tasks import make_task
 from vlm_peft.tasks.digits import digits_example
 from vlm_peft.tasks.grounding import choose_absent, grid_box, objects_example, referring_example
@@ -351,3 +353,12 @@ def test_scenes_recipe_trains_and_scores_boxes(train):
     assert (scores["task"], scores["primary"]) == ("grounding", "f1_50")
     assert all(row["question"].startswith("detect: ") for row in rows)
     assert len(rows) == scores["n"] > 4
+
+
+def test_stream_of_scenes_knows_the_sizes_and_asks_for_nothing_absent(processor):
+    data = DataArguments(dataset_name=str(SCENES), task="grounding")
+    rows = load_stream(data, "test", limit=3)
+    stream = stream_rows(rows, make_task("grounding", rows.column_names), processor, max_length=None)
+    objects = [len(row["objects"]) for row in load_rows(str(SCENES), "test", limit=3)]
+    # One question for each object, and one for all where there are several.
+    assert sorted(row["num_branches"] for row in stream) == sorted(n + (n > 1) for n in objects)
