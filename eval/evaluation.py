@@ -184,16 +184,26 @@ def _short(text: str, width: int = 60) -> str:
 
 
 def _swapped(image_ids: list[list[int]]) -> list[list[int]]:
-    """The pictures of the row half the split away; rows of one picture count must meet their like."""
+    """The pictures of the row half the split away, among the rows with as many; rows without pictures stay.
+
+    A row that has no other with as many pictures gets as many from the other rows, beginning half the split away.
+    """
     by_count: dict[int, list[int]] = {}
     for index, images in enumerate(image_ids):
         by_count.setdefault(len(images), []).append(index)
+    everything = list(dict.fromkeys(image for images in image_ids for image in images))
+    middle = len(everything) // 2
     swapped = list(image_ids)
-    for members in by_count.values():
+    for count, members in by_count.items():
         shift = len(members) // 2
-        distinct = [image_ids[members[(place + shift) % len(members)]] for place in range(len(members))]
-        if any(other == image_ids[index] for index, other in zip(members, distinct, strict=True)):
-            raise ValueError("the blind control needs at least two rows with as many pictures each, to swap them")
-        for index, other in zip(members, distinct, strict=True):
+        for place, index in enumerate(members):
+            other = image_ids[members[(place + shift) % len(members)]]
+            if count and other == image_ids[index]:
+                start = middle + everything.index(image_ids[index][0])
+                wrong = [everything[(start + step) % len(everything)] for step in range(len(everything))]
+                wrong = [image for image in wrong if image not in image_ids[index]]
+                if not wrong:
+                    raise ValueError("the blind control needs another picture than a row's own, to swap them")
+                other = [wrong[step % len(wrong)] for step in range(count)]
             swapped[index] = other
     return swapped

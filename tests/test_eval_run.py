@@ -73,6 +73,19 @@ def test_blind_swaps_the_pictures(evaluate):
     assert blind[1]["decoding"]["blind"] is True
 
 
+def test_swapping_gives_every_row_as_many_wrong_pictures():
+    from evaluation import _swapped
+
+    assert _swapped([[0], [1], [2], [3]]) == [[2], [3], [0], [1]]
+    # Two questions about one picture, a row of text alone, and decks of which one has a length of its own.
+    rows = [[0], [0], [1], [], [2, 3], [4, 5], [6, 7, 8]]
+    for own, other in zip(rows, _swapped(rows), strict=True):
+        assert len(own) == len(other)
+        assert not set(own) & set(other)
+    with pytest.raises(ValueError, match="another picture than a row's own"):
+        _swapped([[0], [0]])
+
+
 def test_clip_scores_of_captions_are_added_on_request(evaluate):
     predictions, scores = evaluate("--clip_model", str(ROOT / "recipes" / "demo" / "clip"))
     assert 0 < scores["metrics"]["CLIPScore"] < 2.5
