@@ -60,6 +60,8 @@ from .training_setup import (
 
 PROGRAM = "vlm-peft doctor"
 
+_DESCRIPTION = "Checks a training configuration and this machine, and predicts time, memory and size of the run."
+
 SAMPLED_PICTURES = 256
 """Pictures of each split that are opened."""
 
@@ -88,8 +90,11 @@ def main(arguments: list[str]) -> int:
     Returns:
         `int`: 0 when the run can start, 1 when something is in its way, 2 for options that cannot be understood.
     """
+    if not arguments:
+        print(f"{PROGRAM}: expected --config FILE.yaml, and any option of the recipe", file=sys.stderr)  # noqa: T201
+        return 2
     try:
-        parsed = parse_arguments(arguments, program=PROGRAM, description=__doc__.splitlines()[0])
+        parsed = parse_arguments(arguments, program=PROGRAM, description=_DESCRIPTION)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
