@@ -88,7 +88,7 @@ def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_pa
         "columns caption, filename, id, image, img_id, sentids, split; pictures in image",
         "0 of 24 pictures tried cannot be read",
         "1 pictures, 16 image tokens in the text, 16 features of 16 from encoder and projector",
-        "pictures of train in test: none",
+        "No training picture is among those that are scored.",
         "features of 28 pictures: 14.3 KB",
         "steps    18 (3 epochs of 24 rows, 4 a step)",
         "(4 texts)",
@@ -232,9 +232,10 @@ def test_training_pictures_among_those_that_are_scored(options, capsys, tmp_path
     rows = flickr_rows()
     rows["image"][30] = rows["image"][3]
     data = save_flickr(tmp_path / "leaking", rows)
-    status, problems, _ = examine(options, capsys, dataset_name=data)
+    status, problems, printed = examine(options, capsys, dataset_name=data)
     assert (status, len(problems)) == (1, 1)
     assert "1 pictures of the training split 'train' are also in 'test'" in problems[0]
+    assert "No training picture" not in printed
 
 
 def test_out_of_memory_is_a_problem(options, capsys, monkeypatch):

@@ -343,11 +343,16 @@ class Doctor:
 
     def check_overlaps(self) -> None:
         """No training picture may be among those that are scored."""
+        before, allowed = len(self.problems), []
         for split in self.train:
             for other in self.held_out:
                 with self.catching():
                     said = check_overlap(split, other, allow=self.vision.allow_overlap)
-                    _say(f"  pictures of {split.name} in {other.name}: {said or 'none'}")
+                    allowed += [said] if said else []
+        for said in allowed:
+            _say(f"  Overlap allowed: {said}")
+        if self.train and self.held_out and not allowed and len(self.problems) == before:
+            _say("  No training picture is among those that are scored.")
 
     def check_placeholders(self, rows: Dataset | IterableDataset | None) -> None:
         """Runs the encoder and the projector on the pictures of a real row of each data set."""
