@@ -17,6 +17,7 @@ from vlm_peft import __main__ as command
 from vlm_peft import doctor, training_setup
 from vlm_peft.adapters import lora_config, lora_state, save_pissa_as_lora
 from vlm_peft.arguments import parse_arguments
+from vlm_peft.data import load_rows
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +73,13 @@ def files_of(*folders: Path) -> set[Path]:
 
 
 def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_path):
-    temporary = tmp_path / "temporary"
-    temporary.mkdir()
-    status, problems, printed = examine(options, capsys)
+    # No other test has encoded these rows; loading them is what `datasets` may keep.
+    data = save_flickr(tmp_path / "fresh")
+    for name in ("train", "test"):
+        load_rows(str(data), name, stored_split="test", split_column="split")
     before = files_of(tmp_path, Path(os.environ["HF_DATASETS_CACHE"]))
-    status, problems, printed = examine(options, capsys)
+    status, problems, printed = examine(options, capsys, dataset_name=data)
     assert (status, problems) == (0, [])
-    # The first look loads the data set, which `datasets` caches; the second finds all of it.
     assert files_of(tmp_path, Path(os.environ["HF_DATASETS_CACHE"])) == before
     assert not (tmp_path / "out").exists()
     assert not (tmp_path / "features").exists()
