@@ -306,7 +306,8 @@ def test_a_merged_export_says_the_same_and_says_when_task_json_is_missing(run, a
     assert f"has no {TASK_FILE}" in err
     # The folder's own generation settings ask for two beams, which cannot be streamed.
     assert run("chat", tmp_path / "merged", pictures / "a.jpg", stdin=b"Hello\n")[0] == 0
-    assert "leave --vision, --text and --load_in_4bit out" in run("caption", tmp_path / "merged", pictures, "--text", "elsewhere")[2]
+    said = run("caption", tmp_path / "merged", pictures, "--text", "elsewhere")[2]
+    assert "leave --vision, --text and --load_in_4bit out" in said
 
 
 def test_bases_that_moved(run, adapter, bases, pictures, tmp_path):
