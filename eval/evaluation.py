@@ -14,8 +14,8 @@ from clip_score import clip_scores
 from predictions import Row, score_summary, write_predictions, write_scores
 from task_scores import Scores, score_rows
 
+from vlm_peft.data.splits import Question, Split
 from vlm_peft.generation import generate_texts
-from vlm_peft.splits import Question, Split
 
 
 def evaluate_split(

@@ -158,9 +158,9 @@ def inspect(vision, training, processor, source, split_name: str, count: int) ->
         ValueError: if the split or a column is not there, or no row can be used.
         OSError: if the data set is not there.
     """
-    from vlm_peft.data import encode_rows, lay_out_row
-    from vlm_peft.pictures import UnreadablePictureError
-    from vlm_peft.splits import row_name
+    from vlm_peft.data.pictures import UnreadablePictureError
+    from vlm_peft.data.rows import encode_rows, lay_out_row
+    from vlm_peft.data.splits import row_name
 
     limit = source.train_limit if split_name == source.train_split else source.eval_limit
     split = _load(vision, processor, source, split_name, limit)
@@ -206,9 +206,9 @@ def _load(vision, processor, source, name: str, limit: int | None):
     """A split with all its rows; of a stream the first ones."""
     from datasets import Dataset
 
-    from vlm_peft.data import bind_rows, picture_folder
-    from vlm_peft.splits import Split, bind_task, load_split
-    from vlm_peft.streaming import load_stream
+    from vlm_peft.data.rows import bind_rows, picture_folder
+    from vlm_peft.data.splits import Split, bind_task, load_split
+    from vlm_peft.data.streaming import load_stream
 
     if not vision.streaming:
         return load_split(source, name, processor, limit=limit)

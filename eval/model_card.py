@@ -23,7 +23,7 @@ from gallery import picture_path
 from huggingface_hub import EvalResult, ModelCardData
 from predictions import read_predictions, write_text
 
-from vlm_peft.licences import common_licence, licence_line, stated_licence
+from vlm_peft.hub.licences import common_licence, licence_line, stated_licence
 
 SAMPLES = 3
 """Sample pictures of each kind: best, worst."""

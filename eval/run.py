@@ -88,8 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from transformers import BitsAndBytesConfig
 
     from vlm_peft.arguments import DataArguments
+    from vlm_peft.data.splits import encode_pictures, leave_out, load_split
     from vlm_peft.loading import find_model, load_model
-    from vlm_peft.splits import encode_pictures, leave_out, load_split
     from vlm_peft.tasks import TASK_FILE, TaskSettings
 
     with state.main_process_first():

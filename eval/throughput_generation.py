@@ -11,9 +11,9 @@ import torch
 from throughput_data import INSTRUCTION, Preset, make_config, make_processor
 from throughput_sides import PEER, build_model, build_peer_model, build_peer_processor, fetch_from, make_rows
 
+from vlm_peft.data.pictures import Pictures, open_picture
 from vlm_peft.feature_cache import build_feature_cache
 from vlm_peft.generation import generate_texts
-from vlm_peft.pictures import Pictures, open_picture
 from vlm_peft.tasks import make_task
 
 BATCH_SIZE = 64

@@ -23,9 +23,9 @@ from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import PROJECTOR, lora_config
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.configuration_vision_qwen import IGNORE_INDEX
-from vlm_peft.data import encode_rows
+from vlm_peft.data.pictures import Pictures
+from vlm_peft.data.rows import encode_rows
 from vlm_peft.feature_cache import build_feature_cache
-from vlm_peft.pictures import Pictures
 from vlm_peft.tasks import make_task
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
 

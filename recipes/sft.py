@@ -172,7 +172,7 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
     from report import build_report
 
     from vlm_peft.arguments import data_sources
-    from vlm_peft.splits import content_hash
+    from vlm_peft.data.splits import content_hash
 
     used = data_sources(run.vision)
     names = [str(source.dataset_name) for source in used]
@@ -283,7 +283,7 @@ def main(arguments: list[str] | None = None) -> int:
             f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
         )
         if push is not None:
-            from vlm_peft.hub import push_adapter
+            from vlm_peft.hub.models import push_adapter
 
             run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
     return 0
@@ -297,7 +297,7 @@ def prepare_push(run: Run) -> dict | None:
     """
     if not run.training.push_to_hub:
         return None
-    from vlm_peft.hub import check_push
+    from vlm_peft.hub.models import check_push
     from vlm_peft.training_setup import local
 
     # The trainer would push each save by itself, with a card that describes a text model.

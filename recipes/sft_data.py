@@ -10,11 +10,11 @@ from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
 
 from vlm_peft.arguments import VisionArguments
-from vlm_peft.data import encode_rows
-from vlm_peft.leakage import check_overlap, picture_hashes
-from vlm_peft.mixture import fetch_from, first_images, mix
-from vlm_peft.splits import Split, encode_pictures, leave_out, load_split
-from vlm_peft.streaming import stack_pixels
+from vlm_peft.data.leakage import check_overlap, picture_hashes
+from vlm_peft.data.mixture import fetch_from, first_images, mix
+from vlm_peft.data.rows import encode_rows
+from vlm_peft.data.splits import Split, encode_pictures, leave_out, load_split
+from vlm_peft.data.streaming import stack_pixels
 from vlm_peft.training_setup import sources, training_sources, training_stream
 
 

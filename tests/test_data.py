@@ -9,8 +9,8 @@ from conftest import flickr_rows, make_config, make_processor
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from vlm_peft.data import bind_rows, encode_rows, find_unreadable, load_rows, picture_folder
-from vlm_peft.pictures import Pictures
+from vlm_peft.data.pictures import Pictures
+from vlm_peft.data.rows import bind_rows, encode_rows, find_unreadable, load_rows, picture_folder
 from vlm_peft.tasks import make_task
 
 
@@ -333,5 +333,5 @@ def test_encoding_is_kept_and_never_taken_for_another(processor, stored_rows, mo
     other_vocabulary = make_processor(make_config())
     other_vocabulary.tokenizer.add_tokens(["lawn"])
     assert encodes(processor=other_vocabulary)
-    monkeypatch.setattr("vlm_peft.data.inspect.getsource", lambda module: "a later version")
+    monkeypatch.setattr("vlm_peft.data.rows.inspect.getsource", lambda module: "a later version")
     assert encodes()

@@ -14,10 +14,11 @@ from peft import get_peft_model
 from safetensors.torch import load_file
 
 from vlm_peft import __main__ as command
-from vlm_peft import doctor, training_setup
+from vlm_peft import training_setup
 from vlm_peft.adapters import lora_config, lora_state, save_pissa_as_lora
 from vlm_peft.arguments import parse_arguments
-from vlm_peft.data import load_rows
+from vlm_peft.commands import doctor
+from vlm_peft.data.rows import load_rows
 
 
 @pytest.fixture(autouse=True)

@@ -33,9 +33,10 @@ from transformers import (
     SiglipVisionConfig,
 )
 
-from vlm_peft import VisionQwen, VisionQwenProcessor, export
+from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.export import check_llava, export_llava, export_merged
+from vlm_peft.commands import export
+from vlm_peft.commands.export import check_llava, export_llava, export_merged
 
 # What stock Llava has fields for.
 JOINTS = {

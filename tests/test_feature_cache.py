@@ -11,8 +11,8 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from vlm_peft import VisionQwen, feature_cache
+from vlm_peft.data.pictures import Pictures
 from vlm_peft.feature_cache import build_feature_cache
-from vlm_peft.pictures import Pictures
 
 
 def encode(colour: tuple[int, int, int]) -> bytes:

@@ -25,8 +25,8 @@ from yaml import safe_load
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.hub import LOADED_FILES, HubError, pull_model, push_adapter
-from vlm_peft.hub_datasets import content_hash
+from vlm_peft.hub.datasets import content_hash
+from vlm_peft.hub.models import LOADED_FILES, HubError, pull_model, push_adapter
 
 OWNER = "hf_ownerTokenThatNobodyMaySee00000001"
 GUEST = "hf_guestTokenThatNobodyMaySee00000002"
@@ -38,7 +38,8 @@ WORKER = """
 import json, sys
 sys.argv = ["vlm-peft"]
 from huggingface_hub import constants
-from vlm_peft import hub, hub_datasets
+from vlm_peft.hub import models as hub
+from vlm_peft.hub import datasets as hub_datasets
 for line in sys.stdin:
     name, endpoint, arguments = json.loads(line)
     constants.ENDPOINT = endpoint
@@ -54,7 +55,7 @@ import sys, torch
 torch.set_num_threads(1)
 from datasets import load_dataset
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.hub import pull_model
+from vlm_peft.hub.models import pull_model
 folder = pull_model("me/run")
 print(*sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*")))
 batch = torch.load("batch.pt")
@@ -68,7 +69,7 @@ torch.save({"logits": logits, "text": text, "captions": rows["train"]["caption"]
 
 
 class Worker:
-    """A process with the Hub's client, which calls functions of `vlm_peft.hub`."""
+    """A process with the Hub's client, which calls functions of `vlm_peft.hub.models`."""
 
     def __init__(self, server, folder: Path):
         self.server, self.output = server, []

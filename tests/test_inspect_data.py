@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
-from vlm_peft.data import lay_out_row
+from vlm_peft.data.rows import lay_out_row
 from vlm_peft.tasks import make_task
 
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Say."}]}]

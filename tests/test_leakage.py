@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset, Image
 from PIL import Image as PILImage
 
-from vlm_peft.leakage import check_overlap, coco_number, find_overlap
-from vlm_peft.pictures import Pictures
+from vlm_peft.data.leakage import check_overlap, coco_number, find_overlap
+from vlm_peft.data.pictures import Pictures
 
 
 def png(colour: int) -> dict:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset, IterableDataset
 
-from vlm_peft.mixture import fetch_from, first_images, mix
+from vlm_peft.data.mixture import fetch_from, first_images, mix
 
 
 def rows(name: str, count: int) -> Dataset:

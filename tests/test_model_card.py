@@ -9,7 +9,7 @@ from model_card import write_model_card
 from PIL import Image
 from yaml import safe_load
 
-from vlm_peft.licences import common_licence, licence_line, stated_licence
+from vlm_peft.hub.licences import common_licence, licence_line, stated_licence
 
 SUMMARY = {
     "title": "run",

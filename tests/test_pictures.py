@@ -11,7 +11,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from vlm_peft.pictures import MAX_PIXELS, Pictures, UnreadablePictureError, open_picture
+from vlm_peft.data.pictures import MAX_PIXELS, Pictures, UnreadablePictureError, open_picture
 
 
 def encode(picture: PILImage.Image, kind: str = "PNG", **arguments) -> bytes:

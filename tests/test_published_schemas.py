@@ -344,7 +344,7 @@ def table_rows(scenes: list[dict], folder: Path) -> list[dict]:
 def test_any_table_beside_its_pictures(tmp_path, scenes, processor, kind):
     """Paths begin where the table lies."""
     from vlm_peft.arguments import DataArguments
-    from vlm_peft.splits import leave_out, load_split
+    from vlm_peft.data.splits import leave_out, load_split
 
     rows = Dataset.from_list(table_rows(scenes[:3], tmp_path))
     path = tmp_path / f"rows.{kind}"
@@ -360,9 +360,9 @@ def test_any_table_beside_its_pictures(tmp_path, scenes, processor, kind):
 @pytest.mark.parametrize("pages", ["evidence", "all"])
 def test_a_stream_of_decks_and_one_of_a_table_are_what_is_stored(decks, tmp_path, scenes, processor, pages):
     from vlm_peft.arguments import DataArguments
-    from vlm_peft.data import encode_rows, picture_folder, resolve_paths
-    from vlm_peft.splits import bind_task, load_split
-    from vlm_peft.streaming import load_stream, stream_rows
+    from vlm_peft.data.rows import encode_rows, picture_folder, resolve_paths
+    from vlm_peft.data.splits import bind_task, load_split
+    from vlm_peft.data.streaming import load_stream, stream_rows
 
     (tmp_path / "train.json").write_text(json.dumps(llava_rows(scenes[:4], tmp_path, 0)))
     # A stream joins neighbours only: the questions of a deck are brought together.
@@ -384,7 +384,7 @@ def test_a_stream_of_decks_and_one_of_a_table_are_what_is_stored(decks, tmp_path
 
 def test_held_out_rows_whose_pictures_miss_a_place_are_named(tmp_path, scenes, processor):
     from vlm_peft.arguments import DataArguments
-    from vlm_peft.splits import leave_out, load_split
+    from vlm_peft.data.splits import leave_out, load_split
 
     rows = llava_rows(scenes[:2], tmp_path, 0)
     rows[1]["conversations"][0]["value"] += "<image>"
@@ -397,7 +397,7 @@ def test_held_out_rows_whose_pictures_miss_a_place_are_named(tmp_path, scenes, p
 
 def test_features_of_a_column_of_texts_are_kept(tmp_path, scenes):
     """Paths are completed in the picture's column only; lists of them, too."""
-    from vlm_peft.data import resolve_paths
+    from vlm_peft.data.rows import resolve_paths
 
     rows = Dataset.from_list([{"files": ["a.png", "/b.png", "data:image/png;base64,QQ=="], "name": "a.png"}])
     found = resolve_paths(rows, ["files"], tmp_path)

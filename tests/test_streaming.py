@@ -9,10 +9,10 @@ from PIL import Image as PILImage
 
 from vlm_peft.arguments import DataArguments
 from vlm_peft.collator import SharedPrefixCollator
-from vlm_peft.data import encode_rows
-from vlm_peft.leakage import picture_hashes
-from vlm_peft.splits import bind_task, load_split
-from vlm_peft.streaming import LeakedPictureError, load_stream, stack_pixels, stream_rows
+from vlm_peft.data.leakage import picture_hashes
+from vlm_peft.data.rows import encode_rows
+from vlm_peft.data.splits import bind_task, load_split
+from vlm_peft.data.streaming import LeakedPictureError, load_stream, stack_pixels, stream_rows
 
 
 @pytest.fixture
@@ -112,7 +112,7 @@ def test_a_missing_split_column_is_said(flickr, processor):
 
 def test_encoded_bytes_of_pictures_without_a_file_are_not_needed(processor, data):
     """A decoded picture has no bytes to hash: it passes the guard and is used."""
-    from vlm_peft.streaming import _checked
+    from vlm_peft.data.streaming import _checked
 
     picture = PILImage.open(io.BytesIO(flickr_rows()["image"][0]["bytes"]))
     assert _checked(picture, "0", frozenset({"x"})).size == picture.size

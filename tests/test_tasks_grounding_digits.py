@@ -11,9 +11,9 @@ from detection_scores import LabelledBox, parse_boxes, score_boxes
 from PIL import Image as PILImage
 
 from vlm_peft.arguments import DataArguments
-from vlm_peft.data import bind_rows, load_rows
-from vlm_peft.pictures import Pictures, UnreadablePictureError
-from vlm_peft.streaming import load_stream, stream_rows
+from vlm_peft.data.pictures import Pictures, UnreadablePictureError
+from vlm_peft.data.rows import bind_rows, load_rows
+from vlm_peft.data.streaming import load_stream, stream_rows
 from vlm_peft.tasks import make_task
 from vlm_peft.tasks.digits import digits_example
 from vlm_peft.tasks.grounding import choose_absent, grid_box, objects_example, referring_example

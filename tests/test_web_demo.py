@@ -16,12 +16,12 @@ import torch
 from PIL import Image
 
 from vlm_peft import VisionQwen, __main__
+from vlm_peft.commands.web_demo import MAX_EXAMPLES, PictureAnswers, find_examples, make_page
+from vlm_peft.data.pictures import UnreadablePictureError, open_picture
 from vlm_peft.generation import generate_texts
 from vlm_peft.loading import load_model
-from vlm_peft.pictures import UnreadablePictureError, open_picture
 from vlm_peft.tasks import TaskSettings
 from vlm_peft.tasks.example import picture_turn
-from vlm_peft.web_demo import MAX_EXAMPLES, PictureAnswers, find_examples, make_page
 
 SETTINGS = TaskSettings(instruction="Say what you see.", max_new_tokens=6, num_beams=2)
 

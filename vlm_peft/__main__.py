@@ -176,7 +176,7 @@ def caption(options: argparse.Namespace) -> int:
 
     find pictures -name '*.jpg' | vlm-peft caption outputs/demo - > captions.jsonl
     """
-    from .captioning import ask, caption_pictures, find_pictures
+    from .commands.caption import ask, caption_pictures, find_pictures
 
     paths = find_pictures(options.images, sys.stdin.buffer)
     _, model, processor, settings = _load(options)
@@ -208,13 +208,13 @@ def chat(options: argparse.Namespace) -> int:
     /image PATH adds a picture, /reset forgets pictures and turns, /quit or end of file ends. An empty line asks what
     the model was asked in training. Questions can also be piped in, one a line.
     """
-    from .captioning import ask, find_pictures
+    from .commands.caption import ask, find_pictures
 
     pictures = find_pictures(options.images, sys.stdin.buffer)
     _, model, processor, settings = _load(options)
 
-    from .chat import Conversation
-    from .chat import chat as run_chat
+    from .commands.chat import Conversation
+    from .commands.chat import chat as run_chat
 
     conversation = Conversation(model, processor, settings.max_new_tokens)
     for path in pictures:
@@ -237,7 +237,7 @@ def demo(options: argparse.Namespace) -> int:
     torch.manual_seed(0)
     folder, model, processor, settings = _load(options)
 
-    from .web_demo import PictureAnswers, find_examples, make_page, serve_page
+    from .commands.web_demo import PictureAnswers, find_examples, make_page, serve_page
 
     page = make_page(PictureAnswers(model, processor, settings), folder.resolve().name, find_examples(folder))
     serve_page(page, options.host, options.port, options.share)
@@ -251,7 +251,7 @@ def doctor(options: argparse.Namespace) -> int:
 
     The exit status is 0 when the run can start, 1 when something is in its way, 2 for options that are none.
     """
-    from .doctor import main as examine
+    from .commands.doctor import main as examine
 
     _quiet_loading()
     return examine(options.arguments)
@@ -265,7 +265,7 @@ def export(options: argparse.Namespace) -> int:
     """
     import torch
 
-    from . import export as exporting
+    from .commands import export as exporting
     from .loading import find_model
 
     _quiet_loading()
@@ -282,7 +282,7 @@ def push(options: argparse.Namespace) -> int:
     Needs a token with write permission: `hf auth login`, or HF_TOKEN. Bases that lie in local folders need their Hub
     ids: --vision and --text.
     """
-    from .hub import push_adapter
+    from .hub.models import push_adapter
 
     address = push_adapter(
         options.model,

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_vision_qwen import VisionQwenConfig
-from .hub import pull_model
+from .hub.models import pull_model
 from .modeling_vision_qwen import VisionQwen
 
 PROJECTOR = "multi_modal_projector"

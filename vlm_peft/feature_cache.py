@@ -24,8 +24,8 @@ from datasets.config import HF_DATASETS_CACHE
 from PIL.Image import Image
 
 from .configuration_vision_qwen import VisionQwenConfig
+from .data.pictures import Pictures, UnreadablePictureError
 from .modeling_vision_qwen import VisionQwen
-from .pictures import Pictures, UnreadablePictureError
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from .adapters import is_adapter_folder, load_adapter
 from .configuration_vision_qwen import VisionQwenConfig
-from .hub import HubError, pull_model
+from .hub.models import HubError, pull_model
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
 

@@ -19,13 +19,13 @@ from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
 from .configuration_vision_qwen import VisionQwenConfig
-from .data import picture_folder, resolve_paths
+from .data.mixture import mix
+from .data.rows import picture_folder, resolve_paths
+from .data.splits import bind_task
+from .data.streaming import load_stream, stream_rows
 from .joining import joint_config
-from .mixture import mix
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
-from .splits import bind_task
-from .streaming import load_stream, stream_rows
 from .tasks import TASK_FILE, TaskSettings
 from .trainer import VisionSFTTrainer, prepare_training_arguments
 
@@ -81,12 +81,12 @@ def training_sources(vision: VisionArguments) -> list[DataArguments]:
 def training_stream(
     vision: VisionArguments, training: SFTConfig, processor: VisionQwenProcessor, held_out_hashes: frozenset[str]
 ) -> IterableDataset:
-    """Training rows of a run with `streaming`, drawn from all its data sets; see [`~vlm_peft.streaming.stream_rows`].
+    """Training rows of a run with `streaming`, from all its data sets; see [`~vlm_peft.data.streaming.stream_rows`].
 
     Args:
         vision, training: The run's options.
         processor: Of [`load_processor`].
-        held_out_hashes (`frozenset[str]`): Of [`~vlm_peft.leakage.picture_hashes`].
+        held_out_hashes (`frozenset[str]`): Of [`~vlm_peft.data.leakage.picture_hashes`].
     """
     streams, weights = [], []
     for source in training_sources(vision):

@@ -27,7 +27,7 @@ from datasets.utils import are_progress_bars_disabled
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from yaml import YAMLError
 
-from .hub_access import (
+from .access import (
     Contents,
     check_repo_id,
     commit,

@@ -14,11 +14,11 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
-from .loading import base_model
-from .modeling_vision_qwen import VisionQwen
-from .pictures import open_picture
-from .processing_vision_qwen import VisionQwenProcessor
-from .tasks.example import picture_turn
+from ..data.pictures import open_picture
+from ..loading import base_model
+from ..modeling_vision_qwen import VisionQwen
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..tasks.example import picture_turn
 
 COMMANDS = "/image PATH adds a picture; /reset forgets pictures and turns; /quit ends."
 

@@ -13,11 +13,11 @@ from typing import BinaryIO
 import torch
 from PIL import Image as PILImage
 
-from .generation import generate_texts
-from .pictures import UnreadablePictureError, open_picture
-from .tasks import TaskSettings
-from .tasks.caption import INSTRUCTION
-from .tasks.example import picture_turn
+from ..data.pictures import UnreadablePictureError, open_picture
+from ..generation import generate_texts
+from ..tasks import TaskSettings
+from ..tasks.caption import INSTRUCTION
+from ..tasks.example import picture_turn
 
 
 def ask(settings: TaskSettings, question: str | None = None, instruction: str | None = None) -> str:

@@ -69,7 +69,7 @@ def find_overlap(train: Split, held_out: Split) -> Overlap:
     """Compares the pictures of two splits.
 
     Args:
-        train, held_out ([`~vlm_peft.splits.Split`]): Rows, of which each may have several pictures.
+        train, held_out ([`~vlm_peft.data.splits.Split`]): Rows, of which each may have several pictures.
     """
     hashes = picture_hashes(held_out.pictures)
     pairs: dict[tuple[str, str], None] = {}
@@ -90,7 +90,7 @@ def check_overlap(train: Split, held_out: Split, *, allow: bool = False) -> str 
     """Refuses to train on pictures that will be scored.
 
     Args:
-        train, held_out ([`~vlm_peft.splits.Split`]): To compare.
+        train, held_out ([`~vlm_peft.data.splits.Split`]): To compare.
         allow (`bool`, *optional*, defaults to `False`): Says it instead of raising.
 
     Returns:

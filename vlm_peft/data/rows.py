@@ -16,12 +16,12 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, List, Value, get_dataset_split_names, load_dataset
 from datasets.fingerprint import Hasher
 
-from . import processing_vision_qwen, shared_prefix
+from .. import processing_vision_qwen, shared_prefix
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..tasks import Example, Task
+from ..tasks import example as example_module
+from ..tasks.example import PICTURE_PLACES
 from .pictures import Pictures, UnreadablePictureError, is_path, picture_places
-from .processing_vision_qwen import VisionQwenProcessor
-from .tasks import Example, Task
-from .tasks import example as example_module
-from .tasks.example import PICTURE_PLACES
 
 logger = logging.getLogger(__name__)
 
@@ -273,7 +273,7 @@ def encode_rows(
         rows (`Dataset`): Texts of [`bind_rows`]; image columns are left out where there are any.
         task ([`~vlm_peft.tasks.Task`]): Row -> example.
         processor ([`VisionQwenProcessor`]): Tokenizes.
-        pictures ([`~vlm_peft.pictures.Pictures`]): Of the same rows; numbers the pictures.
+        pictures ([`~vlm_peft.data.pictures.Pictures`]): Of the same rows; numbers the pictures.
         max_length (`int`, *optional*): Tokens of a sequence.
         unreadable (`dict[int, str]`, *optional*): Picture number -> why it cannot be read.
         on_bad_row (`str`, *optional*, defaults to `"stop"`): `"stop"` raises at rows that cannot be used, `"skip"`

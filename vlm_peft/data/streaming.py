@@ -11,13 +11,13 @@ from itertools import groupby
 import torch
 from datasets import IterableDataset, load_dataset
 
-from .arguments import DataArguments
-from .data import lay_out_row, locate
+from ..arguments import DataArguments
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..tasks import Task
+from ..tasks.example import PICTURE_PLACES
 from .leakage import picture_hash
 from .pictures import UnreadablePictureError, encoded_bytes, open_picture
-from .processing_vision_qwen import VisionQwenProcessor
-from .tasks import Task
-from .tasks.example import PICTURE_PLACES
+from .rows import lay_out_row, locate
 
 SHUFFLE_ROWS = 1000
 """Rows that wait, encoded as they are stored, from which the next one is drawn."""
@@ -32,7 +32,7 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
         limit (`int`, *optional*): First so many rows only.
 
     Raises:
-        FileNotFoundError, ValueError: As [`~vlm_peft.data.load_rows`], except that an empty split is not noticed.
+        FileNotFoundError, ValueError: As [`~vlm_peft.data.rows.load_rows`], except that an empty split is not noticed.
     """
     assert data.dataset_name is not None
     names = split.split("+")
@@ -72,13 +72,13 @@ def stream_rows(
         processor ([`VisionQwenProcessor`]): Tokenizes, and makes `pixel_values`.
         max_length (`int`, *optional*): Tokens of a sequence.
         on_bad_row (`str`, *optional*, defaults to `"stop"`): `"skip"` leaves rows out that cannot be used.
-        held_out_hashes (`frozenset[str]`, *optional*): Of [`~vlm_peft.leakage.picture_hashes`]; a training picture
+        held_out_hashes (`frozenset[str]`, *optional*): Of [`~vlm_peft.data.leakage.picture_hashes`]; a training picture
             among them ends the run.
         seed (`int`, *optional*, defaults to 0): Of the shuffling.
 
     Returns:
-        `IterableDataset`: Rows as of [`~vlm_peft.data.encode_rows`], with `pixel_values` `(3, H, W)` in `image_ids`;
-            see [`stack_pixels`].
+        `IterableDataset`: Rows as of [`~vlm_peft.data.rows.encode_rows`], with `pixel_values` `(3, H, W)` in
+            `image_ids`; see [`stack_pixels`].
 
     Raises:
         ValueError: While it is read: for a row that cannot be used, or a held-out picture.

@@ -16,7 +16,7 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 from yaml import YAMLError
 
-from .hub_access import (
+from .access import (
     VOCABULARIES,
     Contents,
     HubError,

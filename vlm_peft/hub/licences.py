@@ -10,7 +10,7 @@ from typing import Any
 from huggingface_hub import RepoCard, try_to_load_from_cache
 from yaml import YAMLError
 
-from .hub_access import RepoType, is_hub_id
+from .access import RepoType, is_hub_id
 
 
 def stated_licence(name: str, *, revision: str | None = None, repo_type: RepoType = "model") -> str | None:

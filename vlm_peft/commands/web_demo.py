@@ -22,14 +22,14 @@ import gradio
 import torch
 from peft import PeftModel
 
-from .captioning import ask
-from .generation import generate_texts
-from .loading import base_model
-from .modeling_vision_qwen import VisionQwen
-from .pictures import UnreadablePictureError, open_picture
-from .processing_vision_qwen import VisionQwenProcessor
-from .tasks import TaskSettings
-from .tasks.example import picture_turn
+from ..data.pictures import UnreadablePictureError, open_picture
+from ..generation import generate_texts
+from ..loading import base_model
+from ..modeling_vision_qwen import VisionQwen
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..tasks import TaskSettings
+from ..tasks.example import picture_turn
+from .caption import ask
 
 MAX_EXAMPLES = 12
 

@@ -35,20 +35,20 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, SFTConfig
 
-from .adapters import PROJECTOR, check_trainable, format_trainable_table, is_pissa, trainable_table
-from .arguments import VisionArguments, parse_arguments
-from .data import encode_rows
-from .feature_cache import count_missing, features_folder, picture_bytes
-from .generation import generate_texts
-from .leakage import check_overlap
-from .mixture import first_images, mix
-from .modeling_vision_qwen import VisionQwen
-from .pictures import UnreadablePictureError
-from .processing_vision_qwen import VisionQwenProcessor
-from .splits import Split, leave_out, load_split, row_name
-from .streaming import stack_pixels
-from .trainer import PrintedLines
-from .training_setup import (
+from ..adapters import PROJECTOR, check_trainable, format_trainable_table, is_pissa, trainable_table
+from ..arguments import VisionArguments, parse_arguments
+from ..data.leakage import check_overlap
+from ..data.mixture import first_images, mix
+from ..data.pictures import UnreadablePictureError
+from ..data.rows import encode_rows
+from ..data.splits import Split, leave_out, load_split, row_name
+from ..data.streaming import stack_pixels
+from ..feature_cache import count_missing, features_folder, picture_bytes
+from ..generation import generate_texts
+from ..modeling_vision_qwen import VisionQwen
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..trainer import PrintedLines
+from ..training_setup import (
     bases,
     build_trainer,
     load_model,
@@ -91,17 +91,17 @@ def main(arguments: list[str]) -> int:
         `int`: 0 when the run can start, 1 when something is in its way, 2 for options that cannot be understood.
     """
     if not arguments:
-        print(f"{PROGRAM}: expected --config FILE.yaml, and any option of the recipe", file=sys.stderr)  # noqa: T201
+        print(f"{PROGRAM}: expected --config FILE.yaml, and any option of the recipe", file=sys.stderr)
         return 2
     try:
         parsed = parse_arguments(arguments, program=PROGRAM, description=_DESCRIPTION)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
-        print(error.code, file=sys.stderr)  # noqa: T201
+        print(error.code, file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)  # noqa: T201
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     # The recipe's loader warns of each kind of row that it leaves out; here they are told with the rest.
     data_logger = logging.getLogger(f"{__package__}.data")
@@ -744,4 +744,4 @@ def _title(text: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    print(text, flush=True)

@@ -14,11 +14,11 @@ from accelerate import PartialState
 from datasets import Dataset
 from peft import PeftModel
 
-from .arguments import DataArguments
-from .data import bind_rows, check_places, find_unreadable, load_rows, picture_folder
-from .feature_cache import build_feature_cache
+from ..arguments import DataArguments
+from ..feature_cache import build_feature_cache
+from ..tasks import Task, make_task
 from .pictures import Pictures, UnreadablePictureError
-from .tasks import Task, make_task
+from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Split:
         texts (`Dataset`): Rows without pictures, grouped as the task wants them; `id` is the row's own, or a list of
             its members' ids.
         task ([`~vlm_peft.tasks.Task`]): Row -> prompt and references.
-        pictures ([`~vlm_peft.pictures.Pictures`]): Of the same rows.
+        pictures ([`~vlm_peft.data.pictures.Pictures`]): Of the same rows.
         fetch_images (`Callable`): Picture numbers -> model inputs, from the feature cache or from pixels.
         unreadable (`dict[int, str]`): Picture number -> why it cannot be read.
         left_out (`dict[str, str]`): Ids of rows that cannot be used, with the reason; they are not scored. See

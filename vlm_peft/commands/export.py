@@ -37,14 +37,14 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from .adapters import is_adapter_folder
-from .configuration_vision_qwen import VisionQwenConfig
-from .hub_access import is_hub_id
-from .licences import common_licence, licence_line, stated_licence
-from .loading import base_model, load_model
-from .modeling_vision_qwen import VisionQwen
-from .processing_vision_qwen import VisionQwenProcessor
-from .tasks import TASK_FILE, TaskSettings
+from ..adapters import is_adapter_folder
+from ..configuration_vision_qwen import VisionQwenConfig
+from ..hub.access import is_hub_id
+from ..hub.licences import common_licence, licence_line, stated_licence
+from ..loading import base_model, load_model
+from ..modeling_vision_qwen import VisionQwen
+from ..processing_vision_qwen import VisionQwenProcessor
+from ..tasks import TASK_FILE, TaskSettings
 
 # Of a task that has no instruction of its own.
 _QUESTION = "Describe the picture."
