@@ -335,3 +335,13 @@ def test_encoding_is_kept_and_never_taken_for_another(processor, stored_rows, mo
     assert encodes(processor=other_vocabulary)
     monkeypatch.setattr("vlm_peft.data.rows.inspect.getsource", lambda module: "a later version")
     assert encodes()
+
+
+def test_a_folder_that_was_made_anew_under_its_name_gives_its_new_rows(tmp_path):
+    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n"
+    for place, captions in (("one", ["a", "b"]), ("two", ["c", "d", "e"])):
+        folder = tmp_path / place / "pictures"
+        (folder / "data").mkdir(parents=True)
+        (folder / "README.md").write_text(card)
+        Dataset.from_dict({"caption": captions}).to_parquet(folder / "data" / "train-0.parquet")
+        assert load_rows(str(folder), "train")["caption"][:] == captions

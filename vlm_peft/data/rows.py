@@ -13,7 +13,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, List, Value, get_dataset_split_names, load_dataset
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    List,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+    load_dataset_builder,
+)
 from datasets.fingerprint import Hasher
 
 from .. import processing_vision_qwen, shared_prefix
@@ -62,8 +71,14 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         raise FileNotFoundError(f"The data set {name} is not there: expected a table's file or a folder.")
     if path.is_dir() and any(any(path.rglob(f"metadata.{kind}")) for kind in ("jsonl", "csv", "parquet")):
         where = {"path": "imagefolder", "data_dir": str(path)}
+    elif path.exists():
+        # By its files: `datasets` knows a folder whose README lists them by its name and README alone, and would give
+        # the rows that a folder of that name had before.
+        builder = load_dataset_builder(str(path))
+        files = {name: list(paths) for name, paths in (builder.config.data_files or {}).items()}
+        where = {"path": type(builder).__module__.rpartition(".")[2], "data_files": files}
     else:
-        where = {"path": str(path) if path.exists() else name}
+        where = {"path": name}
     splits = get_dataset_split_names(**where, revision=revision)
     missing = [part for part in split.split("+") if part not in splits]
     if missing:
