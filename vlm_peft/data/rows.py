@@ -58,6 +58,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         FileNotFoundError: When a local path does not exist.
         ValueError: When a file is no table, or the split is not there; lists those that are.
     """
+    where: dict
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix not in _FILES:
@@ -75,7 +76,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         # By its files: `datasets` knows a folder whose README lists them by its name and README alone, and would give
         # the rows that a folder of that name had before.
         builder = load_dataset_builder(str(path))
-        files = {name: list(paths) for name, paths in (builder.config.data_files or {}).items()}
+        files = {part: list(paths) for part, paths in (builder.config.data_files or {}).items()}
         where = {"path": type(builder).__module__.rpartition(".")[2], "data_files": files}
     else:
         where = {"path": name}
