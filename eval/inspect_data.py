@@ -218,7 +218,7 @@ def _load(vision, processor, source, name: str, limit: int | None):
         rows = rows.add_column("id", [str(index) for index in range(len(rows))])
     task = bind_task(source, rows.column_names)
     texts, pictures = bind_rows(rows, task, picture_folder(source.dataset_name, source.image_folder))
-    return Split(name, source, texts, task, pictures, lambda ids: {})
+    return Split(name, name, source, texts, task, pictures, lambda ids: {})
 
 
 def _pixels(processor) -> str:

@@ -1,5 +1,6 @@
 """The rows of a training run: held-out splits, and training rows from a data set, a mixture or a stream."""
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,8 +50,10 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
         for name in source.eval_splits:
             split = load_split(source, name, processor, limit=source.eval_limit)
             split = leave_out(_encoded(vision, split, model, processor), vision.on_bad_row)
+            # A part like `train[90%:]` is a folder's name, too.
+            split.name = re.sub(r"[^\w.+-]+", "-", name).strip("-")
             if len(all_sources) > 1:
-                split.name = f"{source.task}-{name}"
+                split.name = f"{source.task}-{split.name}"
                 if split.name in found:
                     split.name = f"{Path(str(source.dataset_name)).stem}-{split.name}"
             found[split.name] = split
@@ -59,7 +62,7 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
 
 def is_blind(split: Split) -> bool:
     """Whether the blind control of a held-out split was asked for."""
-    return any(split.name == name or split.name.endswith(f"-{name}") for name in split.data.blind_splits)
+    return split.stored_name in split.data.blind_splits
 
 
 def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:

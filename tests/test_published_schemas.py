@@ -113,6 +113,25 @@ def coco_rows(scenes: list[dict], first: int) -> list[dict]:
     ]
 
 
+def test_a_folder_of_ones_own_is_divided(run, tmp_path, scenes):
+    """`captions.yaml`: a folder with metadata.jsonl and no test part."""
+    folder = tmp_path / "my_pictures"
+    folder.mkdir()
+    lines = []
+    for number, scene in enumerate(scenes[:20]):
+        (folder / f"{number}.png").write_bytes(scene["image"]["bytes"])
+        lines.append(json.dumps({"file_name": f"{number}.png", "captions": scene["captions"]}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    finished = run(
+        "captions", folder, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, eval_samples=2
+    )
+    assert "Training on 18 rows with 90 texts." in finished.log
+    scores = json.loads((finished.folder / "eval" / "train-90" / "scores.json").read_text())
+    assert (scores["n"], scores["split"]) == (2, "train-90")
+    assert (finished.folder / "eval" / "train-90-blind" / "scores.json").is_file()
+    assert "eval_CIDEr" in (finished.folder / "log_history.json").read_text()
+
+
 def test_coco_a_row_a_caption(run, tmp_path, scenes):
     splits = {"train": coco_rows(scenes[:8], 100), "test": coco_rows(scenes[20:24], 120)}
     finished = run("coco", save(tmp_path / "data", splits, image=Image()))

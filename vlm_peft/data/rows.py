@@ -67,7 +67,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
             )
         if "+" in split:
             raise ValueError(f"One file holds one split, got {split!r}; --split_column names where it says more.")
-        return {**_FILES[path.suffix], "data_files": {split: str(path)}}
+        return {**_FILES[path.suffix], "data_files": {split.partition("[")[0]: str(path)}}
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"The data set {name} is not there: expected a table's file or a folder.")
     if path.is_dir() and any(any(path.rglob(f"metadata.{kind}")) for kind in ("jsonl", "csv", "parquet")):
@@ -81,7 +81,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
     else:
         where = {"path": name}
     splits = get_dataset_split_names(**where, revision=revision)
-    missing = [part for part in split.split("+") if part not in splits]
+    missing = [part for part in split.split("+") if part.partition("[")[0] not in splits]
     if missing:
         raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
@@ -102,7 +102,7 @@ def load_rows(
         name (`str`): Hub id, table (parquet, CSV, TSV, JSON or JSON Lines), folder of tables, or image folder with
             `metadata.jsonl`, `.csv` or `.parquet`.
         split (`str`): Which part: `"train"`, `"test"`, ...; `"train+restval"` are two parts, here and in
-            `split_column`.
+            `split_column`; `"train[:90%]"` and `"train[90%:]"` divide a part that is all there is.
         revision (`str`, *optional*): Of the Hub repository (`refs/convert/parquet` for those with a loading script).
         stored_split (`str`, *optional*): The split as stored when the true one is in `split_column`.
         split_column (`str`, *optional*): Column that names each row's true split (Flickr30k stores all rows as `test`).

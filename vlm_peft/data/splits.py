@@ -46,6 +46,7 @@ class Split:
 
     Args:
         name (`str`): What its folder is called.
+        stored_name (`str`): What the data set calls it.
         data ([`~vlm_peft.arguments.DataArguments`]): Where it comes from.
         texts (`Dataset`): Rows without pictures, grouped as the task wants them; `id` is the row's own, or a list of
             its members' ids.
@@ -58,6 +59,7 @@ class Split:
     """
 
     name: str
+    stored_name: str
     data: DataArguments
     texts: Dataset
     task: Task
@@ -150,7 +152,7 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
         opened = [pictures.open(index) for index in ids]
         return {"pixel_values": processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
 
-    return Split(name, data, texts, task, pictures, from_pixels)
+    return Split(name, name, data, texts, task, pictures, from_pixels)
 
 
 def encode_pictures(
