@@ -18,6 +18,8 @@ _OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encodi
 _TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 # Stands for a text while its surroundings are rendered. Private-use characters never come this far as text.
 _ANY_TEXT = "\uf8ff"
+# Roles and kinds of parts -> what our template writes around their texts.
+_FRAMES: dict[tuple, list[str]] = {}
 
 
 class VisionQwenProcessor(ProcessorMixin):
@@ -165,34 +167,38 @@ class VisionQwenProcessor(ProcessorMixin):
         keys = [f"{add_prompt}{messages}" for messages, add_prompt in conversations]
         distinct = dict(zip(keys, conversations, strict=True))
         suspicious = _control_tokens(tuple(self.tokenizer.added_tokens_encoder))
-        frames: dict[str, list[str]] = {}
         encoded, texts = {}, {}
         for key, (messages, add_prompt) in distinct.items():
             if any(suspicious.search(_text_of(message)) for message in messages):
                 arguments = {"tokenize": True, "return_dict": True, "sanitize_control_tokens": True}
                 encoded[key] = self._apply(messages, add_prompt, **arguments)["input_ids"]
             else:
-                texts[key] = self._render(messages, add_prompt, frames)
+                texts[key] = self._render(messages, add_prompt)
         if texts:
             ids = self.tokenizer(list(texts.values()), add_special_tokens=False)["input_ids"]
             encoded |= zip(texts, ids, strict=True)
         return [encoded[key] for key in keys]
 
-    def _render(self, messages: list[dict], add_prompt: bool, frames: dict[str, list[str]]) -> str:
-        """Text of a conversation; those that differ in their last text only are rendered once.
-
-        Args:
-            frames (`dict[str, list[str]]`): What was rendered before, around the last text; filled here.
-        """
-        last = messages[-1]
+    def _render(self, messages: list[dict], add_prompt: bool) -> str:
+        """Text of a conversation; those that differ in their texts only are rendered once."""
+        texts: list[Any] = [
+            part.get("text") for message in messages for part in _parts(message) if part.get("type") == "text"
+        ]
         # Another template may do more with a text than copy it.
-        if not isinstance(last["content"], str) or self.chat_template != _OUR_TEMPLATE:
+        if self.chat_template != _OUR_TEMPLATE or not all(isinstance(text, str) for text in texts):
             return self._apply(messages, add_prompt, tokenize=False)
-        key = f"{add_prompt}{last['role']}{messages[:-1]}"
-        if key not in frames:
-            marked = [*messages[:-1], {**last, "content": _ANY_TEXT}]
-            frames[key] = self._apply(marked, add_prompt, tokenize=False).split(_ANY_TEXT)
-        return last["content"].join(frames[key])
+        key = (
+            add_prompt,
+            *((message["role"], *(part.get("type") for part in _parts(message))) for message in messages),
+        )
+        if key not in _FRAMES:
+            marked = [
+                {**message, "content": [{**part, "text": _ANY_TEXT} for part in _parts(message)]}
+                for message in messages
+            ]
+            _FRAMES[key] = self._apply(marked, add_prompt, tokenize=False).split(_ANY_TEXT)
+        first, *following = _FRAMES[key]
+        return first + "".join(text + frame for text, frame in zip(texts, following, strict=True))
 
     def _apply(self, messages: list[dict], add_prompt: bool, **arguments):
         return self.tokenizer.apply_chat_template(
