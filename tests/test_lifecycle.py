@@ -1,10 +1,11 @@
-"""An adapter's life, for each kind of adapter: trained, killed, resumed, saved, loaded elsewhere, disabled, merged.
+"""An adapter's life, for each kind: trained, killed, resumed, saved, loaded, merged, exported, pushed and pulled.
 
 Runs are real ones of `VisionSFTTrainer` on tiny bases, six steps long with a checkpoint every two.
 """
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,15 +16,25 @@ import pytest
 import torch
 from conftest import make_config, make_processor, save_bases
 from datasets import Dataset
+from hub_server import serve
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import BitsAndBytesConfig, Qwen3Config, Qwen3ForCausalLM, TrainerCallback, set_seed
+from test_hub import OWNER, Worker
+from transformers import (
+    BitsAndBytesConfig,
+    LlavaForConditionalGeneration,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    TrainerCallback,
+    set_seed,
+)
 from trl import SFTConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import lora_config
 from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.commands.export import export_llava, export_merged
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
 
 IMAGE = 259
@@ -200,6 +211,19 @@ def lives(wide_bases, tmp_path_factory) -> dict[str, Life]:
     return found
 
 
+@pytest.fixture(scope="module")
+def hub(wide_bases, tmp_path_factory):
+    """Calls functions of `vlm_peft.hub` in a process that knows a server on loopback, which has the bases."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "home").mkdir()
+    with serve() as server:
+        for name, base in zip(("tiny/clip", "tiny/qwen3"), wide_bases, strict=True):
+            server.add(name, {path.name: path.read_bytes() for path in base.iterdir()})
+        worker = Worker(server, folder)
+        yield worker
+        worker.close()
+
+
 @pytest.fixture(params=VARIANTS)
 def life(lives, request) -> Life:
     return lives[request.param]
@@ -267,6 +291,27 @@ def test_merged_equals_unmerged(life):
     merged = VisionQwen.from_adapter(life.folder, merge=True)
     assert type(merged) is VisionQwen
     assert_close(logits(merged), logits(full), 1e-4 if life.variant == "dora" else 1e-5)
+
+
+def test_exported_equals_local(life, tmp_path):
+    """A stock Llava and a merged folder; adapters of a quantized decoder go into its full weights."""
+    local = logits(VisionQwen.from_adapter(life.folder))
+    llava = LlavaForConditionalGeneration.from_pretrained(export_llava(life.folder, tmp_path / "llava"))
+    merged = VisionQwen.from_pretrained(export_merged(life.folder, tmp_path / "merged"))
+    for exported in (llava, merged):
+        assert_close(logits(exported), local, 1e-4 if life.variant == "dora" else 1e-5)
+
+
+def test_pushed_and_pulled_equals_local(life, hub, wide_bases, tmp_path):
+    folder = shutil.copytree(life.folder, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*"))
+    (folder / "README.md").write_text("# An adapter\n")
+    names = {"vision": "tiny/clip", "text": "tiny/qwen3"}
+    assert hub("push_adapter", folder=folder, repo_id=f"me/{life.variant}", token=OWNER, **names)[0] == "ok"
+    shutil.rmtree(folder)
+    status, pulled = hub("pull_model", repo_id=f"me/{life.variant}")
+    assert status == "ok"
+    bases = dict(zip(names, wide_bases, strict=True))
+    assert torch.equal(logits(VisionQwen.from_adapter(pulled, **bases, **loading(life.variant))), logits(life.load()))
 
 
 def test_another_base_is_refused(life, wide_bases, tmp_path):
