@@ -338,7 +338,8 @@ def test_encoding_is_kept_and_never_taken_for_another(processor, stored_rows, mo
 
 
 def test_a_folder_that_was_made_anew_under_its_name_gives_its_new_rows(tmp_path):
-    card = "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: data/train-*.parquet\n---\n"
+    files = "  data_files:\n  - split: train\n    path: data/train-*.parquet\n"
+    card = f"---\nconfigs:\n- config_name: default\n{files}---\n"
     for place, captions in (("one", ["a", "b"]), ("two", ["c", "d", "e"])):
         folder = tmp_path / place / "pictures"
         (folder / "data").mkdir(parents=True)
