@@ -2,6 +2,7 @@
 
 import json
 
+import evaluation
 import pytest
 import sft
 
@@ -60,11 +61,20 @@ def test_scores_are_logged_and_choose_the_best_checkpoint(train, capsys):
     assert "expected" in log
 
 
-def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(train):
+def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(train, monkeypatch):
+    def generate(model, processor, questions, fetch_images, **arguments):
+        """An untrained model's captions would score 0 either way."""
+        return [
+            {"id": each.id, "prediction": f"{each.references[1]} paint", "references": each.references}
+            for each in questions
+        ]
+
+    monkeypatch.setattr(evaluation, "generate_rows", generate)
     history, folder = train("--max_steps", "2", "--metric_for_best_model", "eval_loss")
     in_training = next(entry for entry in history if "eval_CIDEr" in entry)
     rows = [json.loads(line) for line in (folder / "eval" / "val" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 4
+    assert in_training["eval_CIDEr"] > 1
     assert in_training["eval_CIDEr"] == pytest.approx(sum(row["cider"] for row in rows[:3]) / 3, abs=1e-12)
 
 
