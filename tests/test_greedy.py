@@ -123,6 +123,18 @@ def test_texts_are_those_of_generate_and_ended_ones_leave_the_batch(model, chose
     assert sizes[-1] < len(PROMPTS)
 
 
+def test_other_tokens_that_are_suppressed_stay_away(model):
+    arguments = {"attention_mask": MASK, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 256}
+    model.generation_config.eos_token_id = None
+    said = model.generate(PROMPTS, **arguments)[:, PROMPTS.shape[1] :].unique().tolist()
+    banned = [model.config.image_token_id, *said]
+    expected = model.generate(PROMPTS, suppress_tokens=banned, **arguments)
+    found = model.generate(
+        PROMPTS, suppress_tokens=banned, custom_generate=greedy, choose=make_argmax(model), **arguments
+    )
+    assert torch.equal(found, expected)
+
+
 def test_other_processors_of_logits_are_obeyed(model):
     end = first_ends(model)
     arguments = {"attention_mask": MASK, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 256}

@@ -99,7 +99,12 @@ def greedy(
     mask = torch.ones_like(input_ids) if mask is None else mask
     images = {name: inputs[name] for name in ("pixel_values", "mm_encoder_outputs") if inputs.get(name) is not None}
     pad = generation_config.pad_token_id
-    only_bans = all(isinstance(each, SuppressTokensLogitsProcessor) for each in logits_processor)
+    # `choose` bans the placeholder and nothing else.
+    placeholder = [model.config.image_token_id]
+    only_bans = all(
+        isinstance(each, SuppressTokensLogitsProcessor) and each.suppress_tokens.tolist() == placeholder
+        for each in logits_processor
+    )
     whole = input_ids
     active = torch.arange(len(input_ids), device=input_ids.device)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
