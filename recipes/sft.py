@@ -108,11 +108,12 @@ def make_scorer(run: Run, processor, held_out: dict):
     """What scores the model during training: the same questions at every evaluation, shared by all processes."""
     from accelerate import PartialState
     from evaluation import generate_rows, sample_table
-    from sft_data import first_held_out
     from task_scores import score_rows
 
+    from vlm_peft.data.splits import first_of_each
+
     watched = []
-    for split in first_held_out(held_out):
+    for split in first_of_each(held_out.values()):
         questions = list(split.questions())
         watched.append((split, questions[: run.vision.eval_samples], questions[run.vision.eval_samples :]))
 
@@ -235,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
 
     from accelerate import PartialState
-    from sft_data import is_blind, load_held_out, load_training
+    from sft_data import load_held_out, load_training
     from transformers import set_seed
 
     from vlm_peft import VisionQwen, VisionQwenProcessor
@@ -270,7 +271,7 @@ def main(arguments: list[str] | None = None) -> int:
     processor = VisionQwenProcessor.from_pretrained(training_args.output_dir)
     with run.phase("score"):
         evaluate(run, trained, processor, held_out)
-        blind = {name: split for name, split in held_out.items() if is_blind(split)}
+        blind = {name: split for name, split in held_out.items() if split.is_blind}
         evaluate(run, trained, processor, blind, "-blind")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started

@@ -14,7 +14,7 @@ from vlm_peft.arguments import VisionArguments
 from vlm_peft.data.leakage import check_overlap, picture_hashes
 from vlm_peft.data.mixture import fetch_from, first_images, mix
 from vlm_peft.data.rows import encode_rows
-from vlm_peft.data.splits import Split, encode_pictures, leave_out, load_split
+from vlm_peft.data.splits import Split, encode_pictures, first_of_each, leave_out, load_split
 from vlm_peft.data.streaming import stack_pixels
 from vlm_peft.training_setup import sources, training_sources, training_stream
 
@@ -60,11 +60,6 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
     return found
 
 
-def is_blind(split: Split) -> bool:
-    """Whether the blind control of a held-out split was asked for."""
-    return split.stored_name in split.data.blind_splits
-
-
 def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
     """Training rows of all data sets, checked against the held-out pictures and encoded.
 
@@ -77,7 +72,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
     Raises:
         ValueError: for rows that cannot be used, or pictures that are also held out.
     """
-    watched = first_held_out(held_out) if training.eval_strategy != "no" else []
+    watched = first_of_each(held_out.values()) if training.eval_strategy != "no" else []
     if vision.streaming:
         hashes: set[str] = set()
         if not vision.allow_overlap:
@@ -121,14 +116,6 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         described + ".",
         splits,
     )
-
-
-def first_held_out(held_out: dict[str, Split]) -> list[Split]:
-    """The first held-out split of each data set: what is watched while training."""
-    found: dict[int, Split] = {}
-    for split in held_out.values():
-        found.setdefault(id(split.data), split)
-    return list(found.values())
 
 
 def _encode(vision: VisionArguments, training, processor, splits: list[Split], first: int) -> list[Dataset]:

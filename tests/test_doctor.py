@@ -174,7 +174,7 @@ def test_a_disk_that_is_too_small(options, capsys, monkeypatch):
     assert "--feature_cache_dir" in problems[0]
 
 
-def test_an_unreadable_picture_and_an_empty_text(options, capsys, tmp_path):
+def test_an_unreadable_picture_and_an_empty_text(options, capsys, caplog, tmp_path):
     rows = flickr_rows()
     rows["image"][5]["bytes"] = rows["image"][5]["bytes"][:40]
     rows["caption"][7] = []
@@ -187,6 +187,7 @@ def test_an_unreadable_picture_and_an_empty_text(options, capsys, tmp_path):
     status, problems, printed = examine(options, capsys, dataset_name=data, on_bad_row="skip")
     assert (status, problems) == (0, [])
     assert "left out: 1 of 24 rows of train (5)" in printed
+    assert not caplog.records  # The loader's own warnings would say it again.
     assert "of 22 rows" in printed
 
 

@@ -21,6 +21,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .configuration_vision_qwen import VisionQwenConfig
+from .hub.access import looks_local
 from .hub.models import pull_model
 from .modeling_vision_qwen import VisionQwen
 
@@ -223,10 +224,16 @@ def load_pissa_from_lora(
     return saved_start
 
 
+def base_model(model: PreTrainedModel | PeftModel) -> VisionQwen:
+    """The model inside its adapter."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, VisionQwen)
+    return base
+
+
 def save_composite_config(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
     """Writes the composite `config.json` into an adapter folder; local bases are kept as absolute paths."""
-    config = (model.get_base_model() if isinstance(model, PeftModel) else model).config
-    assert isinstance(config, VisionQwenConfig)
+    config = base_model(model).config
     for field in ("vision_name_or_path", "text_name_or_path"):
         name = getattr(config, field)
         if name is not None and Path(name).exists():
@@ -277,7 +284,7 @@ def load_adapter(
         )
     folder = Path(name_or_path)
     if not folder.exists():
-        if _looks_local(str(name_or_path)):
+        if looks_local(str(name_or_path)):
             raise FileNotFoundError(f"The adapter folder {name_or_path} is not there.")
         folder = pull_model(str(name_or_path), revision=revision)
     _check_adapter_files(folder)
@@ -289,7 +296,7 @@ def load_adapter(
         )
     bases = {"vision": str(vision or config.vision_name_or_path), "text": str(text or config.text_name_or_path)}
     for part, base in bases.items():
-        if _looks_local(base) and not Path(base).exists():
+        if looks_local(base) and not Path(base).exists():
             raise FileNotFoundError(
                 f"The adapter {folder} was trained on the {part} base {base}, which is not there: say where it lies "
                 f"with {part}=."
@@ -308,11 +315,6 @@ def load_adapter(
     if merge:
         return adapted.merge_and_unload().eval()
     return adapted if is_trainable else adapted.eval()
-
-
-def _looks_local(name: str) -> bool:
-    """Whether a name cannot be a Hub id, which is `owner/name`."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 def _check_adapter_files(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from tqdm.auto import tqdm
 
+from .adapters import base_model
 from .greedy import greedy, make_argmax
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
@@ -152,9 +153,7 @@ class _Features:
     """Vision features of pictures, each fetched and encoded once and forgotten after its last use."""
 
     def __init__(self, model: VisionQwen | PeftModel, image_ids: list[list[int]], fetch_images: Callable):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        assert isinstance(base, VisionQwen)
-        self._model = base
+        self._model = base_model(model)
         self._fetch_images = fetch_images
         self._uses_left = Counter(image for images in image_ids for image in images)
         self._kept: dict[int, torch.Tensor] = {}

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 
 from .adapters import is_adapter_folder, load_adapter
 from .configuration_vision_qwen import VisionQwenConfig
+from .hub.access import looks_local
 from .hub.models import HubError, pull_model
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
@@ -31,7 +32,7 @@ def find_model(name: str | Path, revision: str | None = None) -> Path:
     folder, name = Path(name).expanduser(), str(name)
     if folder.is_dir():
         return folder
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or folder.exists():
+    if looks_local(name) or folder.exists():
         raise FileNotFoundError(f"The model {name} is not there: expected a folder, or an id on the Hub.")
     try:
         return pull_model(name, revision=revision)
@@ -93,13 +94,6 @@ def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
             f"{VisionQwenConfig.model_type} model; it holds {shown}."
         )
     return VisionQwen.from_pretrained(folder, dtype=dtype)
-
-
-def base_model(model: VisionQwen | PeftModel) -> VisionQwen:
-    """The model inside its adapter."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, VisionQwen)
-    return base
 
 
 def default_device() -> torch.device:

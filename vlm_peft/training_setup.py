@@ -23,6 +23,7 @@ from .data.mixture import mix
 from .data.rows import picture_folder, resolve_paths
 from .data.splits import bind_task
 from .data.streaming import load_stream, stream_rows
+from .hub.access import looks_local
 from .joining import joint_config
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
@@ -46,7 +47,7 @@ def local(name: str, option: str) -> str:
         return name
     if (_ROOT / name).exists():
         return str(_ROOT / name)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if looks_local(name):
         raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
     return name
 

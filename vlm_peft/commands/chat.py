@@ -14,8 +14,8 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
+from ..adapters import base_model
 from ..data.pictures import open_picture
-from ..loading import base_model
 from ..modeling_vision_qwen import VisionQwen
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn

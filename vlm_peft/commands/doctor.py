@@ -38,10 +38,10 @@ from trl import ModelConfig, SFTConfig
 from ..adapters import PROJECTOR, check_trainable, format_trainable_table, is_pissa, trainable_table
 from ..arguments import VisionArguments, parse_arguments
 from ..data.leakage import check_overlap
-from ..data.mixture import first_images, mix
+from ..data.mixture import fetch_from, first_images, mix
 from ..data.pictures import UnreadablePictureError
 from ..data.rows import encode_rows
-from ..data.splits import Split, leave_out, load_split, row_name
+from ..data.splits import Split, first_of_each, leave_out, load_split, row_name
 from ..data.streaming import stack_pixels
 from ..feature_cache import count_missing, features_folder, picture_bytes
 from ..generation import generate_texts
@@ -104,7 +104,7 @@ def main(arguments: list[str]) -> int:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     # The recipe's loader warns of each kind of row that it leaves out; here they are told with the rest.
-    data_logger = logging.getLogger(f"{__package__}.data")
+    data_logger = logging.getLogger(encode_rows.__module__)
     level, was_caching = data_logger.level, datasets.is_caching_enabled()
     data_logger.setLevel(logging.ERROR)
     datasets.disable_caching()
@@ -279,7 +279,7 @@ class Doctor:
         """
         assert self.processor is not None
         if self.training.eval_strategy != IntervalStrategy.NO:
-            for split in {id(split.data): split for split in reversed(self.held_out)}.values():
+            for split in first_of_each(self.held_out):
                 with self.catching():
                     self.encode_split(split, 0)
         if self.vision.streaming:
@@ -475,8 +475,9 @@ class Doctor:
         assert self.processor is not None
         if isinstance(rows, IterableDataset):
             return stack_pixels, math.nan
+        fetch_pixels = fetch_from(self.train)
         if not self.vision.feature_cache:
-            return self.fetch_pixels, math.nan
+            return fetch_pixels, math.nan
         wanted = list(dict.fromkeys(image for images in rows["image_ids"][:] for image in images))
         features: list[torch.Tensor] = []
         start = time.perf_counter()
@@ -484,7 +485,7 @@ class Doctor:
         for first in range(0, len(wanted), _ENCODE_AT_ONCE):
             if time.perf_counter() - start > _ENCODE_SECONDS:
                 break
-            pixels = self.fetch_pixels(wanted[first : first + _ENCODE_AT_ONCE])["pixel_values"].to(tower.device)
+            pixels = fetch_pixels(wanted[first : first + _ENCODE_AT_ONCE])["pixel_values"].to(tower.device)
             with torch.inference_mode():
                 # An independent copy: what inference mode made cannot take part in training.
                 encoded = self.model.model.get_vision_features(pixels).float().cpu()
@@ -501,18 +502,6 @@ class Doctor:
             return {"image_features": torch.stack([features[place[image]] for image in images])}
 
         return fetch, rate
-
-    def fetch_pixels(self, images: list[int]) -> dict[str, torch.Tensor]:
-        """Pictures, numbered over all training splits, as `pixel_values`."""
-        assert self.processor is not None
-        starts = first_images(self.train)
-        opened = []
-        for image in images:
-            owner = max(
-                index for index, start in enumerate(starts) if start <= image and len(self.train[index].pictures)
-            )
-            opened.append(self.train[owner].pictures.open(image - starts[owner]))
-        return {"pixel_values": self.processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
 
     def trial_arguments(self, folder: str, batches: int) -> SFTConfig:
         """The run's arguments for a few steps that leave nothing behind."""
@@ -641,7 +630,7 @@ class Doctor:
         total = 0
         for split in self.held_out:
             count = sum(1 for _ in split.questions())
-            total += count * (1 + self.vision.score_before + (split.name in split.data.blind_splits))
+            total += count * (1 + self.vision.score_before + split.is_blind)
         return total
 
     def note_peak(self, phase: str) -> None:

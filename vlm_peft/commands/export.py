@@ -37,11 +37,11 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ..adapters import is_adapter_folder
+from ..adapters import base_model, is_adapter_folder
 from ..configuration_vision_qwen import VisionQwenConfig
 from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
-from ..loading import base_model, load_model
+from ..loading import load_model
 from ..modeling_vision_qwen import VisionQwen
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import TASK_FILE, TaskSettings

@@ -22,9 +22,9 @@ import gradio
 import torch
 from peft import PeftModel
 
+from ..adapters import base_model
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..generation import generate_texts
-from ..loading import base_model
 from ..modeling_vision_qwen import VisionQwen
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import TaskSettings

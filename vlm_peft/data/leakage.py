@@ -8,9 +8,7 @@ are also compared by number, since COCO moved pictures of val2014 into train2017
 import re
 from dataclasses import dataclass
 
-import xxhash
-
-from .pictures import Pictures, UnreadablePictureError
+from .pictures import Pictures
 from .splits import Split, row_name
 
 # COCO_val2014_000000391895.jpg, 000000391895.jpg, train2017/000000391895.jpg
@@ -35,19 +33,12 @@ class Overlap:
         return bool(self.by_content or self.by_id)
 
 
-def picture_hash(encoded: bytes) -> str:
-    """Hash of a picture file's bytes: 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(encoded)
-
-
 def picture_hashes(pictures: Pictures) -> dict[str, int]:
     """Hash -> number of the first picture that has it; pictures that cannot be read are left out."""
     hashes: dict[str, int] = {}
-    for index in range(len(pictures)):
-        try:
-            hashes.setdefault(picture_hash(pictures.encoded(index)), index)
-        except UnreadablePictureError:
-            continue
+    for index, name in enumerate(pictures.hashes):
+        if name is not None:
+            hashes.setdefault(name, index)
     return hashes
 
 

@@ -8,11 +8,13 @@ import binascii
 import io
 import warnings
 from bisect import bisect_right
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import xxhash
 from datasets import Dataset
 from PIL import ExifTags, ImageOps
 from PIL import Image as PILImage
@@ -199,6 +201,17 @@ class Pictures:
         """Width and height of picture `index`; see [`picture_size`]."""
         return picture_size(self.raw(index))
 
+    @cached_property
+    def hashes(self) -> list[str | None]:
+        """[`picture_hash`] of each picture; `None` where there is no file to take it of. The files are read once."""
+        found: list[str | None] = []
+        for index in range(len(self)):
+            try:
+                found.append(picture_hash(self.encoded(index)))
+            except UnreadablePictureError:
+                found.append(None)
+        return found
+
     def encoded(self, index: int) -> bytes:
         """The encoded bytes of picture `index`: what its content hash is taken of.
 
@@ -225,6 +238,11 @@ def picture_size(value) -> list[int]:
         # As in `open_picture`: anything comes out of damaged files.
         raise UnreadablePictureError(f"Cannot read the picture's size: {error}") from error
     return [height, width] if lying else [width, height]
+
+
+def picture_hash(encoded: bytes) -> str:
+    """Hash of a picture file's bytes: 32 hexadecimal digits (xxh3, 128 bits)."""
+    return xxhash.xxh3_128_hexdigest(encoded)
 
 
 def encoded_bytes(value) -> bytes:

@@ -26,6 +26,7 @@ from datasets import (
 from datasets.fingerprint import Hasher
 
 from .. import processing_vision_qwen, shared_prefix
+from ..hub.access import looks_local
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Example, Task
 from ..tasks import example as example_module
@@ -68,7 +69,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         if "+" in split:
             raise ValueError(f"One file holds one split, got {split!r}; --split_column names where it says more.")
         return {**_FILES[path.suffix], "data_files": {split.partition("[")[0]: str(path)}}
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+    if not path.exists() and looks_local(name):
         raise FileNotFoundError(f"The data set {name} is not there: expected a table's file or a folder.")
     if path.is_dir() and any(any(path.rglob(f"metadata.{kind}")) for kind in ("jsonl", "csv", "parquet")):
         where = {"path": "imagefolder", "data_dir": str(path)}

@@ -4,20 +4,19 @@ Stage: names and options -> everything that encoding, training and evaluation re
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import xxhash
 from accelerate import PartialState
 from datasets import Dataset
-from peft import PeftModel
 
+from ..adapters import base_model
 from ..arguments import DataArguments
 from ..feature_cache import build_feature_cache
 from ..tasks import Task, make_task
-from .pictures import Pictures, UnreadablePictureError
+from .pictures import Pictures
 from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
 
 
@@ -68,6 +67,11 @@ class Split:
     unreadable: dict[int, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def is_blind(self) -> bool:
+        """Whether the blind control of a held-out split was asked for."""
+        return self.stored_name in self.data.blind_splits
+
     def questions(self) -> Iterator[Question]:
         """All that a model is asked about the rows that are not left out."""
         for index, row in enumerate(self.texts):
@@ -93,12 +97,17 @@ def content_hash(split: Split) -> str:
     digest = xxhash.xxh3_128()
     for row in split.texts:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
-    for index in range(len(split.pictures)):
-        try:
-            digest.update(split.pictures.encoded(index))
-        except UnreadablePictureError as error:
-            digest.update(str(error).encode())
+    for each in split.pictures.hashes:
+        digest.update((each or "unreadable").encode())
     return digest.hexdigest()
+
+
+def first_of_each(splits: Iterable[Split]) -> list[Split]:
+    """The first split of each data set: of those held out, what is watched while training."""
+    found: dict[int, Split] = {}
+    for split in splits:
+        found.setdefault(id(split.data), split)
+    return list(found.values())
 
 
 def bind_task(data: DataArguments, columns: list[str]) -> Task:
@@ -176,8 +185,9 @@ def encode_pictures(
     if not feature_cache:
         split.unreadable = find_unreadable(split.pictures)
         return split
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    features = build_feature_cache(base, processor.image_processor, split.pictures, directory=directory, dtype=dtype)
+    features = build_feature_cache(
+        base_model(model), processor.image_processor, split.pictures, directory=directory, dtype=dtype
+    )
     split.fetch_images = lambda ids: {"image_features": features.get(ids)}
     split.unreadable = features.unreadable
     return split

@@ -15,8 +15,7 @@ from ..arguments import DataArguments
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Task
 from ..tasks.example import PICTURE_PLACES
-from .leakage import picture_hash
-from .pictures import UnreadablePictureError, encoded_bytes, open_picture
+from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash
 from .rows import lay_out_row, locate
 
 SHUFFLE_ROWS = 1000

@@ -61,6 +61,11 @@ def is_hub_id(name: str) -> bool:
     return True
 
 
+def looks_local(name: str) -> bool:
+    """Whether a name cannot be a Hub id, which is `owner/name`, so that it must be a path that is there."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def find_token(token: str | None, repo_id: str, private: bool | None) -> str:
     """The token given, or that of `hf auth login` or `HF_TOKEN`.
 

@@ -103,6 +103,14 @@ def row_key(row: dict, columns: list[str]) -> str:
     return json.dumps(values, default=str) if any(value is not None for value in values) else uuid4().hex
 
 
+def answered(questions: list[list[dict]], answers: list[str]) -> list[list[dict]]:
+    """Completions of an [`Example`]: each question with the assistant's turn after it."""
+    return [
+        [*question, {"role": "assistant", "content": answer}]
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+
+
 def picture_turn(*texts: str | None, pictures: int = 1) -> list[dict]:
     """A user's turn as the one message of a prompt: pictures first, then texts."""
     content: list[dict] = [{"type": "image"}] * pictures

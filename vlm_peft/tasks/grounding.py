@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .example import Example, Task, picture_turn, require_columns
+from .example import Example, Task, answered, picture_turn, require_columns
 
 GRID = 1000
 """Cells of the grid along each side of a picture."""
@@ -201,10 +201,7 @@ def _example(questions: list[list[str]], found: list[list[tuple[str, list[int]]]
         asked.append([{"role": "user", "content": question}])
         answers.append("; ".join(f"{label} {box}" for label, box in boxes) or NOTHING)
         details.append({"question": question, "boxes": [{"label": label, "box": box} for label, box in boxes]})
-    completions = [
-        [*question, {"role": "assistant", "content": answer}] for question, answer in zip(asked, answers, strict=True)
-    ]
-    return Example(picture_turn(), completions, [[answer] for answer in answers], asked, details)
+    return Example(picture_turn(), answered(asked, answers), [[answer] for answer in answers], asked, details)
 
 
 def _from_corners(box: list[float]) -> list[float]:

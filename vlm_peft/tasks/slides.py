@@ -2,7 +2,7 @@
 
 import re
 
-from .example import PICTURE_PLACES, Example, Task, has_text, require_columns, row_key, to_text
+from .example import PICTURE_PLACES, Example, Task, answered, has_text, require_columns, row_key, to_text
 from .vqa import members, question_turn
 
 DECK_COLUMNS = ("deck_name", "deck_url")
@@ -102,11 +102,8 @@ def slides_example(
     content: list[dict] = []
     for number in shown:
         content += [{"type": "text", "text": f"Page {number}:"}, {"type": "image"}]
-    completions = [
-        [*question, {"role": "assistant", "content": text}] for question, text in zip(asked, learnt, strict=True)
-    ]
     prompt = [{"role": "user", "content": content}]
-    return Example(prompt, completions, [[answer] for answer in answers], asked, details)
+    return Example(prompt, answered(asked, learnt), [[answer] for answer in answers], asked, details)
 
 
 def _evidence(pages) -> list[int]:

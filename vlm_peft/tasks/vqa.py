@@ -1,6 +1,6 @@
 """Visual questions: one picture, several questions, each with its answers."""
 
-from .example import Example, Task, has_text, picture_turn, require_columns, row_key, to_text
+from .example import Example, Task, answered, has_text, picture_turn, require_columns, row_key, to_text
 
 ANSWER_COLUMNS = ("answers", "multiple_choice_answer", "answer")
 """Names under which published data sets keep what was answered; at least one is needed."""
@@ -75,10 +75,7 @@ def vqa_example(questions: list[dict], instruction: str | None = None) -> Exampl
         references.append(accepted)
         kinds = {"question_type": item.get("question_type") or item.get("type"), "answer_type": item.get("answer_type")}
         details.append({"question": question} | {name: kind for name, kind in kinds.items() if kind})
-    completions = [
-        [*question, {"role": "assistant", "content": answer}] for question, answer in zip(asked, learnt, strict=True)
-    ]
-    return Example(picture_turn(), completions, references, asked, details)
+    return Example(picture_turn(), answered(asked, learnt), references, asked, details)
 
 
 def question_turn(question: str, instruction: str | None) -> list[dict]:
