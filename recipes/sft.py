@@ -349,6 +349,7 @@ def check_saved(run: Run, trainer) -> None:
 
     from vlm_peft import VisionQwen
     from vlm_peft.adapters import is_pissa
+    from vlm_peft.cuda import plain_decoder
 
     if not run.is_main:
         return
@@ -356,7 +357,7 @@ def check_saved(run: Run, trainer) -> None:
     batch = {key: value.to(trainer.args.device) for key, value in batch.items() if "labels" not in key}
     reloaded = VisionQwen.from_adapter(trainer.args.output_dir, **run.loading).to(trainer.args.device)
     model = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False).eval()
-    with torch.inference_mode():
+    with torch.inference_mode(), plain_decoder(model):
         logits = model(**batch).logits
         difference = (logits - reloaded(**batch).logits).abs().max().item()
     # A GPU's kernels may add in another order from one call to the next; PiSSA was trained on a base without its start.

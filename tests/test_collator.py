@@ -57,13 +57,16 @@ def test_packed_rows_keep_apart_and_their_pictures_in_order():
     assert fetched == [[4, 2, 9, 1]]
 
 
-def test_fixed_length_gives_one_shape_and_the_same_labels():
-    batch, _ = collate(ROWS, fixed_length=True, max_length=12)
-    assert batch["input_ids"].shape == (2, 12)
+@pytest.mark.parametrize(("sequence_length", "width"), [(12, 12), (6, 128)])
+def test_one_sequence_of_a_given_length_has_the_same_labels(sequence_length, width):
+    batch, fetched = collate(ROWS, sequence_length=sequence_length, max_length=5, image_token_id=3)
+    assert batch["input_ids"].shape == (1, width)
     targets, positions = batch["shift_labels"][0], batch["label_positions"]
     assert targets.shape == positions.shape == (256,)
     assert targets[targets != -100].tolist() == [7, 9, 8]
-    assert positions[targets != -100].tolist() == [2, 4, 13]
+    assert positions[targets != -100].tolist() == [2, 4, 6]
+    assert batch["image_positions"].tolist() == [2, 4]
+    assert fetched == [[4, 2, 9]]
 
 
 def test_rows_without_pictures_fetch_none():
@@ -78,7 +81,6 @@ def test_a_row_longer_than_a_sequence_is_refused_not_cut(packing):
         collate(ROWS, packing=packing, max_length=4)
 
 
-@pytest.mark.parametrize("name", ["packing", "fixed_length"])
-def test_what_needs_a_length_asks_for_it(name):
-    with pytest.raises(ValueError, match="need max_length, the tokens of a sequence; got None"):
-        collate(ROWS, **{name: True})
+def test_packing_asks_for_a_length():
+    with pytest.raises(ValueError, match="packing needs max_length, the tokens of a sequence; got None"):
+        collate(ROWS, packing=True)

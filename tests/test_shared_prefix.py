@@ -1,8 +1,11 @@
 """Shared-prefix batches against separate samples: same loss, same gradients, nothing leaks."""
 
+import random
+
 import pytest
 import torch
 from conftest import make_config, make_processor
+from torch import nn
 
 from vlm_peft import VisionQwen, shared_prefix
 from vlm_peft.collator import SharedPrefixCollator, pack_best_fit
@@ -99,7 +102,7 @@ def compare(rows, dtype=torch.float32, attn_implementation="sdpa", **arguments):
 @pytest.mark.parametrize("layout", [{}, {"packing": True, "max_length": 400}, {"packing": True, "max_length": 130}])
 def test_loss_and_every_gradient_equal_separate_samples(name, layout):
     if layout.get("max_length") == 130 and name != "questions":
-        layout = {"packing": True, "max_length": 220, "fixed_length": True}
+        layout = {"sequence_length": 256, "max_length": 220, "image_token_id": 259}
     loss, gradient = compare(ROWS[name], **layout)
     assert loss < RELATIVE
     assert gradient < RELATIVE
@@ -207,13 +210,38 @@ def test_empty_completions_are_refused(processor, completion):
         processor.encode_row([{"role": "user", "content": "a"}], [completion])
 
 
-def test_block_mask_equals_boolean_mask():
-    segments = torch.tensor([[[0, 0], [0, 0], [0, 1], [0, 1], [0, 2], [1, 0], [1, 1], [-1, -1]]])
+@pytest.mark.parametrize("length", [8, 128, 300, 512])
+def test_block_mask_equals_boolean_mask(length):
+    drawn = random.Random(length)
+    sequences = []
+    for _ in range(2):
+        segments, row = [], 0
+        while len(segments) < length:
+            # Prefixes of several blocks have full ones among them; some rows have no prefix of their own.
+            segments += [[row, 0]] * drawn.choice([0, 1, 40, 300])
+            segments += [[row, branch] for branch in (1, 2, 3) for _ in range(drawn.randint(1, 60))]
+            row += 1
+        cut = length - drawn.randint(0, length // 4)
+        sequences.append(segments[:cut] + [[-1, -1]] * (length - cut))
+    segments = torch.tensor(sequences)
     block = block_mask_from_segments(segments)
-    dense = attention_mask_from_segments(segments)[0, 0]
-    for query in range(8):
-        for key in range(8):
-            assert bool(block.mask_mod(torch.tensor(0), torch.tensor(0), query, key)) == bool(dense[query, key])
+    dense = attention_mask_from_segments(segments)[:, 0]
+    batch, query, key = (torch.arange(size) for size in dense.shape)
+    seen = block.mask_mod(batch[:, None, None], None, query[:, None], key)
+    assert torch.equal(seen, dense)
+    # Exactly the blocks with something to see are visited, and of those without a hole the mask is not asked.
+    tiles = nn.functional.pad(dense, (0, -length % 128, 0, -length % 128)).unfold(1, 128, 128).unfold(2, 128, 128)
+    some, every = tiles.flatten(3).any(-1), tiles.flatten(3).all(-1)
+    visited, whole = (torch.zeros_like(some) for _ in range(2))
+    for found, counts, indices in (
+        (visited, block.kv_num_blocks, block.kv_indices),
+        (whole, block.full_kv_num_blocks, block.full_kv_indices),
+    ):
+        for place in torch.cartesian_prod(torch.arange(2), torch.arange(some.shape[1])).tolist():
+            count = counts[place[0], 0, place[1]]
+            found[place[0], place[1], indices[place[0], 0, place[1], :count].long()] = True
+    assert torch.equal(whole, every)
+    assert torch.equal(visited, some & ~every)
 
 
 def test_best_fit_packing_fills_and_never_cuts():

@@ -54,8 +54,11 @@ class SharedPrefixCollator:
             Picture numbers -> `{"image_features": (I, N_v, D_v)}` from the cache or `{"pixel_values": (I, 3, H, W)}`.
         max_length (`int`, *optional*): Tokens of a sequence at most. Needed for packing.
         packing (`bool`, *optional*, defaults to `False`): Puts several rows into one sequence, best fit first.
-        fixed_length (`bool`, *optional*, defaults to `False`): Pads to `max_length` and the number of labels to a
-            multiple of 256, so that a compiled model sees one shape.
+        image_token_id (`int`, *optional*): The picture placeholder; with it the batch says where its image tokens go, so
+            that the model need not look for them.
+        sequence_length (`int`, *optional*): For GPUs: all rows of the batch lie in one sequence, padded to so many
+            tokens (or to the next multiple of 128 above them), and the labels to a multiple of 256, so that a compiled
+            model sees one shape. Takes the place of `packing`; `max_length` then limits single rows.
 
     Rows are dicts with the lists of [`~vlm_peft.shared_prefix.SharedPrefixRow`] and `image_ids`, the row's picture
     numbers. The batch, for two rows of 5 and 3 tokens with 2 and 1 labels:
@@ -67,6 +70,7 @@ class SharedPrefixCollator:
     | `position_ids` | (2, 5) | restart in each branch |
     | `segment_ids` | (2, 5, 2) | row and branch; padding -1, -1 |
     | `label_positions` | (3,) | flat positions of the labels |
+    | `image_positions` | (I N,) | flat positions of the placeholders, with `image_token_id` |
     | `labels`, `shift_labels` | (1, 3) | the token that each of them must predict |
     """
 
@@ -77,26 +81,30 @@ class SharedPrefixCollator:
         *,
         max_length: int | None = None,
         packing: bool = False,
-        fixed_length: bool = False,
+        image_token_id: int | None = None,
+        sequence_length: int | None = None,
     ):
-        if (packing or fixed_length) and max_length is None:
-            raise ValueError("packing and fixed_length need max_length, the tokens of a sequence; got None.")
+        if packing and max_length is None:
+            raise ValueError("packing needs max_length, the tokens of a sequence; got None.")
         self.pad_token_id = pad_token_id
         self.fetch_images = fetch_images
         self.max_length = max_length
         self.packing = packing
-        self.fixed_length = fixed_length
+        self.image_token_id = image_token_id
+        self.sequence_length = sequence_length
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Rows -> batch; see the class for shapes."""
         lengths = [len(row["input_ids"]) for row in rows]
         capacity = self.max_length if self.max_length is not None else max(lengths)
-        if self.packing:
-            bins = pack_best_fit(lengths, capacity)
-        else:
-            pack_best_fit(lengths, capacity)
+        bins = pack_best_fit(lengths, capacity)
+        if self.sequence_length is not None:
+            bins = [list(range(len(rows)))]
+        elif not self.packing:
             bins = [[index] for index in range(len(rows))]
-        width = capacity if self.fixed_length else max(sum(lengths[row] for row in members) for members in bins)
+        width = max(sum(lengths[row] for row in members) for members in bins)
+        if self.sequence_length is not None:
+            width = self.sequence_length if width <= self.sequence_length else width + -width % 128
 
         shape = (len(bins), width)
         input_ids = torch.full(shape, self.pad_token_id)
@@ -120,7 +128,7 @@ class SharedPrefixCollator:
 
         flat_labels = shift_labels.flatten()
         label_positions = (flat_labels != IGNORE_INDEX).nonzero().flatten()  # (L,)
-        if self.fixed_length:
+        if self.sequence_length is not None:
             # Spare positions point at the first token and carry no label.
             spare = -len(label_positions) % 256
             targets = torch.cat([flat_labels[label_positions], torch.full((spare,), IGNORE_INDEX)])
@@ -139,4 +147,6 @@ class SharedPrefixCollator:
         }
         if image_ids:
             batch |= self.fetch_images(image_ids)
+            if self.image_token_id is not None:
+                batch["image_positions"] = (input_ids.flatten() == self.image_token_id).nonzero().flatten()
         return batch

@@ -156,13 +156,19 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         """
         return self.project_vision_features(self.get_vision_features(pixel_values))
 
-    def _splice(self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None) -> torch.Tensor:
-        """Embeds `input_ids` `(B, T)` and puts the image tokens `(I, N, D_t)` at the placeholders, in order."""
+    def _splice(
+        self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, positions: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Embeds `input_ids` `(B, T)` and puts the image tokens `(I, N, D_t)` at the placeholders, in order.
+
+        `positions` `(I * N,)`, of the placeholders in the flattened `(B * T)` sequence, spare a GPU the search for them,
+        for which the host would have to wait.
+        """
         is_image = input_ids == self.config.image_token_id  # (B, T)
         # The placeholder may lie outside the decoder's vocabulary.
         inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D_t)
         if not torch.compiler.is_compiling():
-            num_placeholders = int(is_image.sum())
+            num_placeholders = int(is_image.sum()) if positions is None else len(positions)
             num_images = 0 if image_tokens is None else image_tokens.shape[0]
             per_image = self.config.num_image_tokens
             if num_placeholders != num_images * per_image:
@@ -175,6 +181,9 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         if image_tokens is None:
             return inputs_embeds
         image_tokens = image_tokens.to(inputs_embeds.device, inputs_embeds.dtype)
+        if positions is not None:
+            flat = inputs_embeds.flatten(0, 1).index_copy(0, positions, image_tokens.flatten(0, 1))
+            return flat.view_as(inputs_embeds)  # (B, T, D_t)
         return inputs_embeds.masked_scatter(is_image[..., None], image_tokens)  # (B, T, D_t)
 
     @can_return_tuple
@@ -189,6 +198,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         image_features: torch.Tensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         label_positions: torch.LongTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
@@ -210,6 +220,8 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
                 `shared_prefix`); replaces `attention_mask` in the decoder.
             label_positions (`torch.LongTensor` of shape `(L,)`, *optional*): Positions in the flattened `(B * T)`
                 sequence; only their hidden states are returned.
+            image_positions (`torch.LongTensor` of shape `(I * N,)`, *optional*): Positions of the placeholders in the
+                flattened `(B * T)` sequence, in order; looked for without them.
             mm_encoder_outputs (`dict`, *optional*): Image tokens that `generate` computed beforehand.
 
         Returns:
@@ -233,7 +245,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
             image_tokens = torch.stack(list(image_tokens))
 
         if inputs_embeds is None:
-            inputs_embeds = self._splice(input_ids, image_tokens)
+            inputs_embeds = self._splice(input_ids, image_tokens, image_positions)
         elif image_tokens is not None:
             raise ValueError("Images are spliced into input_ids: with inputs_embeds, pass no images.")
 
@@ -320,6 +332,7 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         image_features: torch.Tensor | None = None,
         segment_ids: torch.LongTensor | None = None,
         label_positions: torch.LongTensor | None = None,
+        image_positions: torch.LongTensor | None = None,
         shift_labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, BaseModelOutputWithPooling] | None = None,
@@ -348,6 +361,7 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
             image_features=image_features,
             segment_ids=segment_ids,
             label_positions=label_positions,
+            image_positions=image_positions,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )

@@ -9,17 +9,19 @@ does: the token before the first label heads its branch, so that every position 
 labels that are shifted beforehand (`shift_labels`) suffice.
 """
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 
 from .configuration_vision_qwen import IGNORE_INDEX
 
 PADDING_SEGMENT = -1
 """Row and branch of padding positions."""
+
+_BLOCK = 128
+"""Side of a block of FlexAttention; sequences should be a multiple of it long."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +120,11 @@ def attention_mask_from_segments(segment_ids: torch.Tensor) -> torch.Tensor:
 
 
 def block_mask_from_segments(segment_ids: torch.Tensor) -> BlockMask:
-    """The same visibility as [`attention_mask_from_segments`], as a FlexAttention `BlockMask` for CUDA.
+    """The same visibility as [`attention_mask_from_segments`], as a FlexAttention `BlockMask`.
+
+    Every key is seen by one run of queries, from itself to the end of its row (in a prefix) or of its branch, so one
+    number a key is all that the kernel reads, and the blocks follow from that number alone: no `(T, T)` array, no
+    compilation and nothing that the host has to wait for.
 
     Args:
         segment_ids (`torch.LongTensor` of shape `(B, T, 2)`): Row and branch of each token; padding is -1, -1.
@@ -126,20 +132,50 @@ def block_mask_from_segments(segment_ids: torch.Tensor) -> BlockMask:
     Returns:
         `BlockMask` over `(B, 1, T, T)`; blocks in which nothing is visible are skipped.
     """
-    rows, branches = segment_ids[..., 0].contiguous(), segment_ids[..., 1].contiguous()
+    until = visible_until(segment_ids)  # (B, T)
+    batch_size, length = until.shape
 
     def visible(batch, head, query, key):
-        same_row = (rows[batch, query] == rows[batch, key]) & (rows[batch, key] >= 0)
-        on_path = (branches[batch, key] == 0) | (branches[batch, key] == branches[batch, query])
-        return ((key <= query) & same_row & on_path) | (key == query)
+        return (key <= query) & (query < until[batch, key])
 
-    batch_size, length = rows.shape
-    is_compiled = segment_ids.is_cuda and not torch.compiler.is_compiling()
-    create = _compiled_create_block_mask() if is_compiled else create_block_mask
-    return create(visible, batch_size, None, length, length, device=segment_ids.device)
+    num_blocks = -(-length // _BLOCK)
+    # Positions beyond the end, in the last block only, are seen by nobody.
+    spare = num_blocks * _BLOCK - length
+    last = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, _BLOCK).amax(-1)[:, :, None]
+    first = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, _BLOCK).amin(-1)[:, :, None]
+    start = torch.arange(num_blocks, device=until.device)[:, None] * _BLOCK  # of a block of queries
+    earlier = start > start.T
+    is_full = earlier & (first >= start + _BLOCK)  # (B, 1, query blocks, key blocks)
+    is_partial = ((earlier & (last > start)) | (start == start.T)) & ~is_full
+    return BlockMask.from_kv_blocks(
+        *_in_order(is_partial), *_in_order(is_full), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(length, length)
+    )
 
 
-@functools.cache
-def _compiled_create_block_mask() -> Callable[..., BlockMask]:
-    """`create_block_mask` without its `(B, T, T)` intermediates; compiled once for each shape."""
-    return torch.compile(create_block_mask)
+def visible_until(segment_ids: torch.Tensor) -> torch.Tensor:
+    """For each key the first later query that does not see it any more.
+
+    Args:
+        segment_ids (`torch.LongTensor` of shape `(B, T, 2)`): Row and branch of each token; padding is -1, -1.
+
+    Returns:
+        `torch.IntTensor` of shape `(B, T)`: The end of the key's row in a prefix, of its branch elsewhere; padding sees
+        itself only.
+    """
+    rows, branches = segment_ids.unbind(-1)
+    length = rows.shape[1]
+    position = torch.arange(length, device=rows.device).expand_as(rows)
+    is_row_end = nn.functional.pad(rows[:, 1:] != rows[:, :-1], (0, 1), value=True)
+    is_branch_end = is_row_end | nn.functional.pad(branches[:, 1:] != branches[:, :-1], (0, 1), value=True)
+    row_end, branch_end = (
+        position.masked_fill(~is_end, length).flip(1).cummin(1).values.flip(1) + 1
+        for is_end in (is_row_end, is_branch_end)
+    )
+    until = torch.where(branches == 0, row_end, branch_end)
+    return torch.where(rows < 0, position + 1, until).to(torch.int32)
+
+
+def _in_order(is_chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(B, 1, Q, K)` blocks -> how many each row has, and their numbers, chosen ones first."""
+    order = is_chosen.to(torch.int8).argsort(dim=-1, descending=True, stable=True)
+    return is_chosen.sum(-1, dtype=torch.int32), order.to(torch.int32)

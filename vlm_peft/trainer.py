@@ -6,6 +6,7 @@ one readable line per log entry with tokens per second, and a checkpoint when th
 """
 
 import functools
+import math
 import os
 import signal
 import time
@@ -31,8 +32,17 @@ from transformers.training_args import TrainingArguments
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from .adapters import PROJECTOR, is_pissa, load_pissa_from_lora, lora_state, save_composite_config, save_pissa_as_lora
+from .adapters import (
+    PROJECTOR,
+    base_model,
+    is_pissa,
+    load_pissa_from_lora,
+    lora_state,
+    save_composite_config,
+    save_pissa_as_lora,
+)
 from .configuration_vision_qwen import IGNORE_INDEX
+from .cuda import plain_decoder
 from .head import FrozenHeadLogProbs
 from .modeling_vision_qwen import VisionQwen
 
@@ -80,6 +90,9 @@ class VisionSFTTrainer(SFTTrainer):
         if self.args.device.type == "cpu":
             use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
+        self._token_counts: list[torch.Tensor] = []
+        self._weights_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        _train_once(self.model)
         self._tokens_at_last_log = 0
         self._time_of_last_log = time.monotonic()
         for theirs, ours in ((ProgressCallback, ProgressLines), (PrinterCallback, PrintedLines)):
@@ -109,6 +122,34 @@ class VisionSFTTrainer(SFTTrainer):
                     optimizer.add_param_group({**group, "params": own, "lr": rate * ratio})
         return optimizer
 
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """TRL's plain loss; what is logged beside it stays on the device until then, so that no step waits for a figure.
+
+        Other losses (label smoothing, DFT, a router's, one of the caller's) are computed by TRL.
+        """
+        is_plain = self.args.loss_type == "nll" and self.label_smoother is None and self.compute_loss_func is None
+        if return_outputs or self.aux_loss_enabled or not is_plain:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        mode = "train" if model.training else "eval"
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        count = outputs.label_mask.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch)
+        loss = -outputs.log_probs.sum() / count.clamp(min=1)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # The count is of all processes, and DDP averages their gradients.
+            loss = loss * self.accelerator.num_processes
+        sums = [outputs.label_mask, outputs.entropy.detach(), outputs.is_top1, inputs["attention_mask"]]
+        figures = torch.stack([each.sum().double() for each in sums])
+        labelled, entropy, hits, tokens = self.accelerator.gather(figures[None]).sum(0)
+        self._metrics[mode]["entropy"].append(entropy / labelled.clamp(min=1))
+        self._metrics[mode]["mean_token_accuracy"].append(hits / labelled.clamp(min=1))
+        if mode == "train":
+            self._token_counts.append(tokens)
+        return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the trainer's, without counting the weights anew in every step."""
+        return self._weights_per_token * inputs["input_ids"].numel()
+
     def evaluation_loop(
         self,
         dataloader,
@@ -122,7 +163,8 @@ class VisionSFTTrainer(SFTTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._score is not None:
-            scores = self._score(self.accelerator.unwrap_model(self.model))
+            with plain_decoder(self.model):
+                scores = self._score(self.accelerator.unwrap_model(self.model))
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
@@ -154,12 +196,39 @@ class VisionSFTTrainer(SFTTrainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted."""
+        """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted.
+
+        Raises:
+            ValueError: When the loss is not finite: every later step and checkpoint would be lost.
+        """
+        mode = "train" if self.model.training else "eval"
+        self._total_train_tokens += int(sum(self._token_counts))
+        self._token_counts.clear()
+        self._metrics[mode] |= {
+            name: [float(value) for value in values] for name, values in self._metrics[mode].items()
+        }
+        self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if not math.isfinite(logs.get("loss", 0.0)):
+            raise ValueError(
+                f"The loss is {logs['loss']} at step {self.state.global_step}: lower --learning_rate, or set "
+                "--max_grad_norm. Earlier checkpoints are untouched."
+            )
         if "loss" in logs:
             now, tokens = time.monotonic(), self._total_train_tokens
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
             self._tokens_at_last_log, self._time_of_last_log = tokens, now
         super().log(logs, start_time)
+
+
+def _train_once(model: Any) -> None:
+    """Lets `model.train()`, which the trainer calls before every step, walk over all modules only where it changes any."""
+    switch = model.train
+    parts = [model, base_model(model).model, base_model(model).model.language_model]
+
+    def train(mode: bool = True):
+        return model if mode and all(part.training for part in parts) else switch(mode)
+
+    model.train = train
 
 
 def use_frozen_head(model: VisionQwen) -> None:
@@ -256,6 +325,8 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
     if args.packing or args.padding_free:
         raise ValueError("packing and padding_free are TRL's and do not know branches: use --pack_rows instead.")
     args.remove_unused_columns = False
+    # A loss that is not finite ends the run when it is logged; hiding it costs a GPU a wait in each step.
+    args.logging_nan_inf_filter = False
     args.dataset_kwargs = {"skip_prepare_dataset": True}
     if args.ddp_find_unused_parameters is None:
         # Every batch has pictures, so every trained weight gets a gradient; looking for others costs time in each step.

@@ -19,6 +19,7 @@ from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
 from .configuration_vision_qwen import VisionQwenConfig
+from .cuda import compile_layers, sequence_length
 from .data.mixture import mix
 from .data.rows import picture_folder, resolve_paths
 from .data.splits import bind_task
@@ -226,10 +227,19 @@ def build_trainer(
         max_new_tokens=vision.max_new_tokens,
         num_beams=vision.num_beams,
     )
+    is_cuda = training.device.type == "cuda"
+    if is_cuda and model_args.attn_implementation is None and type(model.model.language_model)._supports_flex_attn:
+        model.set_attn_implementation({"text_config": "flex_attention"})
+    is_one_sequence = vision.pack_rows and is_cuda
     collator = SharedPrefixCollator(
-        processor.tokenizer.pad_token_id, fetch_images, max_length=training.max_length, packing=vision.pack_rows
+        processor.tokenizer.pad_token_id,
+        fetch_images,
+        max_length=training.max_length,
+        packing=vision.pack_rows,
+        image_token_id=model.config.image_token_id,
+        sequence_length=_sequence_length(train_dataset, training) if is_one_sequence else None,
     )
-    return VisionSFTTrainer(
+    trainer = VisionSFTTrainer(
         model=model,
         args=prepare_training_arguments(training),
         train_dataset=train_dataset,
@@ -244,3 +254,14 @@ def build_trainer(
         loraplus_lr_ratio=vision.loraplus_lr_ratio,
         score=score,
     )
+    if vision.compile_layers:
+        compile_layers(trainer.model)
+    return trainer
+
+
+def _sequence_length(train_dataset: Any, training: SFTConfig) -> int:
+    """Of all batches of a run; the rows of a stream are not known, and each batch is a multiple of 128 tokens long."""
+    if isinstance(train_dataset, IterableDataset):
+        return 128
+    lengths = [len(ids) for ids in train_dataset["input_ids"]]
+    return sequence_length(lengths, training.per_device_train_batch_size)
