@@ -12,6 +12,7 @@ slower gets slower for all of them. The run fails when losses or generated texts
 
 import argparse
 import dataclasses
+import json
 import logging
 import multiprocessing
 import os
@@ -65,8 +66,9 @@ class Side:
         self, name: str, body: Callable, preset: Preset, dtype: str, folder: Path, paths: list[str], tokenizer
     ):
         self.name = name
-        # Forked: the libraries are imported once, and each process counts the same pages of theirs.
-        context = multiprocessing.get_context("fork")
+        # Forked, the libraries are imported once, and each process counts the same pages of theirs. CUDA, which peft's
+        # import asks for, cannot be used in a forked process.
+        context = multiprocessing.get_context("fork" if preset.device == "cpu" else "spawn")
         self._connection, theirs = context.Pipe()
         own = folder / f"{body.__name__}-{dtype}-{name.replace(' ', '-')}"
         own.mkdir()
@@ -109,10 +111,12 @@ def train_in_turns(sides: list[Side], preset: Preset, turns: int, profile: bool)
         answer = side.ask("prepare")
         results[side.name] = {"prepare": answer["seconds"], **answer, "turns": [], "shares": {}}
         say(f"  {side.name} is ready")
-    expected = results[PEER]["trainable"]
+    expected = results[sides[0].name]["trainable"]
     for name, result in results.items():
         if result["trainable"] != expected:
-            raise ValueError(f"{name} does not train what the peer trains: {set(result['trainable']) ^ set(expected)}.")
+            raise ValueError(
+                f"{name} does not train what {sides[0].name} trains: {set(result['trainable']) ^ set(expected)}."
+            )
     is_cuda = preset.device == "cuda"
     for turn in range(turns + 1):
         # The first turn warms up; the order changes from turn to turn, so that no side is always the one after another.
@@ -125,7 +129,9 @@ def train_in_turns(sides: list[Side], preset: Preset, turns: int, profile: bool)
         say(f"  turn {turn} of {turns}" + ("" if turn else ", a warm-up"))
     if is_cuda and profile:
         # Waiting for the GPU at each border costs time, so these steps are not the timed ones.
-        for side in sides[:2]:
+        for side in sides:
+            if side.name not in (PEER, OURS):
+                continue
             add_shares(results[side.name]["shares"], side.ask("turn", preset.warm_up_steps, 3, True), 1)
     for side in sides:
         results[side.name] |= side.ask("stop")
@@ -204,15 +210,20 @@ def compare_texts(texts: dict[str, list[str]]) -> None:
                 raise ValueError(f"The texts differ: for picture {index} {way!r} gave {text!r}, the peer {expected!r}.")
 
 
-def measure(preset: Preset, switches: list[str], with_generation: bool) -> dict:
-    """Runs all sides; everything that the report shows."""
+def measure(preset: Preset, switches: list[str], with_generation: bool, keep: Callable[[dict], None]) -> dict:
+    """Runs all sides; everything that the report shows.
+
+    Args:
+        keep: Called with what is known so far after each part, since a lent device may be taken back.
+    """
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        with_generation = with_generation and bool(preset.peers)
         paths = make_pictures(folder, max(preset.pictures, preset.generated_pictures if with_generation else 0))
         tokenizer = make_tokenizer()
         used = paths[: preset.pictures]
-        names = [PEER, OURS, *switches]
+        names = [*preset.peers, OURS, *switches]
         sides = [Side(each, run_side, preset, preset.dtype, folder, used, tokenizer) for each in names]
         try:
             say(f"Training: {', '.join(names)}")
@@ -220,23 +231,40 @@ def measure(preset: Preset, switches: list[str], with_generation: bool) -> dict:
         finally:
             for side in sides:
                 side.kill()
-        losses = {each: result["losses"] for each, result in results.items()}
-        if preset.dtype != "fp32":
-            say("Losses in fp32")
-            check = dataclasses.replace(preset, pictures_per_step=2, steps=1, warm_up_steps=0, workers=0)
-            sides = [Side(each, run_side, check, "fp32", folder, used[:8], tokenizer) for each in (PEER, OURS)]
-            try:
-                losses = {each: result["losses"] for each, result in train_in_turns(sides, check, 2, False).items()}
-            finally:
-                for side in sides:
-                    side.kill()
-        generation: tuple[list, str] = ([], "")
-        if with_generation:
-            say("Generation")
-            generation = generate_in_turns(preset, preset.dtype, folder, paths, tokenizer)
+        result = _training_result(preset, results, switches, tokenizer)
+        if preset.peers:
+            losses = {each: side["losses"] for each, side in results.items()}
             if preset.dtype != "fp32":
+                result["total_seconds"] = time.perf_counter() - started
+                keep(result)
+                say("Losses in fp32")
+                check = dataclasses.replace(preset, pictures_per_step=2, steps=1, warm_up_steps=0, workers=0)
+                sides = [Side(each, run_side, check, "fp32", folder, used[:8], tokenizer) for each in (PEER, OURS)]
+                try:
+                    losses = {each: side["losses"] for each, side in train_in_turns(sides, check, 2, False).items()}
+                finally:
+                    for side in sides:
+                        side.kill()
+            result["loss_steps"] = min(len(values) for values in losses.values())
+            result["loss_difference"] = compare_losses(losses, LOSS_TOLERANCE)
+        if with_generation:
+            result["total_seconds"] = time.perf_counter() - started
+            keep(result)
+            say("Generation")
+            result["generation"], result["generation_note"] = generate_in_turns(
+                preset, preset.dtype, folder, paths, tokenizer
+            )
+            if preset.dtype != "fp32":
+                keep(result)
                 check = dataclasses.replace(preset, generated_pictures=16, turns=1)
                 generate_in_turns(check, "fp32", folder, paths, tokenizer)
+    result["total_seconds"] = time.perf_counter() - started
+    keep(result)
+    return result
+
+
+def _training_result(preset: Preset, results: dict[str, dict], switches: list[str], tokenizer) -> dict:
+    """What the training part tells, before losses are compared."""
     captions = [caption for index in range(preset.pictures) for caption in make_captions(index)]
     # Each caption ends with the end of the turn.
     labels = (
@@ -253,19 +281,19 @@ def measure(preset: Preset, switches: list[str], with_generation: bool) -> dict:
         "captions_per_step": preset.pictures_per_step * CAPTIONS_PER_PICTURE,
         "steps_per_epoch": preset.pictures / preset.pictures_per_step,
         "turns": preset.turns,
+        "peers": list(preset.peers),
         "sides": results,
-        "ratios": {OURS: paired_ratio(results, PEER, OURS)},
+        "ratios": {each: paired_ratio(results, each, OURS) for each in preset.peers},
         "switches": {each: paired_ratio(results, each, OURS) for each in switches},
         "flops_per_step": ours["positions"] * (4 * sizes["frozen"] + 6 * sizes["lora"])
         + labels * 4 * VOCABULARY * preset.text["hidden_size"]
         + image_tokens * 6 * sizes["projector"],
-        "loss_steps": min(len(values) for values in losses.values()),
-        "loss_difference": compare_losses(losses, LOSS_TOLERANCE),
-        "generation": generation[0],
-        "generation_note": generation[1],
+        "loss_steps": 0,
+        "loss_difference": None,
+        "generation": [],
+        "generation_note": "",
         "gpu": ours["gpu"],
         "device": device_text(ours["gpu"], ours["threads"]),
-        "total_seconds": time.perf_counter() - started,
     }
 
 
@@ -299,6 +327,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
         "--switches", nargs="*", metavar="IDEA", help="ideas to switch, one at a time; the preset's by default"
     )
     parser.add_argument("--no_generation", action="store_true")
+    parser.add_argument("--json", metavar="FILE", help="also keep every figure there, after each part of the run")
     parser.add_argument("--write", action="store_true", help="write the section of the preset into eval/THROUGHPUT.md")
     options = parser.parse_args(arguments)
     preset = PRESETS[options.preset]
@@ -325,14 +354,20 @@ def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and writes when asked to; returns the exit status."""
     preset, options = parse_arguments(arguments)
     switches = list(preset.switches) if options.switches is None else options.switches
+
+    def keep(result: dict) -> None:
+        text = section(result, command_line())
+        if options.write:
+            write_report(options.preset, text)
+        if options.json is not None:
+            Path(options.json).write_text(json.dumps({"command": command_line(), **result}), encoding="utf-8")
+            Path(options.json).with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+
     try:
-        result = measure(preset, switches, not options.no_generation)
+        result = measure(preset, switches, not options.no_generation, keep)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"throughput.py: {error}") from None
-    text = section(result, command_line())
-    print(f"\n{text}")
-    if options.write:
-        write_report(options.preset, text)
+    print(f"\n{section(result, command_line())}")
     return 0
 
 

@@ -51,10 +51,11 @@ class Preset:
         steps: Timed steps of each side in one turn.
         warm_up_steps: Untimed steps before them in each turn.
         turns: How often the sides take turns.
-        max_length: Tokens of a packed sequence.
+        max_length: Tokens of a packed sequence; on a GPU of a row, all rows of a step being one sequence.
         packing: Whether our side packs rows by default; the other setting is the switch.
         attn_implementation: Of our decoder.
         switches: Ideas that are turned off, or on, one at a time.
+        peers: Sides that ours is compared with; none where only its use of the device is measured.
         generated_pictures: Pictures to generate for.
         workers: Processes that load data, on both sides.
     """
@@ -73,6 +74,7 @@ class Preset:
     packing: bool
     attn_implementation: str
     switches: tuple[str, ...]
+    peers: tuple[str, ...] = ("peer",)
     generated_pictures: int = 64
     workers: int = 0
     lora: dict = field(default_factory=lambda: {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0})
@@ -86,8 +88,25 @@ _QWEN3_06B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
 }
-_GPU = {"device": "cuda", "dtype": "bf16", "turns": 3, "warm_up_steps": 3, "packing": True, "workers": 8}
-_GPU_SWITCHES = ("no shared prefix", "no feature cache", "no packing", "torch.compile")
+_QWEN3_17B = {**_QWEN3_06B, "hidden_size": 2048, "intermediate_size": 6144}
+_QWEN3_4B = {
+    **_QWEN3_06B,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+}
+_GPU = {"device": "cuda", "dtype": "bf16", "turns": 3, "warm_up_steps": 4, "packing": True, "workers": 4}
+_GPU |= {"max_length": 1024, "attn_implementation": "flex_attention"}
+_GPU_SWITCHES = ("no shared prefix", "no feature cache", "no compiled layers")
+_CLIP_B32 = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 32,
+}
 
 PRESETS = {
     "cpu": Preset(
@@ -124,22 +143,37 @@ PRESETS = {
     ),
     "b32": Preset(
         summary="CLIP-B/32 at 224 px (50 image tokens, class token kept) and Qwen3-0.6B shapes",
-        vision={
-            "hidden_size": 768,
-            "intermediate_size": 3072,
-            "num_hidden_layers": 12,
-            "num_attention_heads": 12,
-            "image_size": 224,
-            "patch_size": 32,
-        },
+        vision=_CLIP_B32,
         text=_QWEN3_06B,
         pictures=2048,
         pictures_per_step=64,
-        steps=10,
-        max_length=9216,
-        attn_implementation="flex_attention",
+        # More steps than the loader has batches in store, so that its rate counts, too.
+        steps=16,
+        peers=("peer", "peer, compiled layers"),
         switches=_GPU_SWITCHES,
         generated_pictures=512,
+        **_GPU,
+    ),
+    "b32-1.7b": Preset(
+        summary="CLIP-B/32 at 224 px (50 image tokens, class token kept) and Qwen3-1.7B shapes",
+        vision=_CLIP_B32,
+        text=_QWEN3_17B,
+        pictures=512,
+        pictures_per_step=64,
+        steps=8,
+        peers=(),
+        switches=(),
+        **_GPU,
+    ),
+    "b32-4b": Preset(
+        summary="CLIP-B/32 at 224 px (50 image tokens, class token kept) and Qwen3-4B shapes",
+        vision=_CLIP_B32,
+        text=_QWEN3_4B,
+        pictures=512,
+        pictures_per_step=64,
+        steps=6,
+        peers=(),
+        switches=(),
         **_GPU,
     ),
     "l14-336": Preset(
@@ -154,10 +188,10 @@ PRESETS = {
         },
         text=_QWEN3_06B,
         pictures=512,
-        pictures_per_step=12,
-        steps=5,
-        max_length=8192,
-        attn_implementation="flex_attention",
+        # Of 12 pictures the peer's activations take 73 GB.
+        pictures_per_step=8,
+        steps=14,
+        peers=("peer", "peer, compiled layers"),
         switches=_GPU_SWITCHES,
         generated_pictures=256,
         **_GPU,

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from throughput_data import Preset
-from throughput_sides import PEER, Prepared, prepare_ours, prepare_peer
+from throughput_sides import COMPILED_PEER, PEER, Prepared, prepare_ours, prepare_peer
 from transformers import TrainerCallback
 
 _STATUS = Path("/proc/self/status")
@@ -178,8 +178,11 @@ def run_side(
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         is_cuda = preset.device == "cuda"
         connection.recv()
-        if side == PEER:
-            prepared = prepare_peer(preset, dtype, folder, paths, tokenizer)
+        if dtype == "fp32":
+            # Losses are compared, so convolutions must not round their inputs to TF32.
+            torch.backends.cudnn.allow_tf32 = False
+        if side in (PEER, COMPILED_PEER):
+            prepared = prepare_peer(preset, dtype, folder, paths, tokenizer, compiles=side == COMPILED_PEER)
         else:
             prepared = prepare_ours(preset, dtype, folder, paths, tokenizer, None if side == "ours" else side)
         clock = Clock(is_cuda)

@@ -4,18 +4,22 @@ import os
 import platform
 import re
 import sys
+from collections.abc import Callable
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from throughput_data import CAPTIONS_PER_PICTURE, PRESETS
+from throughput_sides import OURS, PEER
+
+from vlm_peft import __version__
 
 FLICKR30K_PICTURES = 29_000
 REPORT = Path(__file__).with_name("THROUGHPUT.md")
 PARTS = ("decode", "collate", "encode", "language model", "head", "rest")
 
 # Dense bf16 FLOP/s of the data sheets.
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+_PEAK_FLOPS = {"H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
 def compare_losses(losses: dict[str, list[float]], tolerance: float) -> float:
@@ -24,7 +28,7 @@ def compare_losses(losses: dict[str, list[float]], tolerance: float) -> float:
     Raises:
         ValueError: when it is above the tolerance; names side and step.
     """
-    reference = losses["peer"]
+    reference = losses[PEER]
     largest = 0.0
     for side, values in losses.items():
         for step, (value, expected) in enumerate(zip(values, reference, strict=False), start=1):
@@ -74,66 +78,74 @@ def _number(value: float) -> str:
 
 
 def training_table(result: dict) -> list[str]:
-    """Speed, memory and agreement of both sides."""
-    peer, ours = result["sides"]["peer"], result["sides"]["ours"]
-    captions = result["captions_per_step"]
-    steps = result["steps_per_epoch"]
-    first = sum(ours["prepare"].values()) + steps * ours["seconds"]
-    later = result["ratios"]["ours"]
-    epoch = {"peer": steps * peer["seconds"], "ours": steps * ours["seconds"]}
+    """Speed and memory of all sides, and how ours compares with each peer."""
+    sides, peers = result["sides"], result["peers"]
+    captions, steps = result["captions_per_step"], result["steps_per_epoch"]
     large = FLICKR30K_PICTURES * CAPTIONS_PER_PICTURE
 
-    def rate(count: float, seconds: float) -> str:
-        return _number(count / seconds)
+    def first_epoch(name: str) -> float:
+        return sum(sides[name]["prepare"].values()) + steps * sides[name]["seconds"]
 
-    def memory(side: dict, above: bool = False) -> float:
-        return (side["memory"]["peak"] - above * side["memory"]["before"]) / 1e6
+    def memory(name: str, above: bool = False) -> float:
+        side = sides[name]["memory"]
+        return (side["peak"] - above * side["before"]) / 1e6
 
-    rows = [
-        ["captions/s from the second epoch", rate(captions, peer["seconds"]), rate(captions, ours["seconds"]), later],
-        [
+    def seconds(name: str) -> float:
+        return sides[name]["seconds"]
+
+    # Title, the figure of a side, and its ratio, ours against a peer.
+    lines: list[tuple[str, Callable, Callable | None]] = [
+        (
+            "captions/s from the second epoch",
+            lambda name: captions / seconds(name),
+            lambda name: result["ratios"][name],
+        ),
+        (
             "captions/s in the first epoch, cache and layout included",
-            rate(captions, peer["seconds"]),
-            rate(captions * steps, first),
-            epoch["peer"] / first,
-        ],
-        [
-            "decoder positions/s",
-            rate(peer["positions"], peer["seconds"]),
-            rate(ours["positions"], ours["seconds"]),
-            None,
-        ],
-        [
+            lambda name: captions * steps / first_epoch(name),
+            lambda name: first_epoch(name) / first_epoch(OURS),
+        ),
+        ("decoder positions/s", lambda name: sides[name]["positions"] / seconds(name), None),
+        (
             "decoder positions a caption",
-            _number(peer["positions"] / captions),
-            _number(ours["positions"] / captions),
-            ours["positions"] / peer["positions"],
-        ],
-        [
+            lambda name: sides[name]["positions"] / captions,
+            lambda name: sides[OURS]["positions"] / sides[name]["positions"],
+        ),
+        (
             f"seconds for an epoch of {result['pictures']:,} pictures, the first",
-            _number(epoch["peer"]),
-            _number(first),
-            first / epoch["peer"],
-        ],
-        ["seconds for each later epoch", _number(epoch["peer"]), _number(epoch["ours"]), epoch["ours"] / epoch["peer"]],
-        [
-            f"minutes for {FLICKR30K_PICTURES:,} pictures x {CAPTIONS_PER_PICTURE}, reckoned from captions/s",
-            _number(large / captions * peer["seconds"] / 60),
-            _number(large / captions * ours["seconds"] / 60),
-            ours["seconds"] / peer["seconds"],
-        ],
-        ["peak memory, MB", _number(memory(peer)), _number(memory(ours)), memory(ours) / memory(peer)],
-        [
+            first_epoch,
+            lambda name: first_epoch(OURS) / first_epoch(name),
+        ),
+        (
+            "seconds for each later epoch",
+            lambda name: steps * seconds(name),
+            lambda name: seconds(OURS) / seconds(name),
+        ),
+        (
+            f"seconds for {FLICKR30K_PICTURES:,} pictures x {CAPTIONS_PER_PICTURE}, reckoned from captions/s",
+            lambda name: large / captions * seconds(name),
+            lambda name: seconds(OURS) / seconds(name),
+        ),
+        ("peak memory, MB", memory, lambda name: memory(OURS) / memory(name)),
+        (
             "of which above the loaded model, MB",
-            _number(memory(peer, True)),
-            _number(memory(ours, True)),
-            memory(ours, True) / memory(peer, True),
-        ],
+            lambda name: memory(name, True),
+            lambda name: memory(OURS, True) / memory(name, True),
+        ),
+    ]
+    cells = [
+        [
+            title,
+            *(_number(figure(name)) for name in (*peers, OURS)),
+            *(_ratio(ratio(name)) if ratio else "" for name in peers),
+        ]
+        for title, figure, ratio in lines
     ]
     if result["gpu"] is not None:
-        rows.append(["model FLOP utilisation", "", utilisation(result, result["gpu"]), None])
-    cells = [[name, theirs, own, "" if ratio is None else f"{_ratio(ratio)}"] for name, theirs, own, ratio in rows]
-    return table(["training", "peer", "ours", "ours / peer"], cells)
+        cells.append(
+            ["model FLOP utilisation", *("" for _ in peers), utilisation(result, result["gpu"]), *("" for _ in peers)]
+        )
+    return table(["training", *peers, OURS, *(f"{OURS} / {name}" for name in peers)], cells)
 
 
 def _ratio(value: float) -> str:
@@ -143,14 +155,15 @@ def _ratio(value: float) -> str:
 def shares_table(result: dict) -> list[str]:
     """Where a step's time goes, in ms and per cent."""
     rows = []
+    names = [name for name in (PEER, OURS) if result["sides"].get(name, {}).get("shares")]
     for part in PARTS:
         row = [part]
-        for side in ("peer", "ours"):
+        for side in names:
             shares = result["sides"][side]["shares"]
             total = sum(shares.values())
             row.append(f"{1e3 * shares[part]:,.1f} ms  {100 * shares[part] / total:.1f} %")
         rows.append(row)
-    return table(["time of a step", "peer", "ours"], rows)
+    return table(["time of a step", *names], rows)
 
 
 def ideas_table(result: dict) -> list[str]:
@@ -180,10 +193,12 @@ def generation_table(result: dict) -> list[str]:
 
 def section(result: dict, command: str) -> str:
     """The preset's section of the report."""
-    versions = ", ".join(f"{name} {version(name)}" for name in ("vlm-peft", "torch", "transformers", "trl", "peft"))
+    versions = ", ".join(f"{name} {_version(name)}" for name in ("vlm-peft", "torch", "transformers", "trl", "peft"))
     agreement = (
         f"The losses of all sides agree over {result['loss_steps']} steps in fp32: largest relative difference "
         f"{result['loss_difference']:.1e}, features stored in float16 included."
+        if result["loss_difference"] is not None
+        else "Ours alone, for its use of the device."
     )
     prepare = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["sides"]["ours"]["prepare"].items())
     lines = [
@@ -209,6 +224,14 @@ def section(result: dict, command: str) -> str:
     if result["generation"]:
         lines += ["", *generation_table(result), "", result["generation_note"]]
     return "\n".join(lines)
+
+
+def _version(name: str) -> str:
+    """Of an installed package; ours also runs from a clone."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return __version__
 
 
 def write_report(preset: str, text: str, path: Path = REPORT) -> None:

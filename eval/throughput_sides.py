@@ -23,6 +23,7 @@ from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import PROJECTOR, lora_config
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.configuration_vision_qwen import IGNORE_INDEX
+from vlm_peft.cuda import compile_layers, sequence_length
 from vlm_peft.data.pictures import Pictures
 from vlm_peft.data.rows import encode_rows
 from vlm_peft.feature_cache import build_feature_cache
@@ -30,6 +31,7 @@ from vlm_peft.tasks import make_task
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
 
 PEER = "peer"
+COMPILED_PEER = "peer, compiled layers"
 OURS = "ours"
 
 
@@ -99,7 +101,7 @@ def build_peer_processor(processor: VisionQwenProcessor, model: LlavaForConditio
     )
 
 
-def training_arguments(preset: Preset, dtype: str, folder: Path, batch_size: int, compiles: bool) -> SFTConfig:
+def training_arguments(preset: Preset, dtype: str, folder: Path, batch_size: int) -> SFTConfig:
     """What both trainers share; rows come in order, and each step is logged."""
     return SFTConfig(
         output_dir=str(folder),
@@ -111,9 +113,9 @@ def training_arguments(preset: Preset, dtype: str, folder: Path, batch_size: int
         bf16=dtype == "bf16",
         use_cpu=preset.device == "cpu",
         gradient_checkpointing=False,
-        torch_compile=compiles,
         dataloader_num_workers=preset.workers,
         dataloader_persistent_workers=preset.workers > 0,
+        pad_to_multiple_of=8 if preset.device == "cuda" else None,
         train_sampling_strategy="sequential",
         max_length=preset.max_length,
         logging_steps=1,
@@ -124,7 +126,9 @@ def training_arguments(preset: Preset, dtype: str, folder: Path, batch_size: int
     )
 
 
-def prepare_peer(preset: Preset, dtype: str, folder: Path, paths: list[str], tokenizer) -> Prepared:
+def prepare_peer(
+    preset: Preset, dtype: str, folder: Path, paths: list[str], tokenizer, *, compiles: bool = False
+) -> Prepared:
     """The peer: one row for each caption, its picture decoded, resized and encoded each time."""
     model = build_peer_model(preset, dtype)
     processor = build_peer_processor(make_processor(make_config(preset), tokenizer), model)
@@ -138,7 +142,7 @@ def prepare_peer(preset: Preset, dtype: str, folder: Path, paths: list[str], tok
     captions = len(rows["prompt"]) // len(paths)
     trainer = SFTTrainer(
         model=model,
-        args=training_arguments(preset, dtype, folder, captions * preset.pictures_per_step, compiles=False),
+        args=training_arguments(preset, dtype, folder, captions * preset.pictures_per_step),
         train_dataset=dataset,
         processing_class=processor,
         peft_config=LoraConfig(
@@ -150,6 +154,9 @@ def prepare_peer(preset: Preset, dtype: str, folder: Path, paths: list[str], tok
         ),
     )
     _set_adapters(trainer.model)
+    if compiles:
+        for layer in trainer.model.get_base_model().model.language_model.layers:
+            layer.compile()
     return Prepared(trainer, {}, processor.image_processor)
 
 
@@ -175,13 +182,15 @@ def prepare_ours(
     if switch == "no shared prefix":
         encoded = _one_caption_each(rows, task, processor)
         batch_size *= len(encoded) // len(paths)
-    is_packed = preset.packing != (switch in ("packing", "no packing"))
+    is_cuda = preset.device == "cuda"
+    is_packed = preset.packing != (switch == "packing")
     collator: Callable = SharedPrefixCollator(
         processor.tokenizer.pad_token_id,
         fetch_from(features, pictures, processor.image_processor),
         max_length=preset.max_length,
-        packing=is_packed,
-        fixed_length=is_packed and preset.device == "cuda",
+        packing=is_packed and not is_cuda,
+        image_token_id=model.config.image_token_id,
+        sequence_length=sequence_length([len(ids) for ids in encoded["input_ids"]], batch_size) if is_cuda else None,
     )
     if switch == "no labelled-only head":
         collator = _AllPositions(collator)
@@ -190,15 +199,15 @@ def prepare_ours(
     model.set_attn_implementation({"text_config": preset.attn_implementation})
     trainer = trainer_class(
         model=model,
-        args=prepare_training_arguments(
-            training_arguments(preset, dtype, folder, batch_size, compiles=switch == "torch.compile")
-        ),
+        args=prepare_training_arguments(training_arguments(preset, dtype, folder, batch_size)),
         train_dataset=encoded,
         data_collator=collator,
         processing_class=processor,
         peft_config=lora_config(model, **preset.lora),
     )
     _set_adapters(trainer.model)
+    if is_cuda and switch != "no compiled layers":
+        compile_layers(trainer.model)
     return Prepared(trainer, seconds, processor.image_processor)
 
 

@@ -179,7 +179,7 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
     # The usage that argparse makes of 250 options would push its message off the screen.
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
 
-    def parse(**defaults) -> list:
+    def parse(**defaults) -> tuple:
         parser = TrlParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
         # TRL's own default, 0.05, costs time in every layer.
         parser.set_defaults(lora_dropout=0.0, **defaults)

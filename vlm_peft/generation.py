@@ -11,6 +11,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from .adapters import base_model
+from .captured import CapturedGreedy
 from .greedy import greedy, make_argmax
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
@@ -63,7 +64,11 @@ def generate_texts(
 
     search: dict = {"num_beams": num_beams}
     if num_beams == 1:
-        search |= {"custom_generate": greedy, "choose": make_argmax(model)}
+        is_cuda = model.device.type == "cuda"
+        search |= {
+            "custom_generate": CapturedGreedy(min(batch_size, len(prompts))) if is_cuda else greedy,
+            "choose": make_argmax(model),
+        }
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")

@@ -78,6 +78,15 @@ def make_argmax(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], 
     return lambda hidden: _argmax(hidden.to(weight.dtype), weight, banned)
 
 
+def only_bans(model: PreTrainedModel, logits_processor: LogitsProcessorList) -> bool:
+    """Whether the processors ban the placeholder, as [`make_argmax`] does, and do nothing else."""
+    return all(
+        isinstance(each, SuppressTokensLogitsProcessor)
+        and each.suppress_tokens.tolist() == [model.config.image_token_id]
+        for each in logits_processor
+    )
+
+
 def greedy(
     model,
     input_ids: Any,
@@ -99,12 +108,7 @@ def greedy(
     mask = torch.ones_like(input_ids) if mask is None else mask
     images = {name: inputs[name] for name in ("pixel_values", "mm_encoder_outputs") if inputs.get(name) is not None}
     pad = generation_config.pad_token_id
-    # `choose` bans the placeholder and nothing else.
-    placeholder = [model.config.image_token_id]
-    only_bans = all(
-        isinstance(each, SuppressTokensLogitsProcessor) and each.suppress_tokens.tolist() == placeholder
-        for each in logits_processor
-    )
+    may_choose = choose is not None and only_bans(model, logits_processor)
     whole = input_ids
     active = torch.arange(len(input_ids), device=input_ids.device)
     done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
@@ -113,7 +117,7 @@ def greedy(
     while True:
         hidden = model.base_model(**step, attention_mask=mask, past_key_values=cache, use_cache=True)
         hidden = hidden.last_hidden_state[:, -1]  # (B, D_t)
-        if only_bans and choose is not None:
+        if may_choose:
             tokens = choose(hidden)
         else:
             scores = model.get_output_embeddings()(hidden).float()

@@ -163,8 +163,9 @@ class VisionSFTTrainer(SFTTrainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._score is not None:
-            with plain_decoder(self.model):
-                scores = self._score(self.accelerator.unwrap_model(self.model))
+            model: Any = self.accelerator.unwrap_model(self.model)
+            with plain_decoder(model):
+                scores = self._score(model)
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
@@ -201,6 +202,7 @@ class VisionSFTTrainer(SFTTrainer):
         Raises:
             ValueError: When the loss is not finite: every later step and checkpoint would be lost.
         """
+        assert self.model is not None
         mode = "train" if self.model.training else "eval"
         self._total_train_tokens += int(sum(self._token_counts))
         self._token_counts.clear()

@@ -254,8 +254,9 @@ def build_trainer(
         loraplus_lr_ratio=vision.loraplus_lr_ratio,
         score=score,
     )
+    adapted: Any = trainer.model
     if vision.compile_layers:
-        compile_layers(trainer.model)
+        compile_layers(adapted)
     return trainer
 
 

@@ -1,0 +1,59 @@
+"""The decoding step that CUDA replays: its texts are those of greedy search, from batch to batch."""
+
+import pytest
+import torch
+from conftest import make_config
+
+from vlm_peft import VisionQwen
+from vlm_peft.captured import CapturedGreedy
+from vlm_peft.greedy import greedy, make_argmax
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def prompts(rows: int, length: int, device: str) -> dict[str, torch.Tensor]:
+    """Left-padded prompts."""
+    ids = torch.randint(0, 250, (rows, length))
+    mask = torch.ones_like(ids)
+    for row in range(rows):
+        mask[row, : row % 3] = 0
+    return {"input_ids": ids.masked_fill(mask == 0, 256).to(device), "attention_mask": mask.to(device)}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_texts_are_those_of_greedy_search_from_batch_to_batch(device):
+    model = VisionQwen(make_config()).eval().to(device)
+    choose = make_argmax(model)
+    captured = CapturedGreedy(batch_size=5)
+    ended = 0
+    # A smaller batch, then longer texts than the first cache has room for.
+    for rows, length, new in [(5, 4, 20), (3, 7, 20), (1, 2, 1), (5, 9, 300), (4, 4, 20)]:
+        batch = prompts(rows, length, device)
+        for eos in (None, [7], [65, 66, 67, 70, 80, 90, 100, 110]):
+            arguments = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 256, "eos_token_id": eos or [999]}
+            model.generation_config.eos_token_id = None
+            expected = model.generate(**batch, custom_generate=greedy, choose=choose, **arguments)
+            found = model.generate(**batch, custom_generate=captured, choose=choose, **arguments)
+            assert torch.equal(found, expected)
+            ended += int((found[:, length:] == 256).any())
+    assert ended > 2
+
+
+def test_processors_of_logits_and_windows_are_left_to_greedy_search(monkeypatch):
+    model = VisionQwen(make_config()).eval()
+    batch = prompts(3, 5, "cpu")
+    arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 256, "eos_token_id": [999]}
+    said = model.generate(**batch, **arguments)[:, 5:].unique().tolist()
+    banned = [model.config.image_token_id, *said]
+    captured = CapturedGreedy(batch_size=3)
+    monkeypatch.setattr(captured, "_start", lambda *_: pytest.fail("captured"))
+    found = model.generate(
+        **batch, custom_generate=captured, choose=make_argmax(model), suppress_tokens=banned, **arguments
+    )
+    assert torch.equal(found, model.generate(**batch, suppress_tokens=banned, **arguments))
+    text = {**model.config.text_config.to_dict(), "use_sliding_window": True, "sliding_window": 4}
+    text |= {"layer_types": ["full_attention", "sliding_attention"]}
+    windowed = VisionQwen(make_config(text_config=text)).eval()
+    assert "sliding_attention" in windowed.config.text_config.layer_types
+    found = windowed.generate(**batch, custom_generate=captured, choose=make_argmax(windowed), **arguments)
+    assert torch.equal(found, windowed.generate(**batch, **arguments))
