@@ -9,6 +9,7 @@ from torch import nn
 
 from vlm_peft import VisionQwen, shared_prefix
 from vlm_peft.collator import SharedPrefixCollator, pack_best_fit
+from vlm_peft.cuda import compile_layers
 from vlm_peft.shared_prefix import attention_mask_from_segments, block_mask_from_segments, lay_out
 
 RELATIVE = 1e-5
@@ -62,8 +63,10 @@ def separate_loss(model, processor, rows, features):
         for completion in completions:
             row = processor.encode_row(prompt, [completion])
             labels = torch.tensor([row.shift_labels])
-            arguments = {"image_features": features[start : start + images]} if images else {}
-            output = model(input_ids=torch.tensor([row.input_ids]), shift_labels=labels, **arguments)
+            inputs = {"input_ids": torch.tensor([row.input_ids]), "shift_labels": labels}
+            if images:
+                inputs["image_features"] = features[start : start + images]
+            output = model(**{name: value.to(model.device) for name, value in inputs.items()})
             labelled = int((labels != -100).sum())
             total, count = total + output.loss * labelled, count + labelled
         start += images
@@ -250,3 +253,29 @@ def test_best_fit_packing_fills_and_never_cuts():
     assert len(bins) == 3
     with pytest.raises(ValueError, match="Row 1 of the batch has 9 tokens and does not fit into max_length=8"):
         pack_best_fit([5, 9], 8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.parametrize("length", [384, 640])
+def test_flex_attention_on_cuda_equals_separate_samples(length, is_compiled):
+    """In fp32 without TF32; 2e-5 for the kernels' other order of sums."""
+    config, rows = make_config(), ROWS["packed rows"]
+    # The kernels take no narrower heads.
+    config.text_config.head_dim = 16
+    processor = make_processor(config)
+    model = VisionQwen(config).eval().cuda()
+    model.model.vision_tower.requires_grad_(False)
+    images = sum(count_images(prompt) for prompt, _ in rows)
+    features = torch.randn(images, config.num_vision_tokens, 16)
+    separate = separate_loss(model, processor, rows, features)
+    expected = gradients(model, separate)
+    model.set_attn_implementation({"text_config": "flex_attention"})
+    if is_compiled:
+        compile_layers(model)
+    collator = make_collator(features, sequence_length=length, max_length=length, image_token_id=config.image_token_id)
+    batch = {name: value.cuda() for name, value in collator(encode(processor, rows)).items()}
+    assert batch["input_ids"].shape[1] == length
+    shared = model(**batch).loss
+    assert abs(shared - separate) / separate < 2e-5
+    assert largest_difference(gradients(model, shared), expected) < 2e-5

@@ -197,10 +197,11 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
         raise SystemExit(f"{program}: unknown option: {_with_hints(keys, known)}.")
     vision_args, training_args, model_args = parsed
-    for each in fields(VisionArguments):
-        # On the command line there is no other way to take back what the file says.
-        if each.default is None and getattr(vision_args, each.name) in ("none", "null"):
-            setattr(vision_args, each.name, None)
+    for options in (vision_args, model_args):
+        for each in fields(options):
+            # On the command line there is no other way to take back what the file says.
+            if each.default is None and getattr(options, each.name) in ("none", "null"):
+                setattr(options, each.name, None)
     try:
         sources = data_sources(vision_args)
     except ValueError as error:
