@@ -27,6 +27,7 @@ from vlm_peft.cuda import compile_layers, sequence_length
 from vlm_peft.data.pictures import Pictures
 from vlm_peft.data.rows import encode_rows
 from vlm_peft.feature_cache import build_feature_cache
+from vlm_peft.fused_lora import fuse_lora
 from vlm_peft.tasks import make_task
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
 
@@ -206,6 +207,8 @@ def prepare_ours(
         peft_config=lora_config(model, **preset.lora),
     )
     _set_adapters(trainer.model)
+    if is_cuda and switch != "no fused LoRA":
+        fuse_lora(trainer.model)
     if is_cuda and switch != "no compiled layers":
         compile_layers(trainer.model)
     return Prepared(trainer, seconds, processor.image_processor)

@@ -103,9 +103,13 @@ class VisionArguments(DataArguments):
     pack_rows: bool = field(
         default=False,
         metadata={
-            "help": "Put several rows into a sequence of max_length tokens; on a GPU, where it is the default, all rows "
-            "of a batch into one sequence."
+            "help": "Put several rows into a sequence of max_length tokens; on a GPU, where it is the default, all "
+            "rows of a batch into one sequence."
         },
+    )
+    fused_lora: bool = field(
+        default=False,
+        metadata={"help": "Train plain LoRA layers in fewer, equal computations; the default on a GPU."},
     )
     compile_layers: bool = field(
         default=False, metadata={"help": "Compile the decoder's layers; the default on a GPU."}
@@ -130,12 +134,13 @@ class VisionArguments(DataArguments):
 _GPU_DEFAULTS = {
     "dtype": "bfloat16",
     "pack_rows": True,
+    "fused_lora": True,
     "compile_layers": True,
     "dataloader_num_workers": 4,
     "dataloader_persistent_workers": True,
     "dataloader_prefetch_factor": 4,
 }
-"""What trains fastest on CUDA; a configuration file and the command line override each. What trains stays in float32."""
+"""What is fastest on CUDA; a configuration file and the command line override each. What trains stays in float32."""
 
 
 def data_sources(arguments: VisionArguments) -> list[DataArguments]:

@@ -54,8 +54,8 @@ class SharedPrefixCollator:
             Picture numbers -> `{"image_features": (I, N_v, D_v)}` from the cache or `{"pixel_values": (I, 3, H, W)}`.
         max_length (`int`, *optional*): Tokens of a sequence at most. Needed for packing.
         packing (`bool`, *optional*, defaults to `False`): Puts several rows into one sequence, best fit first.
-        image_token_id (`int`, *optional*): The picture placeholder; with it the batch says where its image tokens go, so
-            that the model need not look for them.
+        image_token_id (`int`, *optional*): The picture placeholder; with it the batch says where its image tokens go,
+            so that the model need not look for them.
         sequence_length (`int`, *optional*): For GPUs: all rows of the batch lie in one sequence, padded to so many
             tokens (or to the next multiple of 128 above them), and the labels to a multiple of 256, so that a compiled
             model sees one shape. Takes the place of `packing`; `max_length` then limits single rows.

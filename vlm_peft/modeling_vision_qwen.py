@@ -161,8 +161,8 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
     ) -> torch.Tensor:
         """Embeds `input_ids` `(B, T)` and puts the image tokens `(I, N, D_t)` at the placeholders, in order.
 
-        `positions` `(I * N,)`, of the placeholders in the flattened `(B * T)` sequence, spare a GPU the search for them,
-        for which the host would have to wait.
+        `positions` `(I * N,)`, of the placeholders in the flattened `(B * T)` sequence, spare a GPU the search for
+        them, for which the host would have to wait.
         """
         is_image = input_ids == self.config.image_token_id  # (B, T)
         # The placeholder may lie outside the decoder's vocabulary.

@@ -24,6 +24,7 @@ from .data.mixture import mix
 from .data.rows import picture_folder, resolve_paths
 from .data.splits import bind_task
 from .data.streaming import load_stream, stream_rows
+from .fused_lora import fuse_lora
 from .hub.access import looks_local
 from .joining import joint_config
 from .modeling_vision_qwen import VisionQwen
@@ -255,6 +256,8 @@ def build_trainer(
         score=score,
     )
     adapted: Any = trainer.model
+    if vision.fused_lora:
+        fuse_lora(adapted)
     if vision.compile_layers:
         compile_layers(adapted)
     return trainer
