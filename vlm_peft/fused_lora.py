@@ -1,0 +1,219 @@
+"""Fused LoRA: peft's linear layers in training, in two or three matrix products and nothing else.
+
+Stage: between peft's wrapping and `layer.compile()`; called before training. peft casts the input to fp32, scales and
+adds in kernels of their own, and reads the same input once per layer. Here the layers compute
+y = x W^T + (x A^T)(s B)^T in the compute dtype over peft's own weights, and layers that share their input (query, key
+and value; gate and up) are one layer: their A stacked, their B block by block, their frozen W in one buffer.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from peft.tuners import lora
+from torch import nn
+
+_SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Names of neighbours that read one input."""
+
+
+class _LoraProduct(torch.autograd.Function):
+    """x W^T + bias + (x A^T) B^T; of the activations only x and x A^T are kept."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        # (M, K), (N, K), (N,) or None, (R, K), (N, R) -> (M, N)
+        reduced = x @ a.t()
+        y = nn.functional.linear(x, weight, bias)
+        y.addmm_(reduced, b.t())
+        ctx.save_for_backward(x, reduced, weight, a, b)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, reduced, weight, a, b = ctx.saved_tensors
+        reduced_gradient = gradient @ b
+        x_gradient = None
+        if ctx.needs_input_grad[0]:
+            x_gradient = gradient @ weight
+            x_gradient.addmm_(reduced_gradient, a)
+        return x_gradient, None, None, reduced_gradient.t() @ x, gradient.t() @ reduced
+
+
+class _WideLoraProduct(torch.autograd.Function):
+    """The same with LoRA as further columns of the frozen product: [x, x A^T] [W, B]^T writes y once."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, a, b):
+        reduced = x @ a.t()
+        wide = torch.cat([weight, b], 1)  # (N, K + R)
+        ctx.save_for_backward(x, reduced, wide, a)
+        return nn.functional.linear(torch.cat([x, reduced], 1), wide, bias)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, reduced, wide, a = ctx.saved_tensors
+        both = gradient @ wide  # (M, K + R)
+        x_gradient, reduced_gradient = both[:, : x.shape[1]], both[:, x.shape[1] :]
+        a_gradient = reduced_gradient.t() @ x
+        if ctx.needs_input_grad[0]:
+            x_gradient = torch.addmm(x_gradient, reduced_gradient, a)
+        return x_gradient, None, None, a_gradient, gradient.t() @ reduced
+
+
+class _SharedInput:
+    """Layers that read one input, computed together when the first of them is asked.
+
+    Args:
+        layers (`Sequence[FusedLinear]`): One, or several whose frozen weights lie in one buffer from here on.
+        is_wide (`bool`): LoRA as further columns of the frozen product.
+    """
+
+    def __init__(self, layers: Sequence["FusedLinear"], is_wide: bool):
+        self.layers = list(layers)
+        self.product = _WideLoraProduct if is_wide else _LoraProduct
+        self.sizes = [layer.base_layer.out_features for layer in layers]
+        bases = [layer.base_layer for layer in layers]
+        self.weight = bases[0].weight
+        self.bias = bases[0].bias
+        if len(layers) > 1:
+            self.weight = torch.cat([base.weight.detach() for base in bases])
+            for base, part in zip(bases, self.weight.split(self.sizes), strict=True):
+                base.weight.data = part
+            if self.bias is not None:
+                self.bias = torch.cat([base.bias.detach() for base in bases])
+                for base, part in zip(bases, self.bias.split(self.sizes), strict=True):
+                    base.bias.data = part
+        self.input: torch.Tensor | None = None
+        self.outputs: list[torch.Tensor | None] = []
+
+    def __call__(self, layer: "FusedLinear", x: torch.Tensor) -> torch.Tensor:
+        """Of `x` `(..., K)`, the output `(..., N)` of one of the layers; the others' wait until they are asked."""
+        if len(self.layers) == 1:
+            return self._compute(x)
+        if self.input is not x:
+            self.input, self.outputs = x, list(self._compute(x).split(self.sizes, -1))
+        y, self.outputs[layer.place] = self.outputs[layer.place], None
+        if all(output is None for output in self.outputs):
+            self.input, self.outputs = None, []
+        return y
+
+    def _compute(self, x: torch.Tensor) -> torch.Tensor:
+        device = x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        reducing = [layer.lora_A[layer.fused_adapter].weight for layer in self.layers]
+        growing = [
+            layer.lora_B[layer.fused_adapter].weight * layer.scaling[layer.fused_adapter] for layer in self.layers
+        ]
+        a = torch.cat(reducing) if len(reducing) > 1 else reducing[0]
+        b = torch.block_diag(*growing) if len(growing) > 1 else growing[0]
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = self.product.apply(rows, self.weight.to(dtype), bias, a.to(dtype), b.to(dtype))
+        return y.view(*x.shape[:-1], -1)
+
+
+class FusedLinear(lora.Linear):
+    """peft's linear layer with [`fuse_lora`] on: the same parameters and methods, another forward in training."""
+
+    shared_input: _SharedInput
+    place: int
+    fused_adapter: str
+
+    def forward(self, x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+        """As peft's; in evaluation, merged, disabled, or with other adapters than at [`fuse_lora`], peft's own."""
+        if args or kwargs or not all(layer.is_fused for layer in self.shared_input.layers):
+            return super().forward(x, *args, **kwargs)
+        return self.shared_input(self, x)
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether the layer computes what was fused, now."""
+        return (
+            self.training
+            and not self.disable_adapters
+            and not self.merged
+            and len(self.active_adapters) == 1
+            and self.active_adapters[0] == self.fused_adapter
+        )
+
+
+def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = False) -> list[str]:
+    """Lets peft's LoRA layers train in fewer kernels, in place; parameters, files and merging stay peft's.
+
+    Gradients are peft's: equal in fp32, and in the compute dtype of autocast rounded at other places. Call it with the
+    model on its device and in its dtype, after peft's wrapping and before `layer.compile()`.
+
+    Args:
+        model (`nn.Module`): With LoRA layers somewhere inside.
+        stack (`bool`, *optional*, defaults to `True`): Computes query, key and value in one product, gate and up too.
+            Their frozen weights become views of one buffer.
+        wide (`bool`, *optional*, defaults to `False`): Layers that are stacked take LoRA as further columns of the
+            frozen product: one more copy of the input instead of one more pass over the output.
+
+    Returns:
+        `list[str]`: The layers that stay peft's, as `name: reason`.
+    """
+    left_out, fused = [], {}
+    for name, module in model.named_modules():
+        if isinstance(module, lora.LoraLayer) and type(module) is not FusedLinear:
+            reason = _why_not(module)
+            if reason is not None:
+                left_out.append(f"{name}: {reason}")
+            else:
+                module.__class__ = FusedLinear
+                module.fused_adapter = module.active_adapters[0]
+                fused[name] = module
+    while fused:
+        parent, _, own = next(iter(fused)).rpartition(".")
+        names = next((names for names in _SHARED_INPUT if own in names), ()) if stack else ()
+        neighbours = [f"{parent}.{name}" for name in names]
+        if not all(name in fused for name in neighbours) or not _fit([fused[name] for name in neighbours]):
+            neighbours = []
+        layers = [fused.pop(name) for name in neighbours or [next(iter(fused))]]
+        group = _SharedInput(layers, is_wide=wide and len(layers) > 1)
+        for place, layer in enumerate(layers):
+            layer.shared_input, layer.place = group, place
+    return left_out
+
+
+def unfuse_lora(model: nn.Module) -> None:
+    """Gives every layer of [`fuse_lora`] peft's own forward back, in place."""
+    for module in model.modules():
+        if type(module) is FusedLinear:
+            module.__class__ = lora.Linear
+            del module.shared_input, module.place, module.fused_adapter
+
+
+def _fit(layers: list[FusedLinear]) -> bool:
+    weights = [layer.base_layer.weight for layer in layers]
+    biases = [layer.base_layer.bias for layer in layers]
+    return (
+        len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) == 1
+        and len({None if bias is None else bias.dtype for bias in biases}) == 1
+        and len({layer.fused_adapter for layer in layers}) == 1
+    )
+
+
+def _why_not(layer: lora.LoraLayer) -> str | None:
+    """Why a layer cannot be fused, if so."""
+    base = layer.get_base_layer()
+    if type(layer) is not lora.Linear:
+        return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}, not a plain linear layer"
+    if type(base) is not nn.Linear or type(base.weight) is not nn.Parameter:
+        return f"its base is {type(base).__name__} of {type(base.weight).__name__}, not a plain linear layer"
+    if len(layer.active_adapters) != 1 or list(layer.lora_A) != list(layer.active_adapters):
+        return f"adapters {', '.join(layer.lora_A)}, not one"
+    (adapter,) = layer.active_adapters
+    if adapter in layer.lora_variant:
+        return type(layer.lora_variant[adapter]).__name__.removesuffix("LinearVariant")
+    if getattr(layer.lora_dropout[adapter], "p", 0) > 0:
+        return f"dropout {layer.lora_dropout[adapter].p}"
+    if layer.lora_bias[adapter]:
+        return "lora_bias"
+    if layer.fan_in_fan_out:
+        return "its weight is stored transposed"
+    if any(parameter.requires_grad for parameter in base.parameters()):
+        return "its base trains"
+    if hasattr(base, "_hf_hook"):
+        return "its base is offloaded"
+    return None
