@@ -1,16 +1,37 @@
-"""Head: log-probabilities of labels under a frozen head on a CPU, their gradient computed on the way.
+"""Head: log-probabilities of labels under a frozen head, their gradient computed on the way.
 
 Stage: hidden states at the labelled positions -> loss; called by `VisionSFTTrainer`. With Qwen3's 151,936 rows the head
-is most of a small model's step. A frozen head needs no gradient of its own, so one pass over the vocabulary is enough:
-each tile of logits is used for the sum and for the gradient while it is in the processor's cache, and is never computed
-again.
+is most of a small model's step. A frozen head needs no gradient of its own, so one pass over the vocabulary in two
+products is enough: each tile of logits is used for the sum and for the gradient while it is in the cache, and is never
+computed again.
 """
+
+from dataclasses import dataclass
 
 import torch
 
-_TILE_ROWS = 128
-_TILE_VOCABULARY = 4096
-"""A tile of fp32 logits takes 2 MB."""
+
+@dataclass(frozen=True)
+class Tiles:
+    """How a device cuts the logits.
+
+    Args:
+        rows, vocabulary (`int`): Of one tile.
+        is_compiled (`bool`): Whether what lies between the two products is compiled into one or two kernels.
+    """
+
+    rows: int
+    vocabulary: int
+    is_compiled: bool
+
+
+TILES = {
+    # A tile of fp32 logits takes 2 MB.
+    "cpu": Tiles(rows=128, vocabulary=4096, is_compiled=False),
+    # Few large products; 128 MB of fp32 logits at 4,096 labels.
+    "cuda": Tiles(rows=4096, vocabulary=8192, is_compiled=True),
+}
+"""By type of device."""
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
@@ -28,44 +49,126 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             labels (`torch.LongTensor` of shape `(L,)`): In `0 .. V - 1`.
 
         Returns:
-            `tuple` of fp32 log-probabilities and entropies in nats, and whether the label is the likeliest token.
+            `tuple` of fp32 log-probabilities and entropies in nats, and whether the label is the first of the likeliest
+            tokens. On CUDA bf16 products are summed and compared in fp32; a CPU rounds logits to bf16 under autocast.
         """
-        device_type = hidden.device.type
-        is_autocast = torch.is_autocast_enabled(device_type)
-        dtype = torch.get_autocast_dtype(device_type) if is_autocast else hidden.dtype
-        with torch.autocast(device_type, enabled=False):
+        device = hidden.device
+        is_autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if is_autocast else hidden.dtype
+        tiles = TILES[device.type]
+        fold = _compiled_fold if tiles.is_compiled else _fold
+        with torch.autocast(device.type, enabled=False):
             queries = hidden.detach().to(dtype)  # (L, D_t)
-            highest = torch.full((len(labels),), float("-inf"))  # of the logits so far
-            label_logits = torch.zeros(len(labels))
-            total = torch.zeros(len(labels))  # sum of exp(logit - highest)
-            mean = torch.zeros(hidden.shape, dtype=torch.float32)  # sum of exp(logit - highest) * weight, (L, D_t)
-            for first in range(0, len(weight), _TILE_VOCABULARY):
-                keys = weight.detach()[first : first + _TILE_VOCABULARY].to(dtype)
-                for start in range(0, len(labels), _TILE_ROWS):
-                    part = slice(start, start + _TILE_ROWS)
-                    tile = torch.mm(queries[part], keys.t()).float()
-                    local = labels[part] - first
-                    is_here = (local >= 0) & (local < len(keys))
-                    found = tile.gather(1, local.clamp(0, len(keys) - 1)[:, None])[:, 0]
-                    label_logits[part] = torch.where(is_here, found, label_logits[part])
-                    new_highest = torch.maximum(highest[part], tile.amax(-1))
-                    rescale = torch.exp(highest[part] - new_highest)
-                    highest[part] = new_highest
-                    tile.sub_(new_highest[:, None]).exp_()
-                    total[part] = total[part] * rescale + tile.sum(-1)
-                    mean[part] = mean[part] * rescale[:, None] + torch.mm(tile.to(dtype), keys)
+            # So far: the highest logit, whether the label has it first, the label's, the sum of exp(logit - highest).
+            highest = torch.full((len(labels),), float("-inf"), device=device)
+            is_top1 = torch.zeros(len(labels), dtype=torch.bool, device=device)
+            at_label = torch.zeros(len(labels), device=device)
+            total = torch.zeros(len(labels), device=device)
+            mean = torch.zeros(hidden.shape, device=device)  # sum of exp(logit - highest) * weight, (L, D_t)
+            for first in range(0, len(weight), tiles.vocabulary):
+                keys = weight.detach()[first : first + tiles.vocabulary].to(dtype)
+                for start in range(0, len(labels), tiles.rows):
+                    part = slice(start, start + tiles.rows)
+                    running = (highest[part], is_top1[part], at_label[part], total[part])
+                    logits = _product(queries[part], keys.t())
+                    shares, rescale = fold(logits, labels[part] - first, *running, dtype=dtype)
+                    _rescale_and_add_product(mean[part], rescale, shares, keys)
             mean /= total[:, None]
             log_total = highest + total.log()
             of_label = weight.detach()[labels].to(dtype).float()  # (L, D_t)
             ctx.save_for_backward((of_label - mean).to(hidden.dtype))
             # The expected logit is the query times the expected key.
             entropy = log_total - (queries.float() * mean).sum(-1)
-            is_top1 = label_logits >= highest
         ctx.mark_non_differentiable(entropy, is_top1)
-        return label_logits - log_total, entropy, is_top1
+        return at_label - log_total, entropy, is_top1
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor, *_) -> tuple[torch.Tensor, None, None]:
         """Gradient to `hidden`: of each row, the label's key less the expected key."""
         (direction,) = ctx.saved_tensors
         return gradient[:, None].to(direction.dtype) * direction, None, None
+
+
+def _has_fp32_products(operand: torch.Tensor) -> bool:
+    """Whether products of this operand can be had in fp32, as they were summed."""
+    return operand.is_cuda and operand.dtype in (torch.bfloat16, torch.float16)
+
+
+def _product(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """`(rows, columns)` logits; rounded to the operands' dtype where there is no other way."""
+    if _has_fp32_products(queries):
+        return torch.mm(queries, keys, out_dtype=torch.float32)
+    return torch.mm(queries, keys)
+
+
+def _rescale_and_add_product(
+    mean: torch.Tensor, rescale: torch.Tensor, shares: torch.Tensor, keys: torch.Tensor
+) -> None:
+    """`mean * rescale + shares @ keys`, in place and in fp32."""
+    mean *= rescale[:, None]
+    if _has_fp32_products(shares):
+        torch.addmm(mean, shares, keys, out_dtype=torch.float32, out=mean)
+    else:
+        mean += torch.mm(shares, keys)
+
+
+def _fold(
+    logits: torch.Tensor,
+    places: torch.Tensor,
+    highest: torch.Tensor,
+    is_top1: torch.Tensor,
+    at_label: torch.Tensor,
+    total: torch.Tensor,
+    *,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Takes one tile of logits into the running values, in place.
+
+    Args:
+        logits (`torch.Tensor` of shape `(rows, columns)`): Of the tile; spoilt.
+        places (`torch.LongTensor` of shape `(rows,)`): The labels' columns, which may lie before or after the tile.
+        highest, is_top1, at_label, total (`torch.Tensor` of shape `(rows,)`): So far.
+        dtype (`torch.dtype`): Of what is returned first.
+
+    Returns:
+        `tuple` of exp(logit - highest) `(rows, columns)` and what earlier sums must be multiplied by, `(rows,)`.
+    """
+    logits = logits.float()
+    is_here = (places >= 0) & (places < logits.shape[1])
+    found = logits.gather(1, places.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+    at_label.copy_(torch.where(is_here, found, at_label))
+    tile_highest = logits.amax(-1)
+    # Of equal logits the first counts: `argmax` returns it, and an earlier tile's stands.
+    is_top1.copy_(torch.where(tile_highest > highest, _is_argmax(logits, places, is_here), is_top1))
+    new_highest = torch.maximum(highest, tile_highest)
+    rescale = torch.exp(highest - new_highest)
+    highest.copy_(new_highest)
+    shares = logits.sub_(new_highest[:, None]).exp_()
+    total.copy_(total * rescale + shares.sum(-1))
+    return shares.to(dtype), rescale
+
+
+def _is_argmax(logits: torch.Tensor, places: torch.Tensor, is_here: torch.Tensor) -> torch.Tensor:
+    """Whether each row's first highest logit is at the label's place, `(rows,)`."""
+    if torch.compiler.is_compiling():
+        return logits.argmax(-1) == places
+    # A CPU's argmax costs more than all the rest: only the few rows that have their label in this tile.
+    rows = is_here.nonzero()[:, 0]
+    is_argmax = torch.zeros_like(is_here)
+    is_argmax[rows] = logits[rows].argmax(-1) == places[rows]
+    return is_argmax
+
+
+@torch.compile
+def _compile_fold(*arguments, dtype):
+    return _fold(*arguments, dtype=dtype)
+
+
+def _compiled_fold(
+    logits: torch.Tensor, *of_rows: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[`_fold`] in a few kernels: one graph for whole tiles and one for the last, for any number of labels."""
+    torch._dynamo.mark_static(logits, 1)
+    for tensor in (logits, *of_rows):
+        torch._dynamo.maybe_mark_dynamic(tensor, 0)
+    return _compile_fold(logits, *of_rows, dtype=dtype)

@@ -1,6 +1,6 @@
 """Trainer: TRL's `SFTTrainer` with what a shared-prefix run needs around it.
 
-Stage: last; called by the recipe. The loss is TRL's own; on a CPU its head is computed by `FrozenHeadLogProbs`, equal
+Stage: last; called by the recipe. The loss is TRL's own; a frozen head is computed by `FrozenHeadLogProbs`, equal
 and several times faster. Otherwise only what a run leaves and shows is added: complete adapter folders as checkpoints,
 one readable line per log entry with tokens per second, and a checkpoint when the run is told to stop.
 """
@@ -43,7 +43,7 @@ from .adapters import (
 )
 from .configuration_vision_qwen import IGNORE_INDEX
 from .cuda import plain_decoder
-from .head import FrozenHeadLogProbs
+from .head import TILES, FrozenHeadLogProbs
 from .modeling_vision_qwen import VisionQwen
 
 
@@ -87,7 +87,7 @@ class VisionSFTTrainer(SFTTrainer):
         adapted: Any = self.model
         starts_as = adapted.active_peft_config.init_lora_weights
         self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
-        if self.args.device.type == "cpu":
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
         self._token_counts: list[torch.Tensor] = []
@@ -236,7 +236,7 @@ def _train_once(model: Any) -> None:
 def use_frozen_head(model: VisionQwen) -> None:
     """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`] in training.
 
-    Evaluation, other layouts of labels, a head that trains, and GPUs, which have TRL's Triton kernel, stay as they are.
+    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are.
     """
     fused_forward = model.forward
 
@@ -244,7 +244,7 @@ def use_frozen_head(model: VisionQwen) -> None:
     def forward(*args, **kwargs):
         weight, shift_labels = model.get_output_embeddings().weight, kwargs.get("shift_labels")
         is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None and torch.is_grad_enabled()
-        if not is_ours or shift_labels is None or weight.requires_grad or weight.device.type != "cpu":
+        if not is_ours or shift_labels is None or weight.requires_grad or weight.device.type not in TILES:
             return fused_forward(*args, **kwargs)
         num_items = kwargs.pop("num_items_in_batch", None)
         for name in ("fused_lm_head", "labels", "shift_labels"):
