@@ -1,10 +1,11 @@
-"""The CPU head against TRL's: same loss, metrics and gradient, and only where it may stand in."""
+"""The frozen head against TRL's: same loss, metrics and gradient, and only where it may stand in."""
 
 import pytest
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
-from vlm_peft.head import FrozenHeadLogProbs
+from vlm_peft import head
+from vlm_peft.head import FrozenHeadLogProbs, Tiles
 
 
 def score(function, hidden, *arguments):
@@ -36,3 +37,56 @@ def test_equals_trl(vocabulary, rows, autocast, tolerance):
             assert (ours != theirs).float().mean() <= (0.02 if autocast else 0)
         else:
             assert float((ours - theirs).abs().max() / scale) < tolerance
+
+
+def test_of_equal_logits_the_first_is_the_likeliest():
+    hidden, weight = torch.eye(4)[[0] * 4].contiguous(), torch.zeros(9000, 4)
+    # Twice in one tile, once in a later one, and a label in the tile of the highest that is not among them.
+    weight[[5, 7, 5000], 0] = 1.0
+    labels = torch.tensor([5, 7, 5000, 6])
+    assert score(FrozenHeadLogProbs.apply, hidden, weight, labels)[2].tolist() == [True, False, False, False]
+
+
+def test_compiled_equals_eager_and_one_graph_serves_all_counts(monkeypatch):
+    torch._dynamo.reset()
+    graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    monkeypatch.setattr(head, "_compile_fold", torch.compile(head._fold, backend=graphs))
+    weight = torch.randn(300, 32)
+    weight[130] = weight[3]
+    for rows in (150, 40, 77):
+        hidden, labels = torch.randn(rows, 32), torch.randint(0, 300, (rows,))
+        labels[::3] = (hidden @ weight.t()).argmax(-1)[::3]
+        hidden[1::5], labels[1::5] = 2 * weight[3], 3
+        hidden[2::5], labels[2::5] = 2 * weight[3], 130
+        results = []
+        for is_compiled in (False, True):
+            monkeypatch.setitem(head.TILES, "cpu", Tiles(rows=64, vocabulary=128, is_compiled=is_compiled))
+            results.append(score(FrozenHeadLogProbs.apply, hidden, weight, labels))
+        for eager, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, eager)
+        assert results[1][2][1]
+        assert not results[1][2][2]
+    # Whole tiles, and the last one, which is narrower.
+    assert graphs.frame_count == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_torch_on_cuda(dtype):
+    weight, hidden = torch.randn(20000, 64, device="cuda").to(dtype), torch.randn(5000, 64, device="cuda").to(dtype)
+    logits = hidden.double() @ weight.double().t()
+    labels = torch.randint(0, 20000, (5000,), device="cuda")
+    labels[::3] = logits.argmax(-1)[::3]
+    exact = hidden.double().requires_grad_()
+
+    def torchs(hidden):
+        log_probs = (hidden @ weight.to(hidden.dtype).t()).log_softmax(-1)
+        entropy = -(log_probs.exp() * log_probs).sum(-1)
+        return log_probs.gather(1, labels[:, None])[:, 0], entropy, logits.argmax(-1) == labels
+
+    expected = score(torchs, exact.detach())
+    actual = score(FrozenHeadLogProbs.apply, hidden, weight, labels)
+    # bf16 products are summed in fp32; only the shares of the gradient, and the gradient itself, are rounded.
+    tolerances = (1e-4, 1e-3 if dtype == torch.float32 else 0.05, 0, 1e-2)
+    for ours, theirs, tolerance in zip(actual, expected, tolerances, strict=True):
+        assert float((ours.double() - theirs.double()).abs().max()) <= tolerance * float(theirs.double().abs().max())

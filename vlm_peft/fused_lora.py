@@ -7,6 +7,7 @@ and value; gate and up) are one layer: their A stacked, their B block by block, 
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from peft.tuners import lora
@@ -72,9 +73,9 @@ class _SharedInput:
         self.layers = list(layers)
         self.product = _WideLoraProduct if is_wide else _LoraProduct
         self.sizes = [layer.base_layer.out_features for layer in layers]
-        bases = [layer.base_layer for layer in layers]
-        self.weight = bases[0].weight
-        self.bias = bases[0].bias
+        bases: list[Any] = [layer.base_layer for layer in layers]
+        self.weight: torch.Tensor = bases[0].weight
+        self.bias: torch.Tensor | None = bases[0].bias
         if len(layers) > 1:
             self.weight = torch.cat([base.weight.detach() for base in bases])
             for base, part in zip(bases, self.weight.split(self.sizes), strict=True):
@@ -84,7 +85,7 @@ class _SharedInput:
                 for base, part in zip(bases, self.bias.split(self.sizes), strict=True):
                     base.bias.data = part
         self.input: torch.Tensor | None = None
-        self.outputs: list[torch.Tensor | None] = []
+        self.outputs: list[Any] = []
 
     def __call__(self, layer: "FusedLinear", x: torch.Tensor) -> torch.Tensor:
         """Of `x` `(..., K)`, the output `(..., N)` of one of the layers; the others' wait until they are asked."""
@@ -100,7 +101,7 @@ class _SharedInput:
     def _compute(self, x: torch.Tensor) -> torch.Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        reducing = [layer.lora_A[layer.fused_adapter].weight for layer in self.layers]
+        reducing: list[Any] = [layer.lora_A[layer.fused_adapter].weight for layer in self.layers]
         growing = [
             layer.lora_B[layer.fused_adapter].weight * layer.scaling[layer.fused_adapter] for layer in self.layers
         ]
@@ -153,7 +154,8 @@ def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = False) -> li
     Returns:
         `list[str]`: The layers that stay peft's, as `name: reason`.
     """
-    left_out, fused = [], {}
+    left_out: list[str] = []
+    fused: dict[str, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, lora.LoraLayer) and type(module) is not FusedLinear:
             reason = _why_not(module)
@@ -180,7 +182,7 @@ def unfuse_lora(model: nn.Module) -> None:
     """Gives every layer of [`fuse_lora`] peft's own forward back, in place."""
     for module in model.modules():
         if type(module) is FusedLinear:
-            module.__class__ = lora.Linear
+            module.__class__ = lora.Linear  # type: ignore[assignment]
             del module.shared_input, module.place, module.fused_adapter
 
 
@@ -188,7 +190,8 @@ def _fit(layers: list[FusedLinear]) -> bool:
     weights = [layer.base_layer.weight for layer in layers]
     biases = [layer.base_layer.bias for layer in layers]
     return (
-        len({(weight.shape[1], weight.dtype, weight.device) for weight in weights}) == 1
+        len({(layer.in_features, weight.dtype, weight.device) for layer, weight in zip(layers, weights, strict=True)})
+        == 1
         and len({None if bias is None else bias.dtype for bias in biases}) == 1
         and len({layer.fused_adapter for layer in layers}) == 1
     )
