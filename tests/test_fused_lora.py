@@ -139,6 +139,9 @@ def test_neighbours_are_one_product(is_stacked, monkeypatch):
     decode(model)
     # Query, key and value; output; gate and up; down: in each of two layers.
     assert len(products) == (8 if is_stacked else 14)
+    # What is stacked is held once.
+    bases = [module.base_layer for module in model.modules() if isinstance(module, FusedLinear)]
+    assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == (8 if is_stacked else 14)
 
 
 def test_neighbours_with_inputs_of_their_own_are_right():

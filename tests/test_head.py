@@ -52,12 +52,12 @@ def test_compiled_equals_eager_and_one_graph_serves_all_counts(monkeypatch):
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     monkeypatch.setattr(head, "_compile_fold", torch.compile(head._fold, backend=graphs))
     weight = torch.randn(300, 32)
-    weight[130] = weight[3]
+    weight[100] = weight[3]
     for rows in (150, 40, 77):
         hidden, labels = torch.randn(rows, 32), torch.randint(0, 300, (rows,))
         labels[::3] = (hidden @ weight.t()).argmax(-1)[::3]
         hidden[1::5], labels[1::5] = 2 * weight[3], 3
-        hidden[2::5], labels[2::5] = 2 * weight[3], 130
+        hidden[2::5], labels[2::5] = 2 * weight[3], 100
         results = []
         for is_compiled in (False, True):
             monkeypatch.setitem(head.TILES, "cpu", Tiles(rows=64, vocabulary=128, is_compiled=is_compiled))
@@ -68,6 +68,13 @@ def test_compiled_equals_eager_and_one_graph_serves_all_counts(monkeypatch):
         assert not results[1][2][2]
     # Whole tiles, and the last one, which is narrower.
     assert graphs.frame_count == 2
+    tiles = [
+        node.meta["example_value"].shape
+        for graph in graphs.graphs
+        for node in graph.graph.nodes
+        if node.op == "placeholder"
+    ]
+    assert {shape[1] for shape in tiles if len(shape) == 2} == {128, 300 % 128}
 
 
 @pytest.mark.gpu
