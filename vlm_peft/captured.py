@@ -35,7 +35,8 @@ class CapturedGreedy:
     def __init__(self, batch_size: int):
         self._batch_size = batch_size
         self._room = 0
-        self._cache: StaticCache | None = None
+        self._eos: Any = None
+        self._cache: Any = None
         self._graph: Any = None
 
     def __call__(

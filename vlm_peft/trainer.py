@@ -91,7 +91,7 @@ class VisionSFTTrainer(SFTTrainer):
             use_frozen_head(next(module for module in self.model.modules() if isinstance(module, VisionQwen)))
         self._extra_files = extra_files or {}
         self._token_counts: list[torch.Tensor] = []
-        self._weights_per_token = 6 * self.model.num_parameters(exclude_embeddings=True)
+        self._weights_per_token = 6 * adapted.num_parameters(exclude_embeddings=True)
         _train_once(self.model)
         self._tokens_at_last_log = 0
         self._time_of_last_log = time.monotonic()
