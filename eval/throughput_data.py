@@ -98,7 +98,14 @@ _QWEN3_4B = {
 }
 _GPU = {"device": "cuda", "dtype": "bf16", "turns": 3, "warm_up_steps": 4, "packing": True, "workers": 4}
 _GPU |= {"max_length": 1024, "attn_implementation": "flex_attention"}
-_GPU_SWITCHES = ("no shared prefix", "no feature cache", "no compiled layers", "no fused LoRA", "TRL's head")
+_GPU_SWITCHES = (
+    "no shared prefix",
+    "no feature cache",
+    "no compiled layers",
+    "no CUDA graph",
+    "no fused LoRA",
+    "TRL's head",
+)
 _CLIP_B32 = {
     "hidden_size": 768,
     "intermediate_size": 3072,

@@ -23,7 +23,7 @@ from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters import PROJECTOR, lora_config
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.configuration_vision_qwen import IGNORE_INDEX
-from vlm_peft.cuda import compile_layers, sequence_length
+from vlm_peft.cuda import CapturedDecoder, can_capture, compile_layers, sequence_length
 from vlm_peft.data.pictures import Pictures
 from vlm_peft.data.rows import encode_rows
 from vlm_peft.feature_cache import build_feature_cache
@@ -211,6 +211,8 @@ def prepare_ours(
         fuse_lora(trainer.model)
     if is_cuda and switch != "no compiled layers":
         compile_layers(trainer.model)
+        if switch != "no CUDA graph" and can_capture(trainer.model, trainer.args):
+            CapturedDecoder(trainer.model)
     return Prepared(trainer, seconds, processor.image_processor)
 
 

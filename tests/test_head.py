@@ -11,7 +11,7 @@ from vlm_peft.head import FrozenHeadLogProbs, Tiles
 def score(function, hidden, *arguments):
     hidden = hidden.clone().requires_grad_()
     log_probs, entropy, *_, is_top1 = function(hidden, *arguments)
-    (log_probs * torch.linspace(0.5, 2, len(log_probs))).sum().backward()
+    (log_probs * torch.linspace(0.5, 2, len(log_probs), device=log_probs.device)).sum().backward()
     return log_probs.detach(), entropy.detach(), is_top1, hidden.grad
 
 

@@ -133,8 +133,9 @@ class CapturedGreedy:
     def _step(self, model) -> None:
         """Reads one token of each text and writes the next one; nothing leaves the device."""
         self._visible.index_fill_(3, self._place, True)
+        # The placeholder is never chosen, so there is none to look for, which the host would have to wait for.
         hidden = model.base_model(
-            input_ids=self._tokens,
+            inputs_embeds=model.get_input_embeddings()(self._tokens),
             attention_mask=self._visible,
             position_ids=self._positions,
             past_key_values=self._cache,

@@ -17,48 +17,85 @@ _SHARED_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of neighbours that read one input."""
 
 
-class _LoraProduct(torch.autograd.Function):
-    """x W^T + bias + (x A^T) B^T; of the activations only x and x A^T are kept."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b):
-        # (M, K), (N, K), (N,) or None, (R, K), (N, R) -> (M, N)
-        reduced = x @ a.t()
-        y = nn.functional.linear(x, weight, bias)
-        y.addmm_(reduced, b.t())
-        ctx.save_for_backward(x, reduced, weight, a, b)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, reduced, weight, a, b = ctx.saved_tensors
-        reduced_gradient = gradient @ b
-        x_gradient = None
-        if ctx.needs_input_grad[0]:
-            x_gradient = gradient @ weight
-            x_gradient.addmm_(reduced_gradient, a)
-        return x_gradient, None, None, reduced_gradient.t() @ x, gradient.t() @ reduced
+# Operators of their own: what a compiler makes of an autograd function depends on its version, and a gradient that
+# it loses is lost in silence. What lies inside is not worth fusing with its surroundings: all of it is matrix products.
+@torch.library.custom_op("vlm_peft::lora_product", mutates_args=())
+def _lora_product(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor, is_wide: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(M, K)`, `(N, K)`, `(N,)`, fp32 `(R, K)` and `(N, R)` -> x W^T + bias + (x A^T) B^T and x A^T."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    reduced = x @ a.t()
+    if is_wide:
+        # LoRA as further columns of the frozen product writes y once.
+        return nn.functional.linear(torch.cat([x, reduced], 1), torch.cat([weight, b], 1), bias), reduced
+    return _add_product(nn.functional.linear(x, weight, bias), reduced, b.t()), reduced
 
 
-class _WideLoraProduct(torch.autograd.Function):
-    """The same with LoRA as further columns of the frozen product: [x, x A^T] [W, B]^T writes y once."""
+@_lora_product.register_fake
+def _(x, weight, bias, a, b, is_wide):
+    return x.new_empty(len(x), len(weight)), x.new_empty(len(x), len(a))
 
-    @staticmethod
-    def forward(ctx, x, weight, bias, a, b):
-        reduced = x @ a.t()
-        wide = torch.cat([weight, b], 1)  # (N, K + R)
-        ctx.save_for_backward(x, reduced, wide, a)
-        return nn.functional.linear(torch.cat([x, reduced], 1), wide, bias)
 
-    @staticmethod
-    def backward(ctx, gradient):
-        x, reduced, wide, a = ctx.saved_tensors
-        both = gradient @ wide  # (M, K + R)
-        x_gradient, reduced_gradient = both[:, : x.shape[1]], both[:, x.shape[1] :]
-        a_gradient = reduced_gradient.t() @ x
-        if ctx.needs_input_grad[0]:
-            x_gradient = torch.addmm(x_gradient, reduced_gradient, a)
-        return x_gradient, None, None, a_gradient, gradient.t() @ reduced
+@torch.library.custom_op("vlm_peft::lora_product_backward", mutates_args=())
+def _lora_product_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    reduced: torch.Tensor,
+    weight: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    is_wide: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of x in its dtype, of A and B in fp32."""
+    a, b = a.to(x.dtype), b.to(x.dtype)
+    gradient = gradient.contiguous()
+    if is_wide:
+        x_gradient, reduced_gradient = (gradient @ torch.cat([weight, b], 1)).split([x.shape[1], len(a)], 1)
+    else:
+        x_gradient, reduced_gradient = gradient @ weight, gradient @ b
+    return (
+        _add_product(x_gradient, reduced_gradient, a),
+        _outer(reduced_gradient, x),
+        _outer(reduced, gradient).t().contiguous(),
+    )
+
+
+@_lora_product_backward.register_fake
+def _(gradient, x, reduced, weight, a, b, is_wide):
+    return torch.empty_like(x), torch.empty_like(a), torch.empty_like(b)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, weight, _, a, b, ctx.is_wide = inputs
+    ctx.save_for_backward(x, output[1], weight, a, b)
+
+
+def _backward(ctx, gradient, _):
+    x_gradient, a_gradient, b_gradient = _lora_product_backward(gradient, *ctx.saved_tensors, ctx.is_wide)
+    return x_gradient, None, None, a_gradient, b_gradient, None
+
+
+_lora_product.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _is_half(x: torch.Tensor) -> bool:
+    """Whether sums of this operand's products are to be had in fp32, or added by a kernel of ours."""
+    return x.is_cuda and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _outer(h: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """h^T x in fp32."""
+    return torch.mm(h.t(), x, out_dtype=torch.float32) if _is_half(x) else (h.t() @ x).float()
+
+
+def _add_product(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """y + h b."""
+    if not _is_half(y):
+        return torch.addmm(y, h, b)
+    from .skinny import add_product
+
+    return add_product(y, h, b)
 
 
 class _SharedInput:
@@ -71,7 +108,7 @@ class _SharedInput:
 
     def __init__(self, layers: Sequence["FusedLinear"], is_wide: bool):
         self.layers = list(layers)
-        self.product = _WideLoraProduct if is_wide else _LoraProduct
+        self.is_wide = is_wide
         self.sizes = [layer.base_layer.out_features for layer in layers]
         bases: list[Any] = [layer.base_layer for layer in layers]
         self.weight: torch.Tensor = bases[0].weight
@@ -109,7 +146,7 @@ class _SharedInput:
         b = torch.block_diag(*growing) if len(growing) > 1 else growing[0]
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y = self.product.apply(rows, self.weight.to(dtype), bias, a.to(dtype), b.to(dtype))
+        y, _ = _lora_product(rows, self.weight.to(dtype), bias, a, b, self.is_wide)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -138,7 +175,7 @@ class FusedLinear(lora.Linear):
         )
 
 
-def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = False) -> list[str]:
+def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = True) -> list[str]:
     """Lets peft's LoRA layers train in fewer kernels, in place; parameters, files and merging stay peft's.
 
     Gradients are peft's: equal in fp32, and in the compute dtype of autocast rounded at other places. Call it with the
@@ -148,7 +185,7 @@ def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = False) -> li
         model (`nn.Module`): With LoRA layers somewhere inside.
         stack (`bool`, *optional*, defaults to `True`): Computes query, key and value in one product, gate and up too.
             Their frozen weights become views of one buffer.
-        wide (`bool`, *optional*, defaults to `False`): Layers that are stacked take LoRA as further columns of the
+        wide (`bool`, *optional*, defaults to `True`): Layers that are stacked take LoRA as further columns of the
             frozen product: one more copy of the input instead of one more pass over the output.
 
     Returns:

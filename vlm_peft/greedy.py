@@ -63,8 +63,9 @@ class ScreenedArgmax:
 
 def _argmax(hidden: torch.Tensor, weight: torch.Tensor, banned: list[int]) -> torch.Tensor:
     logits = nn.functional.linear(hidden, weight)
-    if banned:
-        logits[:, banned] = -torch.inf
+    for token in banned:
+        # Not by a list, which the host would have to hand over.
+        logits[:, token] = -torch.inf
     return logits.argmax(-1)
 
 

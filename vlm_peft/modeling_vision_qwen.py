@@ -186,6 +186,16 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
             return flat.view_as(inputs_embeds)  # (B, T, D_t)
         return inputs_embeds.masked_scatter(is_image[..., None], image_tokens)  # (B, T, D_t)
 
+    def run_laid_out(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, segment_ids: torch.Tensor, **kwargs
+    ) -> BaseModelOutputWithPast:
+        """Runs the decoder over rows as the collator lays them out: `(B, T, D_t)` -> `(B, T, D_t)`."""
+        is_flex = self.language_model.config._attn_implementation == "flex_attention"
+        build_mask = block_mask_from_segments if is_flex else attention_mask_from_segments
+        return self.language_model(
+            attention_mask=build_mask(segment_ids), position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+        )
+
     @can_return_tuple
     def forward(
         self,
@@ -249,17 +259,16 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         elif image_tokens is not None:
             raise ValueError("Images are spliced into input_ids: with inputs_embeds, pass no images.")
 
-        if segment_ids is not None:
-            is_flex = self.language_model.config._attn_implementation == "flex_attention"
-            build_mask = block_mask_from_segments if is_flex else attention_mask_from_segments
-            attention_mask = build_mask(segment_ids)
-        outputs = self.language_model(
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            **kwargs,
-        )
+        if segment_ids is not None and past_key_values is None:
+            outputs = self.run_laid_out(inputs_embeds, position_ids, segment_ids, **kwargs)
+        else:
+            outputs = self.language_model(
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                **kwargs,
+            )
         if label_positions is not None:
             hidden_states = outputs.last_hidden_state
             outputs.last_hidden_state = hidden_states.flatten(0, 1)[label_positions][None]  # (1, L, D_t)

@@ -19,7 +19,7 @@ from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
 from .configuration_vision_qwen import VisionQwenConfig
-from .cuda import compile_layers, sequence_length
+from .cuda import CapturedDecoder, can_capture, compile_layers, sequence_length
 from .data.mixture import mix
 from .data.rows import picture_folder, resolve_paths
 from .data.splits import bind_task
@@ -260,6 +260,8 @@ def build_trainer(
         fuse_lora(adapted)
     if vision.compile_layers:
         compile_layers(adapted)
+        if can_capture(adapted, training):
+            CapturedDecoder(adapted)
     return trainer
 
 
