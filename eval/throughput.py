@@ -78,9 +78,13 @@ class Side:
         self._process.start()
         theirs.close()
 
+    def start(self, *command) -> None:
+        """Sends a command."""
+        self._connection.send(command)
+
     def ask(self, *command):
         """Sends a command and waits for the answer."""
-        self._connection.send(command)
+        self.start(*command)
         return self.receive()
 
     def receive(self):
@@ -107,8 +111,12 @@ class Side:
 def train_in_turns(sides: list[Side], preset: Preset, turns: int, profile: bool) -> dict[str, dict]:
     """Prepares the sides one after the other, lets them train in turns, and collects what they measured."""
     results: dict[str, dict] = {}
+    is_cuda = preset.device == "cuda"
+    for side in sides if is_cuda else []:
+        # Together: only a CPU's cores and memory would be fought over.
+        side.start("prepare")
     for side in sides:
-        answer = side.ask("prepare")
+        answer = side.receive() if is_cuda else side.ask("prepare")
         results[side.name] = {"prepare": answer["seconds"], **answer, "turns": [], "shares": {}}
         say(f"  {side.name} is ready")
     expected = results[sides[0].name]["trainable"]
@@ -117,7 +125,6 @@ def train_in_turns(sides: list[Side], preset: Preset, turns: int, profile: bool)
             raise ValueError(
                 f"{name} does not train what {sides[0].name} trains: {set(result['trainable']) ^ set(expected)}."
             )
-    is_cuda = preset.device == "cuda"
     for turn in range(turns + 1):
         # The first turn warms up; the order changes from turn to turn, so that no side is always the one after another.
         order = sides if turn % 2 else sides[::-1]

@@ -96,7 +96,7 @@ _QWEN3_4B = {
     "num_hidden_layers": 36,
     "num_attention_heads": 32,
 }
-_GPU = {"device": "cuda", "dtype": "bf16", "turns": 3, "warm_up_steps": 4, "packing": True, "workers": 4}
+_GPU = {"device": "cuda", "dtype": "bf16", "turns": 3, "warm_up_steps": 4, "packing": True, "workers": 12}
 _GPU |= {"max_length": 1024, "attn_implementation": "flex_attention"}
 _GPU_SWITCHES = (
     "no shared prefix",

@@ -6,6 +6,7 @@ holds it between steps until its next turn comes.
 
 import gc
 import logging
+import multiprocessing
 import os
 import sys
 import time
@@ -174,6 +175,8 @@ def run_side(
     """Body of a side's process; errors reach the parent as text."""
     try:
         logging.disable(logging.WARNING)
+        # A spawned process would spawn its loaders, too, which takes longer and cannot hand over the clock.
+        multiprocessing.set_start_method("fork", force=True)
         # The trainers' own lines would stand between the tables.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         is_cuda = preset.device == "cuda"

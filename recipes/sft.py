@@ -172,6 +172,7 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
     from predictions import write_text
     from report import build_report
 
+    from vlm_peft import __version__
     from vlm_peft.arguments import data_sources
     from vlm_peft.data.splits import content_hash
 
@@ -202,7 +203,8 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
         "trainable_parameters": sum(row.trainable for row in rows),
         "trained": [{**asdict(row), "dtype": row.dtypes} for row in rows],
         "seconds": {name: round(value, 1) for name, value in run.seconds.items()},
-        "versions": {name: version(name) for name in ("vlm_peft", "torch", "transformers", "trl", "peft", "datasets")},
+        "versions": {"vlm_peft": __version__}
+        | {name: version(name) for name in ("torch", "transformers", "trl", "peft", "datasets")},
         "adapter": str(run.output_dir),
     }
     write_text(run.output_dir / "run_summary.json", json.dumps(summary, indent=2) + "\n")
@@ -365,7 +367,9 @@ def check_saved(run: Run, trainer) -> None:
     tolerance = 0.0 if is_exact else 0.01 * logits.abs().max().item()
     if difference > tolerance:
         raise RuntimeError(f"The saved adapter's logits differ from the trained model's by {difference:g}.")
-    run.say(f"Saved {run.output_dir}; reloaded, its logits are equal" + ("." if is_exact else f" to {difference:.1g}."))
+    run.say(
+        f"Saved {run.output_dir}; reloaded, its logits are equal" + (f" to {difference:.1g}." if difference else ".")
+    )
 
 
 if __name__ == "__main__":
