@@ -118,7 +118,6 @@ def training_arguments(preset: Preset, dtype: str, folder: Path, batch_size: int
         dataloader_persistent_workers=preset.workers > 0,
         # Little in store, so that a turn shows what the loaders keep up with.
         dataloader_prefetch_factor=1 if preset.workers else None,
-        pad_to_multiple_of=8 if preset.device == "cuda" else None,
         train_sampling_strategy="sequential",
         max_length=preset.max_length,
         logging_steps=1,

@@ -81,6 +81,8 @@ class CapturedDecoder:
         dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
         # What autocast keeps of a weight from one use to the next would be read from outside the graph.
         with torch.autocast("cuda", dtype=dtype, enabled=dtype is not None, cache_enabled=False):
+            # The steps before have left nodes of the graph behind that know another stream; the capture warms up anew.
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
             return torch.cuda.make_graphed_callables(_LaidOut(self._trunk.language_model, self._plain), samples)
 
 
