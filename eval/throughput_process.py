@@ -112,6 +112,7 @@ class Turns(TrainerCallback):
         self._clock = clock
         self._is_cuda = is_cuda
         self._warm_up = self._left = self._steps = 0
+        self._is_profiled = False
         self._start = 0.0
         self.losses: list[float] = []
         self.tokens: list[int] = []
@@ -124,7 +125,8 @@ class Turns(TrainerCallback):
         if command == "stop":
             control.should_training_stop = True
             return
-        self._warm_up, self._steps, self._clock.is_on = arguments
+        self._warm_up, self._steps, self._is_profiled = arguments
+        self._clock.is_on = self._is_profiled and not self._warm_up
         self._left = self._warm_up + self._steps
         self._start = self._clock.now()
 
@@ -138,6 +140,7 @@ class Turns(TrainerCallback):
         self._left -= 1
         if self._left == self._steps and self._warm_up:
             self._start = self._clock.now()
+            self._clock.is_on = self._is_profiled
         if self._left == 0:
             seconds = (self._clock.now() - self._start) / self._steps
             shares, self._clock.seconds = dict(self._clock.seconds), defaultdict(float)

@@ -198,7 +198,7 @@ def section(result: dict, command: str) -> str:
         f"The losses of all sides agree over {result['loss_steps']} steps in fp32: largest relative difference "
         f"{result['loss_difference']:.1e}, features stored in float16 included."
         if result["loss_difference"] is not None
-        else "Ours alone, for its use of the device."
+        else "Losses were not compared in this run."
     )
     prepare = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in result["sides"]["ours"]["prepare"].items())
     lines = [
