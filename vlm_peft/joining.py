@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_vision_qwen import VisionQwenConfig
-from .modeling_vision_qwen import VisionQwen
+from .modeling_vision_qwen import VisionQwen, share_vision_config
 from .projector import VisionQwenProjector
 
 _SAMPLE = 64  # values of each tensor in a fingerprint
@@ -176,6 +176,7 @@ def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel) 
             nn.init.zeros_(parameter)
         elif not name.startswith("layer_norm"):
             nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
+    share_vision_config(tower, model.config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector
     model.model.language_model = decoder.base_model
