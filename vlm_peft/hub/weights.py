@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, cached_assets_path, constants, get_token, try_to_load_from_cache
+from huggingface_hub import Discussion, HfApi, cached_assets_path, constants, get_token, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import ModelInfo
 
@@ -44,7 +44,8 @@ def safetensors_revision(name: str | Path, revision: str | None = None) -> str |
         `str` or `None`: To be given to `from_pretrained`, for weights, configuration and all else.
 
     Raises:
-        HubError: When the Hub has only pickled weights, or has not that repository or revision, or cannot be reached.
+        HubError: When the Hub has only pickled weights, or has not that repository or revision, or cannot be reached
+            and the cache has nothing.
     """
     name = str(name)
     if Path(name).exists() or not is_hub_id(name):
@@ -58,7 +59,10 @@ def safetensors_revision(name: str | Path, revision: str | None = None) -> str |
     if asked in found and (constants.is_offline_mode() or _COMMIT.fullmatch(asked)):
         return found[asked]
     if constants.is_offline_mode():
-        return revision
+        raise HubError(
+            f"There is no folder {name}, and HF_HUB_OFFLINE is set: the Hub's cache has no safetensors of {name} at "
+            f"{asked}. Load it once with a connection."
+        )
     with one_line_errors(name, get_token(), asked):
         api = HfApi(library_name="vlm_peft")
         try:
@@ -92,15 +96,16 @@ def _find_conversion(api: HfApi, name: str, asked: str, info: ModelInfo) -> str 
     if not pickled and any(file.endswith(".safetensors") for file in files):
         # Weights under another name, which the configuration gives; by commit, transformers converts nothing.
         return info.sha
-    needed = {file: files[file] for file in [*pickled, constants.CONFIG_NAME] if file in files}
-    author = None if info.private else CONVERSION_BOT
-    for request in api.get_repo_discussions(name, discussion_type="pull_request", author=author):
-        is_conversion = request.author == CONVERSION_BOT or (info.private and request.title == CONVERSION_TITLE)
-        if not pickled or not is_conversion or request.status not in ("open", "merged"):
-            continue
+    if not pickled:
+        raise HubError(
+            f"{name} has neither {_SAFETENSORS[0]} nor {_SAFETENSORS[1]} at {asked}: choose another revision."
+        )
+    needed = [*pickled, *({constants.CONFIG_NAME} & files.keys())]
+    for request in _conversions(api, name, is_private=bool(info.private)):
         head = api.model_info(name, revision=request.git_reference, files_metadata=True)
         offered = _contents(head)
-        if offered.keys().isdisjoint(_SAFETENSORS) or not needed.items() <= offered.items():
+        is_same = all(files[file] is not None and files[file] == offered.get(file) for file in needed)
+        if offered.keys().isdisjoint(_SAFETENSORS) or not is_same:
             continue
         other = [file for file in files if file.endswith(_TEXT_SUFFIXES) and files[file] != offered.get(file)]
         _say(
@@ -109,15 +114,29 @@ def _find_conversion(api: HfApi, name: str, asked: str, info: ModelInfo) -> str 
             + (f" Of that commit, and not of {asked}, are also {', '.join(sorted(other))}." if other else "")
         )
         return head.sha
-    if not pickled:
-        raise HubError(
-            f"{name} has neither {_SAFETENSORS[0]} nor {_SAFETENSORS[1]} at {asked}: choose another revision."
-        )
     raise HubError(
         f"{name} has only pickled weights ({pickled[0]}) at {asked}, which could run any program and are never loaded, "
         "and no conversion pull request with the same weights and configuration: name a revision with safetensors, or "
         f"another repository, or convert a copy with `vlm-peft convert {name} --to FOLDER` and name that folder."
     )
+
+
+def _conversions(api: HfApi, name: str, *, is_private: bool) -> list[Discussion]:
+    """Pull requests of the Hub's bot that nobody has turned down."""
+    author = None if is_private else CONVERSION_BOT
+    try:
+        requests = list(api.get_repo_discussions(name, discussion_type="pull_request", author=author))
+    except HfHubHTTPError as error:
+        if error.response.status_code != 403:
+            raise
+        # Its owner has switched discussions off.
+        return []
+    return [
+        request
+        for request in requests
+        if request.status in ("open", "merged")
+        and (request.author == CONVERSION_BOT or (is_private and request.title == CONVERSION_TITLE))
+    ]
 
 
 def _contents(info: ModelInfo) -> dict[str, str | None]:
