@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import HubServer, Repo, serve
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import _cache_assets
 from peft import get_peft_model
 from safetensors.torch import load, save
@@ -186,6 +186,9 @@ def test_a_branch_is_looked_at_anew_as_long_as_it_has_no_safetensors(hub, bases,
 def test_a_pull_request_that_is_named_is_followed_to_its_commit(hub, bases, monkeypatch):
     repo = hub.add("tiny/clip", pickled(files_of(bases[0])))
     commit = repo.open_pull_request(files_of(bases[0]), "somebody", "safetensors")
+    assert safetensors_revision("tiny/clip", "refs/pr/1") == commit
+    # Also where the cache knows it by its name, under which it may mean another commit tomorrow.
+    hf_hub_download("tiny/clip", "model.safetensors", revision="refs/pr/1")
     assert safetensors_revision("tiny/clip", "refs/pr/1") == commit
     repo.commit(other_weights(files_of(bases[0])), "refs/pr/1")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

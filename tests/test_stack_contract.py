@@ -178,7 +178,7 @@ def test_prompt_learning_trains_with_pictures(model, kind):
 @pytest.mark.parametrize("made", ["built", "joined", "loaded"])
 def test_parts_hold_the_configurations_that_the_model_holds(model, bases, tmp_path, made):
     if made == "joined":
-        model = VisionQwen.from_vision_text_pretrained(*bases)
+        model = VisionQwen.from_vision_text_pretrained(*bases, dtype=torch.bfloat16)
     elif made == "loaded":
         model.save_pretrained(tmp_path)
         model = VisionQwen.from_pretrained(tmp_path)
@@ -189,6 +189,8 @@ def test_parts_hold_the_configurations_that_the_model_holds(model, bases, tmp_pa
     # It still says how deep the encoder is, which the tower is not.
     assert model.config.vision_config.num_hidden_layers == 3
     assert len(trunk.vision_tower.encoder.layers) == LAYERS_BUILT
+    assert model.config.vision_config._attn_implementation == "sdpa"
+    assert made == "built" or model.config.vision_config.dtype == trunk.vision_tower.dtype
     model.set_attn_implementation({"vision_config": "eager", "text_config": "sdpa"})
     attention = trunk.vision_tower.encoder.layers[0].self_attn
     assert attention.config._attn_implementation == model.config.vision_config._attn_implementation == "eager"

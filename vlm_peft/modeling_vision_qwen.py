@@ -513,6 +513,7 @@ def share_vision_config(tower: PreTrainedModel, config: VisionQwenConfig) -> Non
     """
     cut = tower.config
     config.vision_config._attn_implementation = cut._attn_implementation
+    config.vision_config.dtype = cut.dtype
     for module in tower.modules():
         if getattr(module, "config", None) is cut:
             module.config = config.vision_config
