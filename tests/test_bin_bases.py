@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from clip_score import clip_scores
+from conftest import ROOT
 from hub_server import HubServer, Repo, serve
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import _cache_assets
 from peft import get_peft_model
+from PIL import Image
 from safetensors.torch import load, save
 
 from vlm_peft import VisionQwen, __main__
@@ -314,6 +317,16 @@ def test_an_adapter_on_a_conversion_reloads_wherever_its_commits_are(hub, bases,
     with torch.inference_mode():
         assert torch.equal(VisionQwen.from_adapter(tmp_path / "adapter")(**batch).logits, expected)
     assert len(hub.requests) == asked
+
+
+def test_clip_score_reads_a_clip_from_its_conversion(hub, monkeypatch):
+    clip = ROOT / "recipes" / "demo" / "clip"
+    files = files_of(clip)
+    repo = hub.add("tiny/scorer", pickled(files))
+    repo.open_pull_request(repo.files | files, CONVERSION_BOT, CONVERSION_TITLE)
+    pictures, captions = [Image.new("RGB", (32, 32), "red")], ["a red wall"]
+    monkeypatch.setattr(torch, "load", None)
+    assert clip_scores("tiny/scorer", pictures, captions) == clip_scores(clip, pictures, captions)
 
 
 # --- vlm-peft convert ---
