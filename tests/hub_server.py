@@ -55,7 +55,8 @@ class HubServer(ThreadingHTTPServer):
     """Repositories by `(type, name)`, users by token, and ways to fail.
 
     `fail_at` is the part of a path whose requests are answered with 403, or for `"commit"` broken off without an
-    answer. `requests` lists method, path and user of what was asked.
+    answer. Without `tells_hashes`, `info` gives no hashes of files. `requests` lists method, path and user of what was
+    asked.
     """
 
     daemon_threads = True
@@ -67,6 +68,7 @@ class HubServer(ThreadingHTTPServer):
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.fail_at: str | None = None
+        self.tells_hashes = True
 
     @property
     def url(self) -> str:
@@ -196,7 +198,10 @@ class Handler(BaseHTTPRequestHandler):
                 "id": name,
                 "sha": sha if repo.history else None,
                 "private": repo.private,
-                "siblings": [sibling(path, content, "blobs" in self.query) for path, content in files.items()],
+                "siblings": [
+                    sibling(path, content, "blobs" in self.query and self.server.tells_hashes)
+                    for path, content in files.items()
+                ],
                 "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
                 "tags": [],
                 "downloads": 0,

@@ -19,6 +19,7 @@ from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import _cache_assets
 from peft import get_peft_model
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load, save
 
 from vlm_peft import VisionQwen, __main__
@@ -259,6 +260,13 @@ def test_a_repository_without_discussions_has_no_conversion(hub, bases):
         safetensors_revision("tiny/clip")
 
 
+def test_weights_without_a_hash_are_not_taken_for_the_same(hub, bases):
+    add_pickled(hub, bases)
+    hub.tells_hashes = False
+    with pytest.raises(HubError, match="and no conversion pull request"):
+        safetensors_revision("tiny/clip")
+
+
 def test_the_conversion_of_a_private_base_is_its_owners(hub, bases, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "hf_ownerTokenThatNobodyMaySee00000001")
     files = files_of(bases[0])
@@ -375,6 +383,8 @@ def test_shared_and_strange_tensors_are_written_whole(tmp_path):
     convert_weights(tmp_path, tmp_path)
     written = load((tmp_path / "model.safetensors").read_bytes())
     assert written.keys() == tensors.keys()
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
     for name, tensor in tensors.items():
         torch.testing.assert_close(written[name], tensor.detach(), rtol=0, atol=0, equal_nan=True)
 
