@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_config
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from test_modeling import assert_close, make_batch, make_llava
+from test_modeling import IMAGE, assert_close, make_batch, make_llava
 
 from vlm_peft import VisionQwen
 
@@ -122,6 +122,17 @@ def test_placeholders_among_embeddings_need_their_pictures(model, images, messag
     batch["pixel_values"] = torch.randn(images, 3, 8, 8) if images else None
     with pytest.raises(ValueError, match=f"^Image features and image tokens do not match: {message}"):
         model(**batch)
+
+
+def test_embeddings_of_a_prompt_are_searched_and_those_of_a_step_are_not(model):
+    batch = embedded(model, make_batch(model))
+    del batch["labels"]
+    cache = model(**batch).past_key_values
+    placeholder = model.get_input_embeddings()(torch.full((2, 1), IMAGE))
+    assert model(inputs_embeds=placeholder, past_key_values=cache).logits.shape == (2, 1, 264)
+    del batch["pixel_values"]
+    with pytest.raises(ValueError, match="got 0 images, and placeholders for 2"):
+        model.generate(**batch, max_new_tokens=2)
 
 
 def test_positions_say_where_a_placeholder_outside_the_vocabulary_is():
