@@ -17,6 +17,8 @@ from PIL import Image
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
+from vlm_peft.hub.weights import safetensors_revision
+
 WEIGHT = 2.5
 """The constant of the paper."""
 
@@ -60,9 +62,10 @@ def clip_scores(
     Raises:
         ValueError: if there is nothing to score, lengths differ, a picture has no reference, or `clip` is not a CLIP
             with both towers.
-        OSError: if `clip` is not there.
+        OSError: if `clip` is not there, or has only pickled weights.
     """
     _check(pictures, captions, references)
+    revision = safetensors_revision(clip, revision)
     model = _load(clip, revision).to(device)
     image_processor = AutoImageProcessor.from_pretrained(clip, revision=revision)
     tokenizer = AutoTokenizer.from_pretrained(clip, revision=revision)
@@ -98,7 +101,9 @@ def _load(clip: str | Path, revision: str | None) -> CLIPModel:
     config = AutoConfig.from_pretrained(clip, revision=revision)
     if config.model_type != "clip":
         raise ValueError(f"expected a CLIP with both towers, got {clip}, which is of the type {config.model_type!r}")
-    model, info = CLIPModel.from_pretrained(clip, revision=revision, dtype=torch.float32, output_loading_info=True)
+    model, info = CLIPModel.from_pretrained(
+        clip, revision=revision, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+    )
     if info["missing_keys"]:
         # transformers fills them with random numbers.
         raise ValueError(f"expected a CLIP with both towers, got {clip}, which lacks {min(info['missing_keys'])}")

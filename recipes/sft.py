@@ -173,9 +173,11 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
     from report import build_report
 
     from vlm_peft import __version__
+    from vlm_peft.adapters import base_model
     from vlm_peft.arguments import data_sources
     from vlm_peft.data.splits import content_hash
 
+    config = base_model(trainer.model).config
     used = data_sources(run.vision)
     names = [str(source.dataset_name) for source in used]
     revisions = [source.dataset_revision for source in used]
@@ -187,8 +189,8 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
         "text_model": run.model.model_name_or_path,
         "dataset": names if len(names) > 1 else names[0],
         "dataset_revision": revisions if len(names) > 1 else revisions[0],
-        "vision_revision": run.vision.vision_revision,
-        "text_revision": run.model.model_revision,
+        "vision_revision": config.vision_revision,
+        "text_revision": config.text_revision or run.model.model_revision,
         "data": {
             split.name: {
                 "rows": len(split.texts),

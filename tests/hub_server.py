@@ -1,7 +1,8 @@
 """A stand-in of the Hub on this machine: repositories in memory, and the HTTP API that pushes and pulls need.
 
 Endpoints and shapes are those that huggingface_hub 2.4 asks for: `/api/whoami-v2`, `/api/repos/create`,
-`/api/validate-yaml`, `preupload`, `commit`, LFS batch and upload, info, `tree`, `paths-info`, `refs`, and `resolve`.
+`/api/validate-yaml`, `preupload`, `commit`, LFS batch and upload, info, `discussions`, `tree`, `paths-info`, `refs`,
+and `resolve`.
 """
 
 import base64
@@ -16,7 +17,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
 
-LFS_SUFFIXES = (".safetensors", ".parquet", ".webp")
+LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".webp")
 
 
 @dataclass
@@ -28,6 +29,8 @@ class Repo:
     branches: dict[str, str] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
 
+    pull_requests: list[dict] = field(default_factory=list)
+
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
         """Puts a tree on top of a branch; returns its id of 40 digits."""
         sha = hashlib.sha1(repr((len(self.history), sorted(files))).encode()).hexdigest()
@@ -35,6 +38,12 @@ class Repo:
         self.branches[branch] = sha
         self.history.append(sha)
         return sha
+
+    def open_pull_request(self, files: dict[str, bytes], author: str, title: str, status: str = "open") -> str:
+        """Proposes a tree; returns its commit, which `refs/pr/N` names."""
+        number = len(self.pull_requests) + 1
+        self.pull_requests.append({"num": number, "author": author, "title": title, "status": status})
+        return self.commit(files, f"refs/pr/{number}")
 
     @property
     def files(self) -> dict[str, bytes]:
@@ -46,7 +55,8 @@ class HubServer(ThreadingHTTPServer):
     """Repositories by `(type, name)`, users by token, and ways to fail.
 
     `fail_at` is the part of a path whose requests are answered with 403, or for `"commit"` broken off without an
-    answer. `requests` lists method, path and user of what was asked.
+    answer. Without `tells_hashes`, `info` gives no hashes of files. `requests` lists method, path and user of what was
+    asked.
     """
 
     daemon_threads = True
@@ -58,6 +68,7 @@ class HubServer(ThreadingHTTPServer):
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.fail_at: str | None = None
+        self.tells_hashes = True
 
     @property
     def url(self) -> str:
@@ -187,13 +198,36 @@ class Handler(BaseHTTPRequestHandler):
                 "id": name,
                 "sha": sha if repo.history else None,
                 "private": repo.private,
-                "siblings": [{"rfilename": path} for path in files],
+                "siblings": [
+                    sibling(path, content, "blobs" in self.query and self.server.tells_hashes)
+                    for path, content in files.items()
+                ],
                 "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
             },
         )
+
+    def discussions(self, kind: str, name: str) -> None:
+        repo = self.find(kind, name)
+        if repo is None:
+            return
+        author = self.query.get("author", [None])[0]
+        start = 2 * int(self.query.get("p", ["0"])[0])
+        # Newest first, and in pages, of which the Hub's hold more.
+        listed = [each for each in reversed(repo.pull_requests) if author in (None, each["author"])]
+        page = [
+            each
+            | {
+                "author": {"name": each["author"]},
+                "createdAt": "2024-01-01T00:00:00.000Z",
+                "repo": {"name": name, "type": kind},
+                "isPullRequest": True,
+            }
+            for each in listed[start : start + 2]
+        ]
+        self.reply(200, {"count": len(listed), "start": start, "discussions": page})
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
         repo = self.find(kind, name, write=True)
@@ -318,6 +352,16 @@ def oid(path: str, content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
+def sibling(path: str, content: bytes, with_hashes: bool) -> dict:
+    """A file in `info`."""
+    entry = {"rfilename": path}
+    if with_hashes:
+        entry |= {"size": len(content), "blobId": oid("", content)}
+        if path.endswith(LFS_SUFFIXES):
+            entry["lfs"] = {"sha256": oid(path, content), "size": len(content), "pointerSize": 134}
+    return entry
+
+
 def file_entry(path: str, content: bytes) -> dict:
     """A file in `tree` and `paths-info`."""
     entry = {"type": "file", "path": path, "size": len(content), "oid": oid(path, content)}
@@ -338,6 +382,7 @@ ROUTES = [
     (_API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", Handler.tree),
     (_API + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
     (_API + r"/refs", Handler.refs),
+    (_API + r"/discussions", Handler.discussions),
     (r"/(?P<kind>)(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (
         r"/datasets/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch",

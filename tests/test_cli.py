@@ -30,7 +30,7 @@ from vlm_peft.loading import load_model
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 from vlm_peft.tasks.example import picture_turn
 
-COMMANDS = ("caption", "chat", "demo", "export", "push")
+COMMANDS = ("caption", "chat", "convert", "demo", "export", "push")
 SCRIPT = Path(sysconfig.get_path("scripts"), "vlm-peft")
 
 

@@ -12,7 +12,7 @@ from PIL import Image as PILImage
 
 from vlm_peft import VisionQwen, feature_cache
 from vlm_peft.data.pictures import Pictures
-from vlm_peft.feature_cache import build_feature_cache
+from vlm_peft.feature_cache import build_feature_cache, encoder_key
 
 
 def encode(colour: tuple[int, int, int]) -> bytes:
@@ -97,6 +97,14 @@ def test_a_changed_picture_encodes_its_shard_only(run):
     cache = run.build(changed)
     assert run.encoded == 2
     torch.testing.assert_close(cache.get([2]).float(), expected_features(run, changed)[2:3], rtol=1e-3, atol=1e-4)
+
+
+def test_layers_that_are_not_built_do_not_enter_the_key(model, processor):
+    whole = model.config.vision_config.to_dict() | {"num_hidden_layers": 2}
+    other = VisionQwen(make_config(vision_config=whole, vision_feature_layer=-1)).eval()
+    other.model.vision_tower.load_state_dict(model.model.vision_tower.state_dict())
+    keys = {encoder_key(each, processor.image_processor, "float32") for each in (model, other)}
+    assert len(keys) == 1
 
 
 def another_layer(run):

@@ -73,6 +73,11 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     _add_bases(add)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: as they are)")
 
+    add = command(convert, "a base with pickled weights, as a folder with safetensors").add_argument
+    add("model", metavar="base", help="folder, or Hub id")
+    add("--to", type=Path, required=True, metavar="FOLDER", help="folder to be made")
+    add("--revision", help="of a Hub id: branch, tag or commit (default: main)")
+
     add = command(push, "an adapter folder to the Hub").add_argument
     add("model", metavar="folder", type=Path, help="adapter folder")
     add("repository", help="owner/name, or a name under your own user")
@@ -273,6 +278,20 @@ def export(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     written = write(find_model(options.model), options.output, vision=options.vision, text=options.text, dtype=dtype)
     print(f"Written and loaded again: {written}")
+    return 0
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Writes the weights of an encoder or decoder that has only pytorch_model.bin as safetensors, with its other files.
+
+    The pickle is read in a process of its own by torch.load(weights_only=True), which takes tensors and nothing else;
+    what was written is read again and compared.
+
+    vlm-peft convert openai/clip-vit-base-patch32 --to clip
+    """
+    from .commands.convert import convert_base
+
+    print(f"Written and compared: {convert_base(options.model, options.to, revision=options.revision)}")
     return 0
 
 

@@ -187,9 +187,10 @@ def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     # Equal weights compute something else with, for example, another number of heads.
-    settings = {key: value for key, value in tower.config.to_dict().items() if key not in _UNRELATED_SETTINGS}
-    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     config = model.config
+    tower_config = config.vision_tower_config.to_dict()
+    settings = {key: value for key, value in tower_config.items() if key not in _UNRELATED_SETTINGS}
+    digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     digest.update(repr((config.hidden_state_indices, config.keep_class_token, dtype)).encode())
     digest.update(f"{type(image_processor).__name__} {image_processor.to_json_string()}".encode())
     return digest.hexdigest()

@@ -23,7 +23,8 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from .configuration_vision_qwen import VisionQwenConfig
-from .modeling_vision_qwen import VisionQwen
+from .hub.weights import safetensors_revision
+from .modeling_vision_qwen import VisionQwen, share_vision_config
 from .projector import VisionQwenProjector
 
 _SAMPLE = 64  # values of each tensor in a fingerprint
@@ -49,7 +50,8 @@ def join_pretrained(
             taken from its checkpoint.
         text (`str` or `Path`, *optional*): Hub id or folder of the decoder. Without it, `text_config` gives a
             decoder from scratch.
-        vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository.
+        vision_revision, text_revision (`str`, *optional*): Commit or branch of each repository. Where it has only
+            pickled weights, the commit of its conversion to safetensors takes its place, also in the configuration.
         text_config (`PreTrainedConfig`, *optional*): Configuration of a decoder to be drawn at random.
         dtype (`torch.dtype`, *optional*, defaults to `torch.float32`): Dtype of both parts; the projector, which
             trains, is always in float32.
@@ -79,14 +81,14 @@ def join_pretrained(
         with _safetensors_only(text):
             decoder = AutoModelForCausalLM.from_pretrained(
                 text,
-                revision=text_revision,
+                revision=full_config.text_revision,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
                 quantization_config=quantization_config,
                 device_map=device_map,
                 use_safetensors=True,
             )
-        full_config.text_fingerprint = _text_fingerprint(decoder, text, text_revision)
+        full_config.text_fingerprint = _text_fingerprint(decoder, text, full_config.text_revision)
     _settle_quantized(decoder)
     full_config.vision_fingerprint = fingerprint(tower)
     return _join(full_config, tower, decoder)
@@ -101,10 +103,15 @@ def joint_config(
     text_config: PreTrainedConfig | None = None,
     **config,
 ) -> VisionQwenConfig:
-    """Configuration of the model that [`join_pretrained`] would make of the same arguments; reads no weights."""
+    """Configuration of the model that [`join_pretrained`] would make of the same arguments; reads no weights.
+
+    Its revisions are where the safetensors are: see [`~vlm_peft.hub.weights.safetensors_revision`].
+    """
+    vision_revision = safetensors_revision(vision, vision_revision)
     vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     if text is not None:
+        text_revision = safetensors_revision(text, text_revision)
         text_config = AutoConfig.from_pretrained(text, revision=text_revision)
     return VisionQwenConfig(
         vision_config=vision_config.to_dict(),
@@ -127,7 +134,8 @@ def _safetensors_only(name: str | Path):
             raise
         raise OSError(
             f"{name} has no {SAFE_WEIGHTS_NAME}, and pickled weights (pytorch_model.bin), which could run any program, "
-            "are never loaded: look for a revision with safetensors, or convert a checkpoint that you trust."
+            "are never loaded: look for a revision with safetensors, or convert a copy with "
+            f"`vlm-peft convert {name} --to FOLDER` and name that folder."
         ) from error
 
 
@@ -176,6 +184,7 @@ def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel) 
             nn.init.zeros_(parameter)
         elif not name.startswith("layer_norm"):
             nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
+    share_vision_config(tower, model.config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector
     model.model.language_model = decoder.base_model

@@ -5,7 +5,8 @@ Stage: batch -> loss or logits. The way of one batch:
 1. `vision_tower`: `pixel_values` `(I, 3, H, W)` -> the chosen hidden states `(I, N_v, D_v)`; skipped when the batch
    carries `image_features` from the feature cache.
 2. `multi_modal_projector`: `(I, N_v, D_v)` -> `(I, N, D_t)`.
-3. splice: the I * N rows replace the embeddings of the image placeholders of `input_ids` `(B, T)`, in order.
+3. splice: the I * N rows replace the embeddings of the image placeholders of `input_ids` `(B, T)` (or of
+   `inputs_embeds`), in order.
 4. `language_model`: `(B, T, D_t)` -> hidden states `(B, T, D_t)`; `segment_ids` say who sees whom.
 5. `lm_head`: logits `(B, T, V)`, or `(1, L, V)` at the L labelled positions only.
 
@@ -15,7 +16,7 @@ before pixel shuffle), D_v vision width, D_t text width, V vocabulary, L labelle
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
@@ -81,6 +82,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
     def __init__(self, config: VisionQwenConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_tower_config)
+        share_vision_config(self.vision_tower, config)
         self.multi_modal_projector = VisionQwenProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -116,6 +118,10 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         Raises:
             ValueError: When the pictures are not of the tower's size.
         """
+        return self._choose_layers(self._run_vision_tower(pixel_values).hidden_states)
+
+    def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
+        """All that the tower returns for pictures `(I, 3, H, W)`, with its hidden states."""
         size = self.config.vision_config.image_size
         if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (size, size):
             raise ValueError(
@@ -123,9 +129,13 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
                 f"{tuple(pixel_values.shape)}. Use the processor that was saved with the model."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_trains):
-            hidden_states = self.vision_tower(
-                pixel_values.to(self.vision_tower.dtype), output_hidden_states=True
-            ).hidden_states
+            return self.vision_tower(
+                pixel_values.to(self.vision_tower.dtype),
+                **{**kwargs, "output_hidden_states": True, "return_dict": True},
+            )
+
+    def _choose_layers(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """The chosen of the tower's hidden states, concatenated, as `(I, N_v, D_v)`."""
         chosen = [hidden_states[index] for index in self.config.hidden_state_indices]
         if not self.config.keep_class_token:
             chosen = [state[:, self.config.num_prefix_tokens :] for state in chosen]
@@ -145,28 +155,71 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
             )
         return BaseModelOutputWithPooling(pooler_output=self.multi_modal_projector(vision_features))
 
+    @can_return_tuple
     def get_image_features(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """Image tokens of pictures; the name and output that transformers' `generate` calls once before it expands.
 
         Args:
             pixel_values (`torch.Tensor` of shape `(I, 3, H, W)`): Pictures from the image processor.
+            **kwargs: `output_hidden_states`, `output_attentions` and `return_dict` as in stock models; by default what
+                the configuration says. Others go to the tower.
 
         Returns:
-            `BaseModelOutputWithPooling` whose `pooler_output` has the shape `(I, N, D_t)`.
+            `BaseModelOutputWithPooling`, or the tuple of its fields with `return_dict=False`: `pooler_output` holds the
+            image tokens `(I, N, D_t)`, the other fields are the tower's own, up to the highest chosen layer:
+            `last_hidden_state` `(I, N_v, D_v)` with its class token, and where asked for `hidden_states` and
+            `attentions`, one per layer.
         """
-        return self.project_vision_features(self.get_vision_features(pixel_values))
+        hidden_states_asked = kwargs.pop("output_hidden_states", self.config.output_hidden_states)
+        outputs = self._run_vision_tower(pixel_values, **kwargs)
+        image_outputs = self.project_vision_features(self._choose_layers(outputs.hidden_states))
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=image_outputs.pooler_output,
+            hidden_states=outputs.hidden_states if hidden_states_asked else None,
+            attentions=outputs.get("attentions"),
+        )
+
+    def _find_placeholders(
+        self, inputs_embeds: torch.Tensor, positions: torch.Tensor | None, has_images: bool
+    ) -> torch.Tensor:
+        """Where `inputs_embeds` `(B, T, D_t)` are the placeholder's embedding, `(B, T)` of `torch.bool`."""
+        placeholder = self.config.image_token_id
+        embedding: Any = self.get_input_embeddings()
+        num_rows = embedding.weight.shape[0]
+        if placeholder < num_rows:
+            # Also with positions, which peft's virtual tokens have moved.
+            row = embedding(torch.tensor(placeholder, device=embedding.weight.device))
+            return (inputs_embeds == row.to(inputs_embeds)).all(dim=-1)
+        if has_images and positions is None:
+            raise ValueError(
+                f"The placeholder {placeholder} lies outside the decoder's vocabulary of {num_rows} tokens, so that "
+                "inputs_embeds cannot hold it: pass image_positions, which say where the pictures go."
+            )
+        is_image = torch.zeros(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
+        if positions is not None:
+            is_image.view(-1)[positions] = True
+        return is_image
 
     def _splice(
-        self, input_ids: torch.Tensor, image_tokens: torch.Tensor | None, positions: torch.Tensor | None = None
+        self,
+        input_ids: torch.Tensor | None,
+        image_tokens: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Embeds `input_ids` `(B, T)` and puts the image tokens `(I, N, D_t)` at the placeholders, in order.
 
         `positions` `(I * N,)`, of the placeholders in the flattened `(B * T)` sequence, spare a GPU the search for
         them, for which the host would have to wait.
         """
-        is_image = input_ids == self.config.image_token_id  # (B, T)
-        # The placeholder may lie outside the decoder's vocabulary.
-        inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D_t)
+        if inputs_embeds is not None:
+            is_image = self._find_placeholders(inputs_embeds, positions, image_tokens is not None)  # (B, T)
+            positions = None
+        else:
+            is_image = input_ids == self.config.image_token_id  # (B, T)
+            # The placeholder may lie outside the decoder's vocabulary.
+            inputs_embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))  # (B, T, D_t)
         if not torch.compiler.is_compiling():
             num_placeholders = int(is_image.sum()) if positions is None else len(positions)
             num_images = 0 if image_tokens is None else image_tokens.shape[0]
@@ -222,8 +275,9 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
                 built 4-D mask, which is passed through.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*): Restart in every branch.
             past_key_values (`Cache`, *optional*): Keys and values of earlier tokens.
-            inputs_embeds (`torch.Tensor` of shape `(B, T, D_t)`, *optional*): Instead of `input_ids`, images spliced
-                in already.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, D_t)`, *optional*): In place of the embeddings of
+                `input_ids`. Placeholders are found where it equals the placeholder's embedding; by `image_positions`
+                when the placeholder lies outside the vocabulary.
             image_features (`torch.Tensor` of shape `(I, N_v, D_v)`, *optional*): Cached output of
                 [`~VisionQwenModel.get_vision_features`] instead of `pixel_values`.
             segment_ids (`torch.LongTensor` of shape `(B, T, 2)`, *optional*): Row and branch of each token (see
@@ -247,18 +301,17 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         if sum(value is not None for value in (pixel_values, image_features, image_outputs)) > 1:
             raise ValueError("Expected one of pixel_values, image_features and mm_encoder_outputs, got several.")
         if pixel_values is not None:
-            image_outputs = self.get_image_features(pixel_values)
-        elif image_features is not None:
+            image_features = self.get_vision_features(pixel_values)
+        if image_features is not None:
             image_outputs = self.project_vision_features(image_features)
         image_tokens = image_outputs.pooler_output if image_outputs is not None else None
         if isinstance(image_tokens, list | tuple):
             image_tokens = torch.stack(list(image_tokens))
 
-        if inputs_embeds is None:
-            inputs_embeds = self._splice(input_ids, image_tokens, image_positions)
-        elif image_tokens is not None:
-            raise ValueError("Images are spliced into input_ids: with inputs_embeds, pass no images.")
-
+        is_step = past_key_values is not None and inputs_embeds is not None and inputs_embeds.shape[1] == 1
+        # A step of one token, which may be part of a CUDA graph, is not searched: the host would have to wait for it.
+        if image_tokens is not None or not is_step:
+            inputs_embeds = self._splice(input_ids, image_tokens, image_positions, inputs_embeds)
         if segment_ids is not None and past_key_values is None:
             outputs = self.run_laid_out(inputs_embeds, position_ids, segment_ids, **kwargs)
         else:
@@ -288,6 +341,9 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
     Raises:
         ValueError: When the decoder rescales its logits, which a plain head would get wrong.
     """
+
+    # Tied to the embedding, the head is a shard of it under tensor parallelism and has to gather its output.
+    _tp_plan: ClassVar = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: VisionQwenConfig):
         super().__init__(config)
@@ -372,6 +428,7 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
             label_positions=label_positions,
             image_positions=image_positions,
             mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
             **kwargs,
         )
         logits = self.lm_head(slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep))
@@ -448,6 +505,21 @@ class VisionQwen(VisionQwenPreTrainedModel, GenerationMixin):
         from .adapters import load_adapter
 
         return load_adapter(name_or_path, merge=merge, **arguments)
+
+
+def share_vision_config(tower: PreTrainedModel, config: VisionQwenConfig) -> None:
+    """Gives a tower built from the cut configuration the composite's own one: what is set on either holds for both.
+
+    Args:
+        tower (`PreTrainedModel`): As built, or loaded, from `config.vision_tower_config`.
+        config ([`VisionQwenConfig`]): Its `vision_config` keeps the encoder's full depth.
+    """
+    cut = tower.config
+    config.vision_config._attn_implementation = cut._attn_implementation
+    config.vision_config.dtype = cut.dtype
+    for module in tower.modules():
+        if getattr(module, "config", None) is cut:
+            module.config = config.vision_config
 
 
 def _embedding_name(model: VisionQwenModel) -> str:

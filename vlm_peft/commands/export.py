@@ -263,7 +263,7 @@ def _merge(adapted: PeftModel, processor: VisionQwenProcessor, instruction: str)
 def _to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
     """The stock model with the same weights."""
     config = model.config
-    vision_config, text_config = model.model.vision_tower.config.to_dict(), config.text_config.to_dict()
+    vision_config, text_config = config.vision_tower_config.to_dict(), config.text_config.to_dict()
     for part in (vision_config, text_config):
         # Where the parts lay on this machine, and in which dtype, is not what is written.
         part.pop("_name_or_path", None)
