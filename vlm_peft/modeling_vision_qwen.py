@@ -32,8 +32,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
-from .projector import VisionQwenProjector
+from .projector import projector_type
 from .shared_prefix import attention_mask_from_segments, block_mask_from_segments
+from .vision_tower import as_tokens, run_tower
 
 # Decoders that rescale their logits would be wrong under a plain linear head (names as transformers spells them).
 _LOGIT_RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -81,7 +82,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
     def __init__(self, config: VisionQwenConfig):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_tower_config)
-        self.multi_modal_projector = VisionQwenProjector(config)
+        self.multi_modal_projector = projector_type(config)(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -96,8 +97,10 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
     def train(self, mode: bool = True) -> Self:
         """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode: its features are fixed."""
         super().train(mode)
-        if not self._vision_tower_trains:
-            self.vision_tower.eval()
+        for module in self.vision_tower.modules():
+            # Batch norm would mix the pictures of a batch.
+            if not self._vision_tower_trains or isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.training = False
         return self
 
     @property
@@ -116,17 +119,19 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         Raises:
             ValueError: When the pictures are not of the tower's size.
         """
-        size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (size, size):
+        height, width = self.config.picture_size
+        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (height, width):
             raise ValueError(
-                f"pixel_values must have the shape (images, 3, {size}, {size}) in pixels, got "
+                f"pixel_values must have the shape (images, 3, {height}, {width}) in pixels, got "
                 f"{tuple(pixel_values.shape)}. Use the processor that was saved with the model."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_trains):
-            hidden_states = self.vision_tower(
-                pixel_values.to(self.vision_tower.dtype), output_hidden_states=True
-            ).hidden_states
-        chosen = [hidden_states[index] for index in self.config.hidden_state_indices]
+            hidden_states = run_tower(
+                self.vision_tower,
+                pixel_values.to(self.vision_tower.dtype),
+                interpolate=self.config.needs_interpolation,
+            )
+        chosen = [as_tokens(hidden_states[index]) for index in self.config.hidden_state_indices]
         if not self.config.keep_class_token:
             chosen = [state[:, self.config.num_prefix_tokens :] for state in chosen]
         return torch.cat(chosen, dim=-1)  # (I, N_v, D_v)

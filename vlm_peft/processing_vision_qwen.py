@@ -9,7 +9,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
@@ -75,7 +77,7 @@ class VisionQwenProcessor(ProcessorMixin):
             ValueError: When the tokenizer has no ChatML turn tokens.
         """
         image_processor = AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
-        _fit_picture_size(image_processor, config.to_dict()["vision_config"]["image_size"])
+        image_processor = _fit_picture_size(image_processor, config.picture_size)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
         missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
         turns = [token for token in missing if token in _TURN_TOKENS]
@@ -215,17 +217,50 @@ class VisionQwenProcessor(ProcessorMixin):
         return expanded_ids, expanded_labels
 
 
-def _fit_picture_size(image_processor, side: int) -> None:
-    """Makes an image processor give `side` x `side` pixels, cut from the middle where it cuts already."""
+def _fit_picture_size(image_processor, size: tuple[int, int]):
+    """Makes an image processor give pictures of `size`, height and width, cut from the middle where it cuts already.
+
+    Returns:
+        The image processor; in place of one that cuts pictures into patches, one that leaves this to the model.
+
+    Raises:
+        ValueError: When it cannot give pictures of this size.
+    """
+    if hasattr(image_processor, "max_num_patches"):
+        settings = (
+            "do_convert_rgb",
+            "resample",
+            "do_rescale",
+            "rescale_factor",
+            "do_normalize",
+            "image_mean",
+            "image_std",
+        )
+        image_processor = SiglipImageProcessorPil(**{name: getattr(image_processor, name) for name in settings})
+    square = {"height": size[0], "width": size[1]}
+    edge = {"shortest_edge": max(size)}
     cuts = getattr(image_processor, "do_center_crop", False)
-    size = image_processor.crop_size if cuts else image_processor.size
-    if (size["height"], size["width"]) == (side, side):
-        return
-    if cuts:
-        image_processor.size = {"shortest_edge": side}
-        image_processor.crop_size = {"height": side, "width": side}
-    else:
-        image_processor.size = {"height": side, "width": side}
+    # Some take only one of the two spellings.
+    for changes in ({}, {"size": edge, "crop_size": square}) if cuts else ({}, {"size": square}, {"size": edge}):
+        try:
+            made = _made_size(image_processor, changes)
+        except ValueError:
+            continue
+        if made == size:
+            for name, value in changes.items():
+                setattr(image_processor, name, value)
+            return image_processor
+    raise ValueError(
+        f"The encoder takes pictures of {size[0]} x {size[1]} pixels, and its {type(image_processor).__name__} cannot "
+        "be set to make them: choose another image_size."
+    )
+
+
+def _made_size(image_processor, changes: dict[str, dict[str, int]]) -> tuple[int, ...] | None:
+    """Height and width that an image processor makes of a wide and of a tall picture; None when they differ."""
+    pictures = [Image.new("RGB", size) for size in ((30, 20), (20, 30))]
+    made = [image_processor(picture, return_tensors="np", **changes)["pixel_values"].shape[2:] for picture in pictures]
+    return made[0] if made[0] == made[1] else None
 
 
 @lru_cache
