@@ -240,11 +240,11 @@ def _fit_picture_size(image_processor, size: tuple[int, int]):
     square = {"height": size[0], "width": size[1]}
     edge = {"shortest_edge": max(size)}
     cuts = getattr(image_processor, "do_center_crop", False)
-    # Some take only one of the two spellings.
+    # Some take only one of the two spellings, and fail in their own ways with the other.
     for changes in ({}, {"size": edge, "crop_size": square}) if cuts else ({}, {"size": square}, {"size": edge}):
         try:
             made = _made_size(image_processor, changes)
-        except ValueError:
+        except (AttributeError, KeyError, TypeError, ValueError):
             continue
         if made == size:
             for name, value in changes.items():

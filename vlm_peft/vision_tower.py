@@ -232,8 +232,8 @@ def _shapes(vision_config: Any, image_size: int | None, num_layers: int | None =
     height, width = picture_size(vision_config, image_size)
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(
-            f"The encoder {vision_config.model_type} cannot be joined: transformers has no AutoModel for this half of a "
-            "model."
+            f"The encoder {vision_config.model_type} cannot be joined: transformers' AutoModel does not build this "
+            "part of a model alone."
         )
     if vision_config.model_type == _TAKES_PATCHES and height % vision_config.patch_size:
         raise ValueError(_unfit(vision_config, height))
