@@ -4,10 +4,12 @@
 """
 
 import inspect
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -42,7 +44,8 @@ class TinyEncoder:
 
     Args:
         config (`PreTrainedConfig`): Of the checkpoint.
-        processor (`BaseImageProcessor`): Of the checkpoint; its pictures have other sizes than the encoder's.
+        processor (`BaseImageProcessor` or `dict`): Of the checkpoint, or what its file says; its pictures have other
+            sizes than the encoder's.
         tokens (`int`): Patches, or places of the map, of a picture of the encoder's own size.
         prefix (`int`): Class, distillation and register tokens.
         width (`int`): Of the hidden state that is chosen by default.
@@ -52,7 +55,7 @@ class TinyEncoder:
     """
 
     config: transformers.PreTrainedConfig
-    processor: object
+    processor: Any
     tokens: int
     prefix: int = 0
     width: int = 16
@@ -104,6 +107,18 @@ def _siglip2() -> transformers.PreTrainedConfig:
     return transformers.Siglip2Config(text_config=text.to_dict(), vision_config=vision.to_dict())
 
 
+# As in its repositories; transformers has this class for torchvision only.
+DINOV3_PROCESSOR = {
+    "image_processor_type": "DINOv3ViTImageProcessorFast",
+    "do_resize": True,
+    "size": {"height": 12, "width": 12},
+    "resample": 2,
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+}
 _SWIN = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 2], "num_heads": [2, 2], "window_size": 4}
 _STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
@@ -130,7 +145,7 @@ ENCODERS: dict[str, Callable[[], TinyEncoder]] = {
         _transformer("Dinov2WithRegistersConfig", num_register_tokens=4), _bit(), 16, prefix=5, is_llava=False
     ),
     "DINOv3 ViT": lambda: TinyEncoder(
-        _transformer("DINOv3ViTConfig", num_register_tokens=4), _vit(), 16, prefix=5, is_llava=False
+        _transformer("DINOv3ViTConfig", num_register_tokens=4), DINOV3_PROCESSOR, 16, prefix=5, is_llava=False
     ),
     "ViT-MSN": lambda: TinyEncoder(_transformer("ViTMSNConfig"), _vit(), 16, prefix=1),
     "I-JEPA": lambda: TinyEncoder(_transformer("IJepaConfig"), _vit(), 16),
@@ -183,7 +198,10 @@ def save_encoder(encoder: TinyEncoder, folder: Path) -> Path:
             else:
                 parameter.normal_(mean=float(name.endswith("weight")), std=0.1)
     model.save_pretrained(folder)
-    encoder.processor.save_pretrained(folder)
+    if isinstance(encoder.processor, dict):
+        (folder / "preprocessor_config.json").write_text(json.dumps(encoder.processor))
+    else:
+        encoder.processor.save_pretrained(folder)
     return folder
 
 

@@ -4,14 +4,18 @@ Stage: in front of the model, in training (`encode_row`) as in generation (`appl
 never become a special token: control tokens inside messages are encoded as plain text.
 """
 
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BaseImageProcessor, ProcessorMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
@@ -76,8 +80,7 @@ class VisionQwenProcessor(ProcessorMixin):
         Raises:
             ValueError: When the tokenizer has no ChatML turn tokens.
         """
-        image_processor = AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
-        image_processor = _fit_picture_size(image_processor, config.picture_size)
+        image_processor = _fit_picture_size(_load_image_processor(vision, config), config.picture_size)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
         missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
         turns = [token for token in missing if token in _TURN_TOKENS]
@@ -217,6 +220,41 @@ class VisionQwenProcessor(ProcessorMixin):
         return expanded_ids, expanded_labels
 
 
+def _load_image_processor(vision: str | Path, config: VisionQwenConfig):
+    """The image processor of an encoder; of timm's, whose own cannot be saved, one that does the same.
+
+    DINOv3's exists for torchvision only; without it, pictures are scaled by Pillow, which rounds them to 8 bits first.
+
+    Raises:
+        ValueError: When a library that the image processor needs is not installed.
+    """
+    timm = getattr(config.vision_config, "pretrained_cfg", None)
+    if timm is None:
+        try:
+            return AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
+        except ImportError as error:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(vision, revision=config.vision_revision)
+            kind = settings["image_processor_type"]
+            if not kind.startswith("DINOv3ViT"):
+                raise ValueError(
+                    f"The image processor of {vision}, {kind}, needs a library that is not installed: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+            names = ("size", "resample", "image_mean", "image_std")
+            return ViTImageProcessorPil(**{name: settings[name] for name in names})
+    height, width = timm.get("input_size", (3, 224, 224))[-2:]
+    edge = math.floor(min(height, width) / timm.get("crop_pct", 0.875))
+    squashes = timm.get("crop_mode") == "squash"
+    return CLIPImageProcessorPil(
+        size={"height": height, "width": width} if squashes else {"shortest_edge": edge},
+        do_center_crop=not squashes,
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[timm.get("interpolation", "bicubic").upper()],
+        image_mean=timm.get("mean", IMAGENET_DEFAULT_MEAN),
+        image_std=timm.get("std", IMAGENET_DEFAULT_STD),
+    )
+
+
 def _fit_picture_size(image_processor, size: tuple[int, int]):
     """Makes an image processor give pictures of `size`, height and width, cut from the middle where it cuts already.
 
@@ -259,7 +297,7 @@ def _fit_picture_size(image_processor, size: tuple[int, int]):
 def _made_size(image_processor, changes: dict[str, dict[str, int]]) -> tuple[int, ...] | None:
     """Height and width that an image processor makes of a wide and of a tall picture; None when they differ."""
     pictures = [Image.new("RGB", size) for size in ((30, 20), (20, 30))]
-    made = [image_processor(picture, return_tensors="np", **changes)["pixel_values"].shape[2:] for picture in pictures]
+    made = [image_processor(picture, return_tensors="pt", **changes)["pixel_values"].shape[2:] for picture in pictures]
     return made[0] if made[0] == made[1] else None
 
 

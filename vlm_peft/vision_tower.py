@@ -135,7 +135,7 @@ def _measure(vision_config: Any, layers: int | list[int] | None, image_size: int
     kind = vision_config.model_type
     size = picture_size(vision_config, image_size)
     patch = _patch_size(vision_config)
-    shapes = _shapes(vision_config, image_size)
+    shapes, weights = _run_on_meta(vision_config, image_size)
     is_uniform = len(set(shapes)) == 1
     if layers is None:
         layers = -2 if is_uniform and len(shapes) > 1 else -1
@@ -170,7 +170,8 @@ def _measure(vision_config: Any, layers: int | list[int] | None, image_size: int
         "num_prefix_tokens": prefixes.pop(),
         "feature_size": sum(shape[1 if len(shape) == 4 else 2] for shape in chosen),
         "num_hidden_states": len(shapes),
-        "is_cut": all(len(shape) == 3 for shape in chosen) and _can_be_cut(vision_config, image_size, shapes, depth),
+        "is_cut": all(len(shape) == 3 for shape in chosen)
+        and _can_be_cut(vision_config, image_size, shapes, weights, depth),
     }
 
 
@@ -227,8 +228,10 @@ def check_places(tower: nn.Module, size: tuple[int, int], *, interpolate: bool) 
         )
 
 
-def _shapes(vision_config: Any, image_size: int | None, num_layers: int | None = None) -> list[tuple[int, ...]]:
-    """Shapes of a tower's hidden states for two pictures."""
+def _run_on_meta(
+    vision_config: Any, image_size: int | None, num_layers: int | None = None
+) -> tuple[list[tuple[int, ...]], dict[str, torch.Size]]:
+    """Shapes of a tower's hidden states for two pictures, and of its weights by name."""
     height, width = picture_size(vision_config, image_size)
     if type(vision_config) not in MODEL_MAPPING:
         raise ValueError(
@@ -254,17 +257,24 @@ def _shapes(vision_config: Any, image_size: int | None, num_layers: int | None =
             f"The encoder {vision_config.model_type}{built_for} cannot be joined with pictures of {height} x {width} "
             f"pixels: {' '.join(str(error).split()).rstrip('.')}."
         ) from error
-    return [tuple(state.shape) for state in states]
+    return [tuple(state.shape) for state in states], {name: value.shape for name, value in tower.state_dict().items()}
 
 
-def _can_be_cut(vision_config: Any, image_size: int | None, shapes: list[tuple[int, ...]], depth: int) -> bool:
+def _can_be_cut(
+    vision_config: Any,
+    image_size: int | None,
+    shapes: list[tuple[int, ...]],
+    weights: dict[str, torch.Size],
+    depth: int,
+) -> bool:
     """Whether a tower of `depth` layers is the lower part of the whole one."""
     if getattr(vision_config, "num_hidden_layers", None) != len(shapes) - 1:
         return False
     try:
-        return _shapes(vision_config, image_size, depth) == shapes[: depth + 1]
+        lower, lower_weights = _run_on_meta(vision_config, image_size, depth)
     except ValueError:
         return False
+    return lower == shapes[: depth + 1] and lower_weights.items() <= weights.items()
 
 
 def _unfit(vision_config: Any, image_size: int) -> str:
