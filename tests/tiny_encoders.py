@@ -124,9 +124,6 @@ _STAGES = {"hidden_sizes": [8, 16], "depths": [1, 1]}
 
 ENCODERS: dict[str, Callable[[], TinyEncoder]] = {
     "CLIP": lambda: TinyEncoder(_transformer("CLIPVisionConfig"), _clip(), 16, prefix=1),
-    "CLIP, larger pictures": lambda: TinyEncoder(
-        _transformer("CLIPVisionConfig"), _clip(), 36, prefix=1, size=12, image_size=12, is_llava=False
-    ),
     "SigLIP": lambda: TinyEncoder(_transformer("SiglipVisionConfig"), _siglip(), 16),
     "SigLIP 2 (NaFlex)": lambda: TinyEncoder(
         _siglip2(), Siglip2ImageProcessorPil(patch_size=2, max_num_patches=16), 16, is_llava=False

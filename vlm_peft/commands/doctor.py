@@ -350,7 +350,7 @@ class Doctor:
             _say(
                 f"    {over:,} of {len(lengths):,} rows ({100 * over / len(lengths):.1f} %) exceed max_length; "
                 "texts that do not fit go into further sequences, each with the pictures again; --max_length "
-                f"{ordered[-1]} holds every row"
+                f"{ordered[-1]:,} holds every row"
             )
 
     def check_overlaps(self) -> None:
