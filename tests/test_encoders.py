@@ -194,6 +194,13 @@ def test_what_gives_no_tokens_of_these_pictures_is_refused_in_one_line(config, f
     assert "\n" not in str(caught.value)
 
 
+def test_pixels_that_fill_no_patch_count_no_token():
+    """SigLIP-SO400M has patches of 14 pixels in pictures of 384."""
+    model = VisionQwen(joined(ViTConfig(**SMALL, image_size=9, patch_size=2))).eval()
+    assert model.config.grid == (4, 4)
+    assert model.model.get_vision_features(torch.randn(1, 3, 9, 9)).shape == (1, 16, 16)
+
+
 def test_tokens_in_another_order_are_refused_when_the_encoder_is_joined(decoder, tmp_path):
     """YOLOS puts its detection tokens behind the patches, where counting alone sees as many tokens in front."""
     config = YolosConfig(**SMALL, image_size=[8, 8], patch_size=2, num_detection_tokens=5)
