@@ -95,12 +95,14 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode: its features are fixed."""
+        """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode, and batch norm always."""
         super().train(mode)
+        if not self._vision_tower_trains:
+            self.vision_tower.eval()
         for module in self.vision_tower.modules():
-            # Batch norm would mix the pictures of a batch.
-            if not self._vision_tower_trains or isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.training = False
+            # It would mix the pictures of a batch.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     @property
