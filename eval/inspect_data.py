@@ -224,7 +224,9 @@ def _load(vision, processor, source, name: str, limit: int | None):
 def _pixels(processor) -> str:
     given = processor.image_processor
     size = given.crop_size if getattr(given, "do_center_crop", False) else given.size
-    return f"{size['width']}x{size['height']}"
+    # Some name one edge of a square.
+    edge = size.get("shortest_edge")
+    return f"{size.get('width') or edge}x{size.get('height') or edge}"
 
 
 def percentile(lengths: Sequence[int], percent: float) -> int:

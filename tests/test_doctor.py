@@ -86,6 +86,8 @@ def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_pa
     assert not (tmp_path / "features").exists()
     for said in (
         f"torch {torch.__version__}",
+        "(clip_vision_model, pictures of 8 x 8 px)",
+        "16 image tokens a picture, of 4 x 4 from the encoder (mlp)",
         "Split train (caption): 24 rows, 24 pictures.",
         "columns caption, filename, id, image, img_id, sentids, split; pictures in image",
         "0 of 24 pictures tried cannot be read",
@@ -149,10 +151,19 @@ def test_rows_that_do_not_fit(options, capsys):
     assert status == 1
     assert "24 of 24 rows (100.0 %) exceed max_length" in printed
     assert any("more than max_length=40" in problem for problem in problems)
+    longest = re.search(r"longest ([\d,]+) of max_length 40", printed)[1]
+    assert f"--max_length {longest} holds every row" in printed
     # Texts that fit one by one are spread over several sequences.
     status, problems, printed = examine(options, capsys, max_length=100)
     assert (status, problems) == (0, [])
     assert "24 of 24 rows (100.0 %) exceed max_length" in printed
+
+
+def test_pictures_that_do_not_fit(options, capsys):
+    status, problems, printed = examine(options, capsys, max_length=16, image_size=12, projector_type="linear")
+    assert status == 1
+    assert "A picture takes 36 image tokens, and --max_length is 16: raise it above 36" in problems[0]
+    assert "36 image tokens a picture, of 6 x 6 from the encoder (linear)" in printed
 
 
 def test_held_out_rows_that_do_not_fit_matter_when_their_loss_is_watched(options, capsys, tmp_path):

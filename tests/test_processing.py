@@ -199,7 +199,7 @@ def test_a_missing_placeholder_is_added_and_missing_turns_are_refused(bases, tmp
 )
 def test_pictures_get_the_size_that_the_encoder_was_built_for(image_processor, untouched):
     before = image_processor.to_json_string()
-    _fit_picture_size(image_processor, 8)
+    _fit_picture_size(image_processor, (8, 8))
     assert (image_processor.to_json_string() == before) == untouched
     for size in ((30, 20), (5, 9)):
         pixel_values = image_processor(Image.new("RGB", size), return_tensors="pt")["pixel_values"]

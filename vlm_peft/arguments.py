@@ -71,11 +71,21 @@ class VisionArguments(DataArguments):
     )
     vision_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the vision encoder."})
     vision_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the encoder."})
-    vision_feature_layer: list[int] = field(
-        default_factory=lambda: [-2], metadata={"help": "Hidden state(s) of the encoder; several are concatenated."}
+    vision_feature_layer: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Hidden state(s) of the encoder; several are concatenated. By default -2, and the last map of nets "
+            "with stages (Swin, ResNet, ConvNeXt, ...)."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the pictures in pixels; by default the one that the encoder was built for."},
     )
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
-    projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp"]})
+    projector_type: str = field(
+        default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp", "average_pool", "resampler"]}
+    )
     projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
@@ -92,7 +102,14 @@ class VisionArguments(DataArguments):
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: how many times the learning rate of A that of B is, 16 for example."}
     )
-    pixel_shuffle_factor: int = field(default=1, metadata={"help": "2 joins 2 x 2 patches into one image token."})
+    pixel_shuffle_factor: int = field(
+        default=1, metadata={"help": "Of linear and mlp: 2 joins 2 x 2 patches into one image token."}
+    )
+    pooled_grid: list[int] | None = field(
+        default=None, metadata={"help": "Of average_pool: rows and columns of image tokens a picture."}
+    )
+    num_image_queries: int | None = field(default=None, metadata={"help": "Of resampler: image tokens a picture."})
+    num_resampler_layers: int = field(default=1, metadata={"help": "Of resampler: layers of cross-attention."})
     feature_cache: bool = field(
         default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
     )

@@ -191,7 +191,9 @@ def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
     tower_config = config.vision_tower_config.to_dict()
     settings = {key: value for key, value in tower_config.items() if key not in _UNRELATED_SETTINGS}
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
-    digest.update(repr((config.hidden_state_indices, config.keep_class_token, dtype)).encode())
+    # Only where it is asked for, so that features that are stored already are found.
+    size = () if config.image_size is None else (config.image_size,)
+    digest.update(repr((config.hidden_state_indices, config.keep_class_token, dtype, *size)).encode())
     digest.update(f"{type(image_processor).__name__} {image_processor.to_json_string()}".encode())
     return digest.hexdigest()
 

@@ -25,7 +25,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from .configuration_vision_qwen import VisionQwenConfig
 from .hub.weights import safetensors_revision
 from .modeling_vision_qwen import VisionQwen, share_vision_config
-from .projector import VisionQwenProjector
+from .projector import projector_type
+from .vision_tower import check_places
 
 _SAMPLE = 64  # values of each tensor in a fingerprint
 
@@ -65,7 +66,8 @@ def join_pretrained(
         [`VisionQwen`] in evaluation mode.
 
     Raises:
-        ValueError: When neither or both of `text` and `text_config` are given, or the decoder's head has a bias.
+        ValueError: When neither or both of `text` and `text_config` are given, the decoder's head has a bias, or the
+            encoder does not give the tokens of pictures in their order.
     """
     if (text is None) == (text_config is None):
         raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
@@ -73,6 +75,8 @@ def join_pretrained(
         vision, text, vision_revision=vision_revision, text_revision=text_revision, text_config=text_config, **config
     )
     tower = _load_vision_tower(full_config, dtype, device_map)
+    if "vision_layout" not in config:
+        check_places(tower, full_config.picture_size, interpolate=full_config.needs_interpolation)
     if text is None:
         decoder = AutoModelForCausalLM.from_config(
             full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
@@ -178,12 +182,8 @@ def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel) 
     model.config.text_config = decoder.config
     model.config.name_or_path = config.text_name_or_path or ""
     # It trains, so it stays in float32 whatever the bases are in.
-    projector = VisionQwenProjector(config).to(decoder.device)
-    for name, parameter in projector.named_parameters():
-        if name.endswith("bias"):
-            nn.init.zeros_(parameter)
-        elif not name.startswith("layer_norm"):
-            nn.init.normal_(parameter, std=getattr(config.text_config, "initializer_range", 0.02))
+    projector = projector_type(config)(config).to(decoder.device)
+    projector.start(std=getattr(config.text_config, "initializer_range", 0.02))
     share_vision_config(tower, model.config)
     model.model.vision_tower = tower
     model.model.multi_modal_projector = projector

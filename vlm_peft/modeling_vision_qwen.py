@@ -33,8 +33,9 @@ from transformers.utils.generic import can_return_tuple
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
-from .projector import VisionQwenProjector
+from .projector import projector_type
 from .shared_prefix import attention_mask_from_segments, block_mask_from_segments
+from .vision_tower import as_tokens, run_tower
 
 # Decoders that rescale their logits would be wrong under a plain linear head (names as transformers spells them).
 _LOGIT_RESCALING = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -83,7 +84,7 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         super().__init__(config)
         self.vision_tower = AutoModel.from_config(config.vision_tower_config)
         share_vision_config(self.vision_tower, config)
-        self.multi_modal_projector = VisionQwenProjector(config)
+        self.multi_modal_projector = projector_type(config)(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
 
@@ -96,10 +97,14 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         self.language_model.set_input_embeddings(value)
 
     def train(self, mode: bool = True) -> Self:
-        """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode: its features are fixed."""
+        """As `nn.Module.train`, except that a frozen vision tower stays in evaluation mode, and batch norm always."""
         super().train(mode)
         if not self._vision_tower_trains:
             self.vision_tower.eval()
+        for module in self.vision_tower.modules():
+            # It would mix the pictures of a batch.
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         return self
 
     @property
@@ -122,21 +127,23 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
 
     def _run_vision_tower(self, pixel_values: torch.Tensor, **kwargs) -> BaseModelOutputWithPooling:
         """All that the tower returns for pictures `(I, 3, H, W)`, with its hidden states."""
-        size = self.config.vision_config.image_size
-        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (size, size):
+        height, width = self.config.picture_size
+        if pixel_values.ndim != 4 or pixel_values.shape[-2:] != (height, width):
             raise ValueError(
-                f"pixel_values must have the shape (images, 3, {size}, {size}) in pixels, got "
+                f"pixel_values must have the shape (images, 3, {height}, {width}) in pixels, got "
                 f"{tuple(pixel_values.shape)}. Use the processor that was saved with the model."
             )
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._vision_tower_trains):
-            return self.vision_tower(
+            return run_tower(
+                self.vision_tower,
                 pixel_values.to(self.vision_tower.dtype),
-                **{**kwargs, "output_hidden_states": True, "return_dict": True},
+                interpolate=self.config.needs_interpolation,
+                **kwargs,
             )
 
     def _choose_layers(self, hidden_states: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """The chosen of the tower's hidden states, concatenated, as `(I, N_v, D_v)`."""
-        chosen = [hidden_states[index] for index in self.config.hidden_state_indices]
+        chosen = [as_tokens(hidden_states[index]) for index in self.config.hidden_state_indices]
         if not self.config.keep_class_token:
             chosen = [state[:, self.config.num_prefix_tokens :] for state in chosen]
         return torch.cat(chosen, dim=-1)  # (I, N_v, D_v)
@@ -515,8 +522,9 @@ def share_vision_config(tower: PreTrainedModel, config: VisionQwenConfig) -> Non
         config ([`VisionQwenConfig`]): Its `vision_config` keeps the encoder's full depth.
     """
     cut = tower.config
-    config.vision_config._attn_implementation = cut._attn_implementation
-    config.vision_config.dtype = cut.dtype
+    for name, value in vars(cut).items():
+        if name != "num_hidden_layers":
+            setattr(config.vision_config, name, value)
     for module in tower.modules():
         if getattr(module, "config", None) is cut:
             module.config = config.vision_config

@@ -4,12 +4,18 @@ Stage: in front of the model, in training (`encode_row`) as in generation (`appl
 never become a special token: control tokens inside messages are encoded as plain text.
 """
 
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, ProcessorMixin
+from PIL import Image
+from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BaseImageProcessor, ProcessorMixin
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
@@ -74,8 +80,7 @@ class VisionQwenProcessor(ProcessorMixin):
         Raises:
             ValueError: When the tokenizer has no ChatML turn tokens.
         """
-        image_processor = AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
-        _fit_picture_size(image_processor, config.to_dict()["vision_config"]["image_size"])
+        image_processor = _fit_picture_size(_load_image_processor(vision, config), config.picture_size)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
         missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
         turns = [token for token in missing if token in _TURN_TOKENS]
@@ -215,17 +220,85 @@ class VisionQwenProcessor(ProcessorMixin):
         return expanded_ids, expanded_labels
 
 
-def _fit_picture_size(image_processor, side: int) -> None:
-    """Makes an image processor give `side` x `side` pixels, cut from the middle where it cuts already."""
+def _load_image_processor(vision: str | Path, config: VisionQwenConfig):
+    """The image processor of an encoder; of timm's, whose own cannot be saved, one that does the same.
+
+    DINOv3's exists for torchvision only; without it, pictures are scaled by Pillow, which rounds them to 8 bits first.
+
+    Raises:
+        ValueError: When a library that the image processor needs is not installed.
+    """
+    timm = getattr(config.vision_config, "pretrained_cfg", None)
+    if timm is None:
+        try:
+            return AutoImageProcessor.from_pretrained(vision, revision=config.vision_revision)
+        except ImportError as error:
+            settings, _ = BaseImageProcessor.get_image_processor_dict(vision, revision=config.vision_revision)
+            kind = settings["image_processor_type"]
+            if not kind.startswith("DINOv3ViT"):
+                raise ValueError(
+                    f"The image processor of {vision}, {kind}, needs a library that is not installed: "
+                    f"{' '.join(str(error).split())}"
+                ) from error
+            names = ("size", "resample", "image_mean", "image_std")
+            return ViTImageProcessorPil(**{name: settings[name] for name in names})
+    height, width = timm.get("input_size", (3, 224, 224))[-2:]
+    edge = math.floor(min(height, width) / timm.get("crop_pct", 0.875))
+    squashes = timm.get("crop_mode") == "squash"
+    return CLIPImageProcessorPil(
+        size={"height": height, "width": width} if squashes else {"shortest_edge": edge},
+        do_center_crop=not squashes,
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[timm.get("interpolation", "bicubic").upper()],
+        image_mean=timm.get("mean", IMAGENET_DEFAULT_MEAN),
+        image_std=timm.get("std", IMAGENET_DEFAULT_STD),
+    )
+
+
+def _fit_picture_size(image_processor, size: tuple[int, int]):
+    """Makes an image processor give pictures of `size`, height and width, cut from the middle where it cuts already.
+
+    Returns:
+        The image processor; in place of one that cuts pictures into patches, one that leaves this to the model.
+
+    Raises:
+        ValueError: When it cannot give pictures of this size.
+    """
+    if hasattr(image_processor, "max_num_patches"):
+        settings = (
+            "do_convert_rgb",
+            "resample",
+            "do_rescale",
+            "rescale_factor",
+            "do_normalize",
+            "image_mean",
+            "image_std",
+        )
+        image_processor = SiglipImageProcessorPil(**{name: getattr(image_processor, name) for name in settings})
+    square = {"height": size[0], "width": size[1]}
+    edge = {"shortest_edge": max(size)}
     cuts = getattr(image_processor, "do_center_crop", False)
-    size = image_processor.crop_size if cuts else image_processor.size
-    if (size["height"], size["width"]) == (side, side):
-        return
-    if cuts:
-        image_processor.size = {"shortest_edge": side}
-        image_processor.crop_size = {"height": side, "width": side}
-    else:
-        image_processor.size = {"height": side, "width": side}
+    # Some take only one of the two spellings, and fail in their own ways with the other.
+    for changes in ({}, {"size": edge, "crop_size": square}) if cuts else ({}, {"size": square}, {"size": edge}):
+        try:
+            made = _made_size(image_processor, changes)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            continue
+        if made == size:
+            for name, value in changes.items():
+                setattr(image_processor, name, value)
+            return image_processor
+    raise ValueError(
+        f"The encoder takes pictures of {size[0]} x {size[1]} pixels, and its {type(image_processor).__name__} cannot "
+        "be set to make them: choose another image_size."
+    )
+
+
+def _made_size(image_processor, changes: dict[str, dict[str, int]]) -> tuple[int, ...] | None:
+    """Height and width that an image processor makes of a wide and of a tall picture; None when they differ."""
+    pictures = [Image.new("RGB", size) for size in ((30, 20), (20, 30))]
+    made = [image_processor(picture, return_tensors="pt", **changes)["pixel_values"].shape[2:] for picture in pictures]
+    return made[0] if made[0] == made[1] else None
 
 
 @lru_cache

@@ -18,7 +18,7 @@ from . import attention  # noqa: F401  (registers what `attn_implementation` may
 from .adapters import lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
-from .configuration_vision_qwen import VisionQwenConfig
+from .configuration_vision_qwen import JOINT_FIELDS, VisionQwenConfig
 from .cuda import CapturedDecoder, can_capture, compile_layers, sequence_length
 from .data.mixture import mix
 from .data.rows import picture_folder, resolve_paths
@@ -123,11 +123,8 @@ def bases(vision: VisionArguments, model_args: ModelConfig) -> dict[str, Any]:
         "text": local(str(model_args.model_name_or_path), "model_name_or_path"),
         "vision_revision": vision.vision_revision,
         "text_revision": None if model_args.model_revision == "main" else model_args.model_revision,
-        "vision_feature_layer": layers[0] if len(layers) == 1 else layers,
-        "keep_class_token": vision.keep_class_token,
-        "projector_type": vision.projector_type,
-        "projector_layer_norm": vision.projector_layer_norm,
-        "pixel_shuffle_factor": vision.pixel_shuffle_factor,
+        **{name: getattr(vision, name) for name in JOINT_FIELDS if hasattr(vision, name)},
+        "vision_feature_layer": layers[0] if layers is not None and len(layers) == 1 else layers,
     }
 
 

@@ -234,9 +234,20 @@ class Doctor:
         named = bases(self.vision, self.model_args)
         vision: Any = self.config.vision_config
         text: Any = self.config.text_config
-        _say(f"  encoder {named['vision']} ({vision.model_type}, {vision.image_size} px)")
+        height, width = self.config.picture_size
+        _say(f"  encoder {named['vision']} ({vision.model_type}, pictures of {height} x {width} px)")
         _say(f"  decoder {named['text']} ({text.model_type}, {text.num_hidden_layers} layers)")
-        _say(f"  {self.config.num_image_tokens} image tokens a picture")
+        rows, columns = self.config.grid
+        limit, each = self.training.max_length, self.config.num_image_tokens
+        _say(
+            f"  {each:,} image tokens a picture, of {rows} x {columns} from the encoder ({self.config.projector_type})"
+        )
+        if limit is not None and each >= limit:
+            self.problem(
+                f"A picture takes {each:,} image tokens, and --max_length is {limit:,}: raise it above {each:,} times "
+                "the pictures of a row, plus the texts, or make them fewer with --image_size, --pixel_shuffle_factor "
+                "or another --projector_type."
+            )
 
     def check_data(self) -> None:
         """Columns, rows and a sample of the pictures of every split that will be trained on or scored."""
@@ -338,7 +349,8 @@ class Doctor:
         if over:
             _say(
                 f"    {over:,} of {len(lengths):,} rows ({100 * over / len(lengths):.1f} %) exceed max_length; "
-                "texts that do not fit go into further sequences, each with the pictures again"
+                "texts that do not fit go into further sequences, each with the pictures again; --max_length "
+                f"{ordered[-1]:,} holds every row"
             )
 
     def check_overlaps(self) -> None:

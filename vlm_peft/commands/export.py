@@ -55,6 +55,8 @@ _TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}
 _MERGE_TOLERANCE = 1e-4
 # In `llava-hf` repositories these towers have a prefix that transformers has dropped; vLLM 0.32 loads none without.
 _TOWERS_WITH_PREFIX = ("clip_vision_model", "siglip_vision_model")
+# Llava gives a tower pictures and nothing else; these need more.
+_TOWERS_WITH_ARGUMENTS = ("siglip2_vision_model", "vit_mae")
 
 
 def export_llava(
@@ -141,6 +143,13 @@ def check_llava(config: VisionQwenConfig) -> None:
         ValueError: Names every setting that cannot be mapped, and what to do.
     """
     lacking = []
+    kind = config.vision_config.model_type
+    if config.projector_type not in ("linear", "mlp"):
+        lacking.append(f"projector_type={config.projector_type!r}")
+    if not config.vision_tower_is_cut or kind in _TOWERS_WITH_ARGUMENTS:
+        lacking.append(f"encoder of the type {kind}")
+    if config.needs_interpolation:
+        lacking.append(f"image_size={config.image_size}, which needs {kind}'s position embeddings interpolated")
     if config.pixel_shuffle_factor > 1:
         lacking.append(f"pixel_shuffle_factor={config.pixel_shuffle_factor}")
     if config.projector_layer_norm:
