@@ -7,9 +7,11 @@ import torch
 from conftest import make_processor
 from datasets import Dataset
 from peft import get_peft_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import TrainerCallback
 from trl import SFTConfig
 
-from vlm_peft import VisionQwen
+from vlm_peft import VisionQwen, head
 from vlm_peft.adapters import lora_config
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.modeling_vision_qwen import VisionQwenModel
@@ -38,7 +40,7 @@ def setup(bases):
             for index, texts in enumerate(COMPLETIONS)
         ]
         features = torch.randn(len(rows), 16, 16)
-        collator = SharedPrefixCollator(256, lambda ids: {"image_features": features[ids]})
+        collator = SharedPrefixCollator(256, lambda ids: {"image_features": features[ids]}, image_token_id=259)
         arguments = {
             "per_device_train_batch_size": 4,
             "max_steps": 3,
@@ -166,3 +168,45 @@ def test_every_checkpoint_is_a_complete_adapter_folder(setup, tmp_path):
     assert torch.equal(final, expected)
     assert torch.equal(second, expected)
     assert (first - expected).abs().max() > 1e-3
+
+
+class HostReads(TorchDispatchMode):
+    """Counts what a GPU would have to be waited for: values that the host reads, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "masked_scatter_backward", "equal")
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+        self.is_on = False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        by_mask = name in ("index", "index_put_", "index_put") and any(
+            each is not None and each.dtype is torch.bool for each in args[1]
+        )
+        if self.is_on and (name in self.WAITING or by_mask):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_between_two_logs_waits_for_nothing_on_the_device(setup, monkeypatch):
+    run = setup(max_steps=5, logging_steps=5)
+    reads = HostReads()
+
+    class Watched(TrainerCallback):
+        """From the forward pass to the optimizer's step; the batch is made before, by the host alone."""
+
+        def on_step_begin(self, args, state, control, **kwargs):
+            reads.is_on = state.global_step in (2, 3)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            reads.is_on = False
+
+    # As on CUDA; a CPU has its own, cheaper way.
+    monkeypatch.setattr(head, "_is_argmax", lambda logits, places, is_here: logits.argmax(-1) == places)
+    run.trainer.add_callback(Watched())
+    with reads:
+        run.trainer.train()
+    assert reads.found == []
+    assert history(run.trainer, "num_tokens")[0] == 5 * sum(len(row["input_ids"]) for row in run.rows)

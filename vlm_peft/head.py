@@ -150,7 +150,7 @@ def _fold(
 
 def _is_argmax(logits: torch.Tensor, places: torch.Tensor, is_here: torch.Tensor) -> torch.Tensor:
     """Whether each row's first highest logit is at the label's place, `(rows,)`."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or logits.is_cuda:
         return logits.argmax(-1) == places
     # A CPU's argmax costs more than all the rest: only the few rows that have their label in this tile.
     rows = is_here.nonzero()[:, 0]
