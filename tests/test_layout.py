@@ -15,9 +15,16 @@ MODULES = sorted(
 LEVELS = [
     {"attention", "configuration_vision_qwen", "data.pictures", "fused_lora", "hub.access", "tasks"},
     {"arguments", "head", "hub.licences", "projector", "shared_prefix"},
-    {"hub.datasets", "hub.models", "hub.weights", "modeling_vision_qwen", "processing_vision_qwen"},
+    {
+        "collator",
+        "hub.datasets",
+        "hub.models",
+        "hub.weights",
+        "modeling_vision_qwen",
+        "processing_vision_qwen",
+    },
     {"adapters", "greedy", "joining"},
-    {"collator", "captured", "cuda", "data.rows", "feature_cache"},
+    {"captured", "cuda", "data.rows", "feature_cache", "probe"},
     {"data.splits", "generation", "loading", "trainer"},
     {"data.leakage", "data.mixture"},
     {"data.streaming"},
