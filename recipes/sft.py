@@ -77,9 +77,10 @@ def make_trainer(run: Run, model, processor, data, held_out: dict):
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from transformers import EarlyStoppingCallback
 
-    from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table
+    from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table, unadapted_experts
+    from vlm_peft.probe import probe
     from vlm_peft.trainer import StopOnSignal
-    from vlm_peft.training_setup import build_trainer
+    from vlm_peft.training_setup import build_trainer, describe_layout
 
     signals = StopOnSignal()
     callbacks: list = [signals]
@@ -100,6 +101,10 @@ def make_trainer(run: Run, model, processor, data, held_out: dict):
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")
     check_trainable(rows, vision_tower_trains=run.vision.lora_vision)
+    experts = unadapted_experts(model)
+    if experts:
+        run.say(f"LoRA has no part in the experts, which are no linear layers: {', '.join(experts)}")
+    run.say(describe_layout(probe(model), data.dataset))
     run.say(data.described)
     return trainer, signals, rows
 

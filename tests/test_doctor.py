@@ -12,6 +12,7 @@ from conftest import flickr_rows, save_flickr
 from datasets import Dataset
 from peft import get_peft_model
 from safetensors.torch import load_file
+from tiny_decoders import save_decoder
 
 from vlm_peft import __main__ as command
 from vlm_peft import training_setup
@@ -93,12 +94,40 @@ def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_pa
         "0 of 24 pictures tried cannot be read",
         "1 pictures, 16 image tokens in the text, 16 features of 16 from encoder and projector",
         "No training picture is among those that are scored.",
+        "rows share their prefixes: probed on this model",
         "features of 28 pictures: 14.3 KB",
         "steps    18 (3 epochs of 24 rows, 4 a step)",
         "(4 texts)",
         "No problems: the run can start.",
     ):
         assert said in printed
+
+
+def test_a_decoder_that_mixes_texts_is_told_with_its_cost_and_trains(options, capsys, tmp_path):
+    import sft
+
+    options |= {"model_name_or_path": save_decoder("LFM2", tmp_path / "lfm2"), "max_steps": 2}
+    status, problems, printed = examine(options, capsys)
+    assert (status, problems) == (0, [])
+    line = r"rows are laid out one text a sequence: Lfm2Model's conv layers .* apart; [2-4]\.\dx the decoder tokens"
+    assert re.search(line, printed)
+    assert sft.main(listed(options)) == 0
+    printed = capsys.readouterr().out
+    assert re.search(line, printed)
+    assert "reloaded, its logits are equal." in printed
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "unheard_of"])
+def test_attention_that_cannot_keep_texts_apart_is_one_line_in_the_recipe(options, capsys, implementation):
+    import sft
+    from console import run_script
+
+    options["attn_implementation"] = implementation
+    assert run_script(lambda: sft.main(listed(options)), "sft.py") == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert printed[-1].startswith(
+        f"sft.py: attn_implementation='{implementation}' cannot keep the branches of a row apart"
+    )
 
 
 def test_the_saved_adapter_is_as_large_as_predicted(options, capsys):

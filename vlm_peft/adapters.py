@@ -87,6 +87,16 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
+def unadapted_experts(model: nn.Module) -> list[str]:
+    """Weights of a decoder's experts, which are no linear layers: LoRA has no part in them.
+
+    Returns:
+        `list[str]`: Their names inside a layer, for example `mlp.experts.down_proj`.
+    """
+    names = [name for name, parameter in model.named_parameters() if parameter.ndim == 3 and ".experts." in name]
+    return sorted({re.split(r"\.\d+\.", name)[-1] for name in names})
+
+
 @dataclass(frozen=True)
 class TrainableRow:
     """One line of the start-up table.

@@ -45,6 +45,24 @@ def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
     return [sorted(rows) for rows in bins]
 
 
+def separate_branches(row: dict) -> list[dict]:
+    """A laid-out row as one row for each of its branches, each behind the prefix and with all pictures.
+
+    Args:
+        row (`dict`): With the lists of [`~vlm_peft.shared_prefix.SharedPrefixRow`] and `image_ids`.
+    """
+    branch_ids = row["branch_ids"]
+    parts = []
+    for branch in range(1, max(branch_ids) + 1):
+        kept = [place for place, owner in enumerate(branch_ids) if owner in (0, branch)]
+        lists = ("input_ids", "position_ids", "shift_labels")
+        part = {name: [row[name][place] for place in kept] for name in lists}
+        parts.append(
+            {**part, "branch_ids": [min(branch_ids[place], 1) for place in kept], "image_ids": row["image_ids"]}
+        )
+    return parts
+
+
 class SharedPrefixCollator:
     """Lays encoded rows out as sequences of shared prefixes.
 
@@ -59,6 +77,9 @@ class SharedPrefixCollator:
         sequence_length (`int`, *optional*): For GPUs: all rows of the batch lie in one sequence, padded to so many
             tokens (or to the next multiple of 128 above them), and the labels to a multiple of 256, so that a compiled
             model sees one shape. Takes the place of `packing`; `max_length` then limits single rows.
+        sharing (`bool`, *optional*, defaults to `True`): Whether the decoder keeps branches apart (see `probe`).
+            Without it, each branch is a sequence of its own behind a copy of the prefix, nothing is packed or laid into
+            one sequence, and the batch has no `segment_ids`: loss and gradients are those of the same rows.
 
     Rows are dicts with the lists of [`~vlm_peft.shared_prefix.SharedPrefixRow`] and `image_ids`, the row's picture
     numbers. The batch, for two rows of 5 and 3 tokens with 2 and 1 labels:
@@ -83,18 +104,22 @@ class SharedPrefixCollator:
         packing: bool = False,
         image_token_id: int | None = None,
         sequence_length: int | None = None,
+        sharing: bool = True,
     ):
         if packing and max_length is None:
             raise ValueError("packing needs max_length, the tokens of a sequence; got None.")
         self.pad_token_id = pad_token_id
         self.fetch_images = fetch_images
         self.max_length = max_length
-        self.packing = packing
+        self.packing = packing and sharing
         self.image_token_id = image_token_id
-        self.sequence_length = sequence_length
+        self.sequence_length = sequence_length if sharing else None
+        self.sharing = sharing
 
     def __call__(self, rows: list[dict]) -> dict[str, torch.Tensor]:
         """Rows -> batch; see the class for shapes."""
+        if not self.sharing:
+            rows = [part for row in rows for part in separate_branches(row)]
         lengths = [len(row["input_ids"]) for row in rows]
         capacity = self.max_length if self.max_length is not None else max(lengths)
         bins = pack_best_fit(lengths, capacity)
@@ -139,7 +164,7 @@ class SharedPrefixCollator:
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "position_ids": position_ids,
-            "segment_ids": segment_ids,
+            **({"segment_ids": segment_ids} if self.sharing else {}),
             "label_positions": label_positions,
             # TRL reads `shift_labels`; transformers counts the batch's items when `labels` is there, too.
             "labels": targets[None],

@@ -14,6 +14,7 @@ from .adapters import base_model
 from .captured import CapturedGreedy
 from .greedy import greedy, make_argmax
 from .modeling_vision_qwen import VisionQwen
+from .probe import probe
 from .processing_vision_qwen import VisionQwenProcessor
 
 
@@ -64,9 +65,11 @@ def generate_texts(
 
     search: dict = {"num_beams": num_beams}
     if num_beams == 1:
-        is_cuda = model.device.type == "cuda"
+        attention = base_model(model).model.language_model.config._attn_implementation
+        # Its step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
+        is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
         search |= {
-            "custom_generate": CapturedGreedy(min(batch_size, len(prompts))) if is_cuda else greedy,
+            "custom_generate": CapturedGreedy(min(batch_size, len(prompts))) if is_captured else greedy,
             "choose": make_argmax(model),
         }
     order = sorted(range(len(prompts)), key=sort_key)
@@ -77,7 +80,13 @@ def generate_texts(
         with torch.inference_mode():
             images = features.get([image for index in chosen for image in image_ids[index]])
             inputs = _prefill(
-                model, processor, [encoded[i] for i in chosen], [image_ids[i] for i in chosen], images, num_beams
+                model,
+                processor,
+                [encoded[i] for i in chosen],
+                [image_ids[i] for i in chosen],
+                images,
+                num_beams,
+                max_new_tokens,
             )
             generated = model.generate(
                 **inputs,
@@ -104,8 +113,11 @@ def _prefill(
     image_ids: list[list[int]],
     images: dict[str, torch.Tensor],
     num_beams: int,
+    max_new_tokens: int,
 ) -> dict:
     """Inputs of `generate` for one batch; the prefixes that several rows or beams share are in its cache already.
+
+    Decoders that cannot be handed a prefix (see [`~vlm_peft.probe.probe`]) read each prompt from its beginning.
 
     A row's sequence is then `prefix, padding, rest`, with the padding masked and not counted in the positions.
     """
@@ -117,7 +129,8 @@ def _prefill(
     prefixes = [_common_prefix([encoded[row] for row in rows]) for rows in groups.values()]
     ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
     rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
-    is_shared = len(groups) < len(encoded) * num_beams and all(prefixes)
+    longest = max(map(len, prefixes)) + max(map(len, rests)) + max_new_tokens
+    is_shared = len(groups) < len(encoded) * num_beams and all(prefixes) and probe(model).shares_prefill(longest)
     if not is_shared or any(model.config.image_token_id in rest for rest in rests):
         batch = pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
         return {key: value.to(device) for key, value in batch.items()} | images
@@ -139,7 +152,7 @@ def _prefill(
     ).past_key_values
     group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
     owners = torch.tensor([group_of[row] for row in range(len(encoded))], device=device)
-    cache.batch_select_indices(owners.repeat_interleave(num_beams))
+    cache.reorder_cache(owners.repeat_interleave(num_beams))
     return {key: torch.cat([prefix[key][owners], rest[key]], dim=1) for key in ("input_ids", "attention_mask")} | {
         "past_key_values": cache
     }

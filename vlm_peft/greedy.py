@@ -72,7 +72,8 @@ def _argmax(hidden: torch.Tensor, weight: torch.Tensor, banned: list[int]) -> to
 def make_argmax(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The fastest exact argmax for a model's head: hidden states `(B, D_t)` -> token ids `(B,)`."""
     weight: torch.Tensor = model.get_output_embeddings().weight.detach()
-    banned = [model.config.image_token_id]
+    # The placeholder may lie outside the vocabulary, where nothing can be chosen.
+    banned = [token for token in [model.config.image_token_id] if token < len(weight)]
     is_large = len(weight) >= _SCREENED_ROWS and weight.dtype == torch.float32 and weight.device.type == "cpu"
     if is_large and torch.cpu._is_avx512_bf16_supported():
         return ScreenedArgmax(weight, banned)
@@ -136,5 +137,6 @@ def greedy(
         if done.sum() >= 0.25 * len(done):
             keep = (~done).nonzero().flatten()
             active, input_ids, mask, tokens, done = (each[keep] for each in (active, input_ids, mask, tokens, done))
-            cache.batch_select_indices(keep)
+            # Unlike `batch_select_indices`, caches of recurrent states have it, too.
+            cache.reorder_cache(keep)
         step = {"input_ids": tokens[:, None], "position_ids": (mask.sum(-1) - 1)[:, None]}

@@ -26,6 +26,7 @@ from .configuration_vision_qwen import VisionQwenConfig
 from .hub.weights import safetensors_revision
 from .modeling_vision_qwen import VisionQwen, share_vision_config
 from .projector import projector_type
+from .shared_prefix import check_attention
 from .vision_tower import check_places
 
 _SAMPLE = 64  # values of each tensor in a fingerprint
@@ -66,9 +67,12 @@ def join_pretrained(
         [`VisionQwen`] in evaluation mode.
 
     Raises:
-        ValueError: When neither or both of `text` and `text_config` are given, the decoder's head has a bias, or the
-            encoder does not give the tokens of pictures in their order.
+        ValueError: When neither or both of `text` and `text_config` are given, the decoder's head has a bias, its
+            embedding is of another width than its layers, its attention cannot keep branches apart, or the encoder does
+            not give the tokens of pictures in their order.
     """
+    if attn_implementation is not None:
+        check_attention(attn_implementation)
     if (text is None) == (text_config is None):
         raise ValueError("Expected exactly one of text (a pre-trained decoder) and text_config (one from scratch).")
     full_config = joint_config(
@@ -116,7 +120,8 @@ def joint_config(
     vision_config = getattr(vision_config, "vision_config", vision_config)
     if text is not None:
         text_revision = safetensors_revision(text, text_revision)
-        text_config = AutoConfig.from_pretrained(text, revision=text_revision)
+        with _safetensors_only(text):
+            text_config = AutoConfig.from_pretrained(text, revision=text_revision)
     return VisionQwenConfig(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),
@@ -130,9 +135,12 @@ def joint_config(
 
 @contextmanager
 def _safetensors_only(name: str | Path):
-    """Says why a checkpoint that has only pickled weights is not loaded."""
+    """Says why a checkpoint that has only pickled weights, or that transformers cannot load as asked, is not loaded."""
     try:
         yield
+    except ValueError as error:
+        # For example an attention implementation that the architecture lacks.
+        raise ValueError(f"{name} cannot be loaded: {' '.join(str(error).split())}") from error
     except OSError as error:
         if SAFE_WEIGHTS_NAME not in str(error):
             raise
@@ -170,6 +178,14 @@ def _settle_quantized(decoder: PreTrainedModel) -> None:
 def _join(config: VisionQwenConfig, tower: nn.Module, decoder: PreTrainedModel) -> VisionQwen:
     """Builds the shell without weights and puts the loaded parts and a fresh projector in."""
     head = decoder.get_output_embeddings()
+    check_attention(decoder.config._attn_implementation)
+    embedding: Any = decoder.get_input_embeddings()
+    width, hidden_size = embedding.weight.shape[1], config.text_config.hidden_size
+    if width != hidden_size:
+        raise ValueError(
+            "Decoders whose embedding is not as wide as their layers are not supported: "
+            f"{config.text_config.model_type} has {width} and {hidden_size}."
+        )
     if getattr(head, "bias", None) is not None:
         raise ValueError(f"Decoders whose head has a bias are not supported: {config.text_config.model_type}.")
     if not head.weight.is_floating_point():

@@ -34,7 +34,7 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from .configuration_vision_qwen import IGNORE_INDEX, VisionQwenConfig
 from .projector import projector_type
-from .shared_prefix import attention_mask_from_segments, block_mask_from_segments
+from .shared_prefix import check_attention, decoder_mask
 from .vision_tower import as_tokens, run_tower
 
 # Decoders that rescale their logits would be wrong under a plain linear head (names as transformers spells them).
@@ -71,6 +71,28 @@ class VisionQwenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """No: loading then sets up every part, also those that have buffers and no weights of their own (Falcon-H1)."""
+        return False
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args, **kwargs) -> None:
+        """As `PreTrainedModel.set_attn_implementation`, for what [`~vlm_peft.shared_prefix.decoder_mask`] knows.
+
+        Args:
+            attn_implementation (`str` or `dict`): For all parts, or for each: `{"text_config": "eager"}`.
+
+        Raises:
+            ValueError: For implementations of the decoder's attention that cannot keep branches apart.
+        """
+        if isinstance(attn_implementation, dict):
+            wanted = attn_implementation.get("text_config")
+        else:
+            wanted = attn_implementation
+        if isinstance(wanted, str):
+            check_attention(wanted)
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
 
 class VisionQwenModel(VisionQwenPreTrainedModel):
@@ -250,10 +272,9 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor | None, segment_ids: torch.Tensor, **kwargs
     ) -> BaseModelOutputWithPast:
         """Runs the decoder over rows as the collator lays them out: `(B, T, D_t)` -> `(B, T, D_t)`."""
-        is_flex = self.language_model.config._attn_implementation == "flex_attention"
-        build_mask = block_mask_from_segments if is_flex else attention_mask_from_segments
+        mask = decoder_mask(self.language_model.config, segment_ids, position_ids, inputs_embeds.dtype)
         return self.language_model(
-            attention_mask=build_mask(segment_ids), position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
+            attention_mask=mask, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs
         )
 
     @can_return_tuple

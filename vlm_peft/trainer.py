@@ -322,10 +322,18 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
     """Sets what shared-prefix rows demand of TRL, in place: rows come encoded, and our collator does the packing.
 
     Raises:
-        ValueError: When TRL's own packing is asked for, which would ignore the branches.
+        ValueError: When TRL's own packing is asked for, which would ignore the branches, or a loss that balances
+            experts, which is one of whole batches.
     """
     if args.packing or args.padding_free:
         raise ValueError("packing and padding_free are TRL's and do not know branches: use --pack_rows instead.")
+    if args.router_aux_loss_coef:
+        raise ValueError(
+            "router_aux_loss_coef balances experts over all tokens of a batch, shared prefixes once, and the routers "
+            "do not train: leave it out."
+        )
+    # Unasked, TRL would take the decoder's own coefficient.
+    args.router_aux_loss_coef = 0.0
     args.remove_unused_columns = False
     # A loss that is not finite ends the run when it is logged; hiding it costs a GPU a wait in each step.
     args.logging_nan_inf_filter = False

@@ -35,7 +35,14 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, SFTConfig
 
-from ..adapters import PROJECTOR, check_trainable, format_trainable_table, is_pissa, trainable_table
+from ..adapters import (
+    PROJECTOR,
+    check_trainable,
+    format_trainable_table,
+    is_pissa,
+    trainable_table,
+    unadapted_experts,
+)
 from ..arguments import VisionArguments, parse_arguments
 from ..data.leakage import check_overlap
 from ..data.mixture import fetch_from, first_images, mix
@@ -46,11 +53,13 @@ from ..data.streaming import stack_pixels
 from ..feature_cache import count_missing, features_folder, picture_bytes
 from ..generation import generate_texts
 from ..modeling_vision_qwen import VisionQwen
+from ..probe import probe
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..trainer import PrintedLines
 from ..training_setup import (
     bases,
     build_trainer,
+    describe_layout,
     load_model,
     load_processor,
     sources,
@@ -420,6 +429,10 @@ class Doctor:
             table = trainable_table(adapted)
             _say(format_trainable_table(table))
             adapter = adapter_bytes(adapted)
+            experts = unadapted_experts(adapted)
+            if experts:
+                _say(f"  LoRA has no part in the experts, which are no linear layers: {', '.join(experts)}")
+            _say(f"  {describe_layout(probe(self.model), rows)}")
             _say(f"  adapter file: {adapter / 1e6:.2f} MB")
             check_trainable(table, vision_tower_trains=self.vision.lora_vision)
             trial = self.try_steps(trainer, watch)

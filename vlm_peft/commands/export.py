@@ -26,6 +26,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel
 from PIL import Image
 from transformers import (
+    AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     GenerationConfig,
@@ -156,13 +157,20 @@ def check_llava(config: VisionQwenConfig) -> None:
         lacking.append("projector_layer_norm=True")
     if config.num_prefix_tokens > 1 and not config.keep_class_token:
         lacking.append(f"keep_class_token=False with {config.num_prefix_tokens} class and register tokens")
-    if config.tie_word_embeddings and config.text_config.model_type == "gpt2":
-        lacking.append("a decoder of the type gpt2 with tied embeddings")
+    if config.tie_word_embeddings and not _has_llavas_embedding(config):
+        lacking.append(f"a decoder of the type {config.text_config.model_type} with tied embeddings")
     if lacking:
         raise ValueError(
             f"Stock Llava has no {' and no '.join(lacking)}: export with --to merged, which loads with "
             "AutoModelForImageTextToText after `import vlm_peft`, or train without it."
         )
+
+
+def _has_llavas_embedding(config: VisionQwenConfig) -> bool:
+    """Whether the decoder's embedding is where Llava ties the head to; GPT-2, OPT and BLOOM have it elsewhere."""
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(config.text_config)
+    return hasattr(decoder, "embed_tokens")
 
 
 @dataclass(frozen=True)
