@@ -14,7 +14,7 @@ MODULES = sorted(
 )
 LEVELS = [
     {"attention", "configuration_vision_qwen", "data.pictures", "fused_lora", "hub.access", "tasks"},
-    {"arguments", "head", "hub.licences", "projector", "shared_prefix"},
+    {"arguments", "head", "hub.licences", "projector", "shared_prefix", "turns"},
     {"hub.datasets", "hub.models", "hub.weights", "modeling_vision_qwen", "processing_vision_qwen"},
     {"adapters", "greedy", "joining"},
     {"collator", "captured", "cuda", "data.rows", "feature_cache"},

@@ -1,7 +1,7 @@
 """Adapters: what trains, and the one small folder that holds it.
 
-Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA and the full projector in
-one `adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor.
+Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA, the full projector and the
+rows of turn tokens that were added to the decoder's vocabulary in one `adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor.
 It holds no base weights and nothing that would have to be unpickled.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,10 +36,10 @@ _LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
 def lora_config(
     model: VisionQwen, *, target_modules: str | list[str] | None = None, lora_vision: bool = False, **arguments
 ) -> LoraConfig:
-    """LoRA on the decoder's linear layers, and the projector trained in full.
+    """LoRA on the decoder's linear layers, the projector trained in full, and rows of added turn tokens.
 
     Args:
-        model ([`VisionQwen`]): What will be adapted.
+        model ([`VisionQwen`]): What will be adapted; [`add_turn_rows`] is called on it.
         target_modules (`str` or `list[str]`, *optional*): Names of layers (`["q_proj", "v_proj"]`), or a regular
             expression over full names. All linear layers by default and for `"all-linear"`. Plain names would also hit
             the encoder, so they are anchored here.
@@ -67,9 +68,60 @@ def lora_config(
             "at zero (init_lora_weights=True)."
         )
     modules_to_save = list(dict.fromkeys([PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]))
+    if model.config.turn_token_ids is not None:
+        add_turn_rows(model)
+        arguments["trainable_token_indices"] = {
+            name: model.config.turn_token_ids
+            for name in _token_modules(model)
+            if not any(f".{name}".endswith(f".{saved}") for saved in modules_to_save)
+        }
     return LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, modules_to_save=modules_to_save, **arguments
     )
+
+
+def add_turn_rows(model: VisionQwen) -> None:
+    """Gives `config.turn_token_ids` their first rows in embedding and head, which grow when they have none to spare.
+
+    A turn ends as a text ends: with the row of the decoder's own end-of-text token. It begins with the mean of all rows,
+    whose logit is never the largest. Called again, it changes nothing.
+
+    Args:
+        model ([`VisionQwen`]): Before it gets an adapter, after the processor has set the ids.
+
+    Raises:
+        ValueError: When the head has a bias, which peft would leave out of its rows.
+    """
+    begin_and_end = model.config.turn_token_ids
+    if begin_and_end is None:
+        return
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            "Turn tokens cannot be added to a decoder whose head has a bias: expected a tokenizer with "
+            "<|im_start|> and <|im_end|>, or with a chat template."
+        )
+    text_config: Any = model.config.text_config
+    if text_config.vocab_size <= max(begin_and_end):
+        model.resize_token_embeddings(max(begin_and_end) + 1, mean_resizing=False)
+    begin, end = begin_and_end
+    end_of_text = model.generation_config.eos_token_id
+    if end_of_text is None:
+        end_of_text = text_config.eos_token_id
+    if isinstance(end_of_text, list):
+        end_of_text = end_of_text[0]
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            known = module.weight[: min(begin_and_end)]
+            mean = known.mean(dim=0, dtype=torch.float32)
+            module.weight[begin] = mean
+            module.weight[end] = mean if end_of_text is None or end_of_text >= len(known) else known[end_of_text]
+
+
+def _token_modules(model: VisionQwen) -> list[str]:
+    """Names of the embedding and of a head with weights of its own."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    modules = [embedding] if head.weight is embedding.weight else [embedding, head]
+    return [name for name, module in model.named_modules() if any(module is each for each in modules)]
 
 
 def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:
@@ -310,11 +362,18 @@ def load_adapter(
         **config.joint_fields,
         **arguments,
     )
+    add_turn_rows(model)
     _check_bases(config, model.config, folder)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     if merge:
         return adapted.merge_and_unload().eval()
-    return adapted if is_trainable else adapted.eval()
+    if is_trainable:
+        return adapted
+    for module in adapted.modules():
+        if isinstance(module, TrainableTokensLayer):
+            # It would copy the whole embedding for each token that is generated.
+            module.merge()
+    return adapted.eval()
 
 
 def _check_adapter_files(folder: Path) -> None:

@@ -21,6 +21,7 @@ _TOWERS_WITHOUT_CLASS_TOKEN = ("siglip_vision_model", "siglip2_vision_model")
 
 _JOINT_FIELDS = (
     "image_token_id",
+    "turn_token_ids",
     "vision_feature_layer",
     "keep_class_token",
     "projector_type",
@@ -43,6 +44,9 @@ class VisionQwenConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 151655):
             Vocabulary id of the image placeholder (`<|image_pad|>` of Qwen3). It may lie outside the decoder's
             vocabulary: placeholders are replaced before the embedding is read and are never predicted.
+        turn_token_ids (`list[int]`, *optional*):
+            Vocabulary ids of `<|im_start|>` and `<|im_end|>` where they were added to the decoder's tokenizer. Their rows
+            of the embedding and the head train, and are part of an adapter.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
             Index into the tower's hidden states (0 is the embedding, -1 the last layer, before the final norm). A list
             is concatenated along the feature axis. Layers above the highest one are neither built nor run.
@@ -83,6 +87,7 @@ class VisionQwenConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
+    turn_token_ids: list[int] | None = None
     vision_feature_layer: int | list[int] = -2
     keep_class_token: bool = False
     projector_type: Literal["linear", "mlp"] = "mlp"

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -85,6 +86,10 @@ class VisionSFTTrainer(SFTTrainer):
                 # Beside a quantized decoder TRL rounds them to bfloat16, where small updates are lost.
                 parameter.data = given.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
         adapted: Any = self.model
+        head = adapted.get_output_embeddings()
+        if isinstance(head, TrainableTokensWrapper):
+            # TRL's fused head asks the head for its bias, and peft's wrapper answers for the weight only.
+            head.bias = None
         starts_as = adapted.active_peft_config.init_lora_weights
         self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
