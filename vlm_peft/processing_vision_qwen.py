@@ -9,6 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTrainedTokenizerBase, ProcessorMixin
 
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
@@ -220,9 +221,12 @@ class VisionQwenProcessor(ProcessorMixin):
         return self.chat_template in (CHATML, BEGIN + CHATML)
 
     def _apply(self, messages: list[dict], add_prompt: bool, **arguments):
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_prompt, **arguments
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=add_prompt, **arguments
+            )
+        except TemplateError as error:
+            raise ValueError(f"The decoder's chat template refuses this conversation: {error}") from error
 
     def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """Expands each placeholder to N."""
