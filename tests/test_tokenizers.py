@@ -656,6 +656,20 @@ def test_other_kinds_of_lora_keep_the_rows(bases, decoders_, lora, tmp_path):
     assert difference < (1e-4 if "init_lora_weights" in lora else 1e-7)
 
 
+@pytest.mark.parametrize("whole", ["lm_head", "wte"])
+def test_a_tied_head_does_not_train_whole_beside_its_rows(bases, decoders_, whole):
+    model, _ = join(bases[0], decoders_["gpt2"])
+    with pytest.raises(ValueError, match=f"leave .*{whole} out of modules_to_save"):
+        lora_config(model, modules_to_save=[whole])
+
+
+def test_an_untied_head_that_trains_whole_has_its_rows(bases, decoders_):
+    model, _ = join(bases[0], decoders_["llama 2"])
+    assert list(lora_config(model, modules_to_save=["lm_head"]).trainable_token_indices) == [
+        "model.language_model.embed_tokens"
+    ]
+
+
 def test_a_head_with_a_bias_gets_no_rows(bases, decoders_):
     model, _ = join(bases[0], decoders_["llama 2"])
     model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)))

@@ -51,7 +51,7 @@ def lora_config(
 
     Raises:
         ValueError: When the targets include the head, hit no layer of a part, or the decoder is quantized and PiSSA
-            needs its weights.
+            needs its weights; or when a tied head or embedding should train whole beside rows of added turn tokens.
     """
     if not isinstance(target_modules, str) or target_modules == "all-linear":
         names = None if target_modules in (None, "all-linear", ["all-linear"]) else list(target_modules)
@@ -70,11 +70,18 @@ def lora_config(
     modules_to_save = list(dict.fromkeys([PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]))
     if model.config.turn_token_ids is not None:
         add_turn_rows(model)
-        arguments["trainable_token_indices"] = {
-            name: model.config.turn_token_ids
-            for name in _token_modules(model)
-            if not any(f".{name}".endswith(f".{saved}") for saved in modules_to_save)
-        }
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = [name for name, module in model.named_modules() if module is embedding or module is head]
+        whole = [name for name in names if any(f".{name}".endswith(f".{saved}") for saved in modules_to_save)]
+        is_tied = head.weight is embedding.weight
+        if is_tied and whole:
+            raise ValueError(
+                f"The decoder's head is its embedding, and rows of it train for added turn tokens: leave {whole[0]} out "
+                "of modules_to_save."
+            )
+        # peft ties the rows of a tied head by itself.
+        chosen = names[:1] if is_tied else [name for name in names if name not in whole]
+        arguments["trainable_token_indices"] = dict.fromkeys(chosen, model.config.turn_token_ids)
     return LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, modules_to_save=modules_to_save, **arguments
     )
@@ -115,13 +122,6 @@ def add_turn_rows(model: VisionQwen) -> None:
             mean = known.mean(dim=0, dtype=torch.float32)
             module.weight[begin] = mean
             module.weight[end] = mean if end_of_text is None or end_of_text >= len(known) else known[end_of_text]
-
-
-def _token_modules(model: VisionQwen) -> list[str]:
-    """Names of the embedding and of a head with weights of its own."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    modules = [embedding] if head.weight is embedding.weight else [embedding, head]
-    return [name for name, module in model.named_modules() if any(module is each for each in modules)]
 
 
 def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:
