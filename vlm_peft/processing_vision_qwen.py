@@ -158,6 +158,8 @@ class VisionQwenProcessor(ProcessorMixin):
             begin = len(prompt)
             if whole[:begin] != prompt and not self._is_chatml:
                 raise ValueError("The decoder's chat template writes this conversation differently once it is answered.")
+            if self.end_of_turn_token_id not in whole[begin:]:
+                raise ValueError(f"Expected a chat template that ends every answer with {self.end_of_turn_token!r}.")
             stop = whole.index(self.end_of_turn_token_id, begin) + 1
             labels[begin:stop] = whole[begin:stop]
         # Some templates write more after the last turn, which is never predicted.
