@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import flickr_rows
 from datasets import Dataset
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from PIL import Image
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -291,6 +292,7 @@ def decoders_(tmp_path_factory):
 
 
 def join(clip: Path, decoder: Path) -> tuple[VisionQwen, VisionQwenProcessor]:
+    torch.manual_seed(0)
     model = VisionQwen.from_vision_text_pretrained(clip, decoder)
     model.model.vision_tower.requires_grad_(False)
     processor = VisionQwenProcessor.from_vision_text_pretrained(clip, decoder, model.config)
@@ -489,6 +491,7 @@ def make_trainer(model, processor, folder: Path, *, gradient_checkpointing=False
         model=model,
         args=prepare_training_arguments(SFTConfig(**{**arguments, **settings})),
         train_dataset=Dataset.from_list(rows),
+        eval_dataset=Dataset.from_list(rows),
         data_collator=SharedPrefixCollator(
             processor.tokenizer.pad_token_id, lambda ids: {"image_features": features[ids]}
         ),
@@ -643,6 +646,40 @@ def test_loss_and_gradients_of_the_rows_are_those_of_the_whole_logits(bases, dec
     for each, gradient in gradients(fused.loss).items():
         scale = expected[each].abs().max()
         assert (gradient - expected[each]).abs().max() <= 1e-5 * scale, each
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama 2"])
+def test_scoring_in_training_reads_the_rows_where_they_are_and_leaves_no_trace(bases, decoders_, name, tmp_path):
+    trainer = make_trainer(*join(bases[0], decoders_[name]), tmp_path, eval_strategy="steps", eval_steps=1)
+    processor = trainer.processing_class
+    layers = [module for module in trainer.model.modules() if isinstance(module, TrainableTokensLayer)]
+    assert len(layers) == 2
+    ids = trainer.model.config.turn_token_ids
+    before = [layer.base_layer.weight.detach().clone() for layer in layers]
+    seen = []
+
+    def score(model):
+        trained = [layer.trainable_tokens_delta["default"] for layer in layers]
+        seen.append(
+            all(torch.equal(layer.base_layer.weight[ids], rows) for layer, rows in zip(layers, trained, strict=True))
+        )
+        in_place = logits(model, processor)
+        with torch.no_grad():
+            for layer in layers:
+                layer.unmerge()
+        assert torch.equal(logits(model, processor), in_place)
+        for layer in layers:
+            layer.merge()
+        return {"score": 0.0}
+
+    trainer._score = score
+    trainer.train()
+    assert seen == [True] * 3
+    for layer, weight in zip(layers, before, strict=True):
+        assert torch.equal(layer.base_layer.weight, weight)
+    plain = make_trainer(*join(bases[0], decoders_[name]), tmp_path)
+    plain.train()
+    assert torch.equal(logits(plain.model, processor), logits(trainer.model, processor))
 
 
 @pytest.mark.parametrize("lora", [{"use_dora": True}, {"init_lora_weights": "pissa"}])

@@ -8,6 +8,8 @@ It holds no base weights and nothing that would have to be unpickled.
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -369,11 +371,31 @@ def load_adapter(
         return adapted.merge_and_unload().eval()
     if is_trainable:
         return adapted
-    for module in adapted.modules():
-        if isinstance(module, TrainableTokensLayer):
-            # It would copy the whole embedding for each token that is generated.
-            module.merge()
+    for layer in _row_layers(adapted):
+        layer.merge()
     return adapted.eval()
+
+
+def _row_layers(model: nn.Module) -> list[TrainableTokensLayer]:
+    """What puts trained rows into embedding and head, where they are not in there yet."""
+    return [module for module in model.modules() if isinstance(module, TrainableTokensLayer) and not module.merged]
+
+
+@contextmanager
+def rows_in_place(model: nn.Module) -> Iterator[None]:
+    """Runs the block with the trained rows in embedding and head: to generate a token would copy both of them.
+
+    Args:
+        model (`PeftModel` or what it is in): Not under `torch.inference_mode`, whose tensors cannot train.
+    """
+    layers = _row_layers(model)
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def _check_adapter_files(folder: Path) -> None:

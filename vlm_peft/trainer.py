@@ -39,6 +39,7 @@ from .adapters import (
     is_pissa,
     load_pissa_from_lora,
     lora_state,
+    rows_in_place,
     save_composite_config,
     save_pissa_as_lora,
 )
@@ -169,7 +170,7 @@ class VisionSFTTrainer(SFTTrainer):
         )
         if self._score is not None:
             model: Any = self.accelerator.unwrap_model(self.model)
-            with plain_decoder(model):
+            with plain_decoder(model), rows_in_place(model):
                 scores = self._score(model)
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
