@@ -1,15 +1,12 @@
 """Decoders whose tokenizers know no ChatML: their own template or added turn tokens, from rendering to export."""
 
 import copy
-import json
 import logging
-import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import flickr_rows
 from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from PIL import Image
@@ -20,7 +17,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoProcessor,
-    AutoTokenizer,
     PreTrainedTokenizerFast,
 )
 from trl import SFTConfig
@@ -72,9 +68,7 @@ def sentencepiece(special: list[str], begin: str, *, prefix_space: bool) -> Toke
     steps: list = [normalizers.Prepend("▁")] if prefix_space else []
     tokenizer.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "▁")])
     ends: list = [decoders.Strip(content=" ", left=1)] if prefix_space else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends]
-    )
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     put_in_front(tokenizer, begin)
     return tokenizer
@@ -107,24 +101,25 @@ LLAMA3_TEMPLATE = """{{- bos_token }}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}"""
 
-GEMMA_TEMPLATE = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') \
-}}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ \
-raise_exception('Conversation roles must alternate') }}{% endif %}{% if (message['role'] == 'assistant') %}{% set role = \
-'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + message['content'] | \
-trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{'<start_of_turn>model\n'}}{% endif %}"""
+GEMMA_TEMPLATE = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not \
+supported') }}{% endif %}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ \
+raise_exception('Conversation roles must alternate') }}{% endif %}{% if (message['role'] == 'assistant') %}{% set \
+role = 'model' %}{% else %}{% set role = message['role'] %}{% endif %}{{ '<start_of_turn>' + role + '\n' + \
+message['content'] | trim + '<end_of_turn>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<start_of_turn>model\n' \
+}}{% endif %}"""
 
-PHI3_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + message['content'] + \
-'<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + '<|end|>\n'}}{% elif \
-message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}{% endfor %}{% if \
-add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
+PHI3_TEMPLATE = """{% for message in messages %}{% if message['role'] == 'system' %}{{'<|system|>\n' + \
+message['content'] + '<|end|>\n'}}{% elif message['role'] == 'user' %}{{'<|user|>\n' + message['content'] + \
+'<|end|>\n'}}{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"""
 
 MISTRAL_TEMPLATE = """{{ bos_token }}{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' + \
 message['content'] + ' [/INST]' }}{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}\
 {% else %}{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"""
 
 # It opens a thought in its prompt, which an answered conversation has not.
-THINKING_TEMPLATE = """{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token }}\
-{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"""
+THINKING_TEMPLATE = """{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + \
+eos_token }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|><think>' }}{% endif %}"""
 
 
 @dataclass
@@ -325,13 +320,15 @@ def test_a_conversation_is_written_as_the_decoder_knows_it(joined, name):
     assert processor.end_of_turn_token == kind.end
     begin = processor.tokenizer.bos_token_id
     is_written = kind.prompt.startswith(processor.tokenizer.bos_token)
-    assert ids.count(begin) == int(is_written) and (ids[0] == begin) == is_written
+    assert ids.count(begin) == int(is_written)
+    assert (ids[0] == begin) == is_written
     picture = Image.new("RGB", (8, 8))
     with_picture = copy.deepcopy(CHAT)
     with_picture[0]["content"][0]["image"] = picture
     batch = processor.apply_chat_template(with_picture, tokenize=True, return_dict=True, add_generation_prompt=True)
     assert batch["input_ids"][0] == ids
-    assert processor.tokenizer.padding_side == "left" and processor.tokenizer.pad_token_id is not None
+    assert processor.tokenizer.padding_side == "left"
+    assert processor.tokenizer.pad_token_id is not None
     assert processor.tokenizer.decode([processor.end_of_turn_token_id], skip_special_tokens=True) == ""
 
 
@@ -340,8 +337,14 @@ def test_labels_are_each_answer_with_its_end_and_nothing_else(joined, name):
     _, processor = joined[name]
     end = processor.end_of_turn_token_id
     answers = ["a dog", "two dogs", "of é 漢"]
-    row = processor.encode_row(CHAT[:1], [answers[0], [{"role": "assistant", "content": answers[0]}, CHAT[2], {
-        "role": "assistant", "content": answers[1]}], answers[2]])
+    row = processor.encode_row(
+        CHAT[:1],
+        [
+            answers[0],
+            [{"role": "assistant", "content": answers[0]}, CHAT[2], {"role": "assistant", "content": answers[1]}],
+            answers[2],
+        ],
+    )
     prompt = processor.encode_prompt(CHAT[:1])
     found = []
     for branch in (1, 2, 3):
@@ -401,9 +404,13 @@ def test_added_tokens_that_are_not_special_stay_text_unless_they_are_text(bases,
     for each in (processor, VisionQwenProcessor.from_pretrained(tmp_path / "saved")):
         think, newlines = each.tokenizer.convert_tokens_to_ids(["<think>", "\n\n\n"])
         ids = each.encode_prompt([{"role": "user", "content": "a<think>\n\n\nb"}])
-        assert think not in ids and newlines in ids
+        assert think not in ids
+        assert newlines in ids
         template_ids = each.apply_chat_template(
-            [{"role": "user", "content": "a<think>\n\n\nb"}], tokenize=True, return_dict=True, add_generation_prompt=True
+            [{"role": "user", "content": "a<think>\n\n\nb"}],
+            tokenize=True,
+            return_dict=True,
+            add_generation_prompt=True,
         )["input_ids"][0]
         assert template_ids == ids
     assert model.config.turn_token_ids is None
@@ -415,7 +422,8 @@ def test_an_unusable_template_is_named_and_replaced(tmp_path, caplog):
     )
     with caplog.at_level(logging.WARNING):
         turns = choose_turns(tokenizer)
-    assert turns.is_added and turns.end_of_turn_token == "<|im_end|>"
+    assert turns.is_added
+    assert turns.end_of_turn_token == "<|im_end|>"
     assert "its prompt for an answer is not how the answered conversation begins" in caplog.text
     for template, reason in [
         ("{% for message in messages %}{{ message.role + message.content }}{% endfor %}", "its prompt|control token"),
@@ -466,9 +474,7 @@ def test_rows_are_added_only_where_there_are_none(bases, decoders_, joined, name
 
 
 def make_trainer(model, processor, folder: Path, *, gradient_checkpointing=False, lora=None, **settings):
-    rows = [
-        {**vars(processor.encode_row(CHAT[:1], texts)), "image_ids": [index]} for index, texts in enumerate(ROWS)
-    ]
+    rows = [{**vars(processor.encode_row(CHAT[:1], texts)), "image_ids": [index]} for index, texts in enumerate(ROWS)]
     features = torch.randn(len(rows), 16, 16, generator=torch.Generator().manual_seed(5))
     arguments = {
         "output_dir": str(folder),
@@ -535,9 +541,7 @@ def trained(bases, decoders_, tmp_path_factory):
             before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
             trainer.train()
             trainer.save_model()
-            moved = {
-                name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])
-            }
+            moved = {name for name, weight in trainer.model.named_parameters() if not torch.equal(weight, before[name])}
             history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
             found = logits(trainer.model, trainer.processing_class)
             finished[name] = Trained(folder, history, found, moved, decoders_[name])
@@ -648,7 +652,7 @@ def test_loss_and_gradients_of_the_rows_are_those_of_the_whole_logits(bases, dec
         assert (gradient - expected[each]).abs().max() <= 1e-5 * scale, each
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama 2"])
+@pytest.mark.parametrize("name", ["gemma", "llama 2"])
 def test_scoring_in_training_reads_the_rows_where_they_are_and_leaves_no_trace(bases, decoders_, name, tmp_path):
     trainer = make_trainer(*join(bases[0], decoders_[name]), tmp_path, eval_strategy="steps", eval_steps=1)
     processor = trainer.processing_class

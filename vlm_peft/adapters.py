@@ -1,8 +1,9 @@
 """Adapters: what trains, and the one small folder that holds it.
 
 Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA, the full projector and the
-rows of turn tokens that were added to the decoder's vocabulary in one `adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor.
-It holds no base weights and nothing that would have to be unpickled.
+rows of turn tokens that were added to the decoder's vocabulary in one `adapter_model.safetensors`,
+`adapter_config.json`, the composite `config.json` with both bases, and the processor. It holds no base weights and
+nothing that would have to be unpickled.
 """
 
 import json
@@ -78,8 +79,8 @@ def lora_config(
         is_tied = head.weight is embedding.weight
         if is_tied and whole:
             raise ValueError(
-                f"The decoder's head is its embedding, and rows of it train for added turn tokens: leave {whole[0]} out "
-                "of modules_to_save."
+                f"The decoder's head is its embedding, and rows of it train for added turn tokens: leave {whole[0]} "
+                "out of modules_to_save."
             )
         # peft ties the rows of a tied head by itself.
         chosen = names[:1] if is_tied else [name for name in names if name not in whole]
@@ -92,8 +93,8 @@ def lora_config(
 def add_turn_rows(model: VisionQwen) -> None:
     """Gives `config.turn_token_ids` their first rows in embedding and head, which grow when they have none to spare.
 
-    A turn ends as a text ends: with the row of the decoder's own end-of-text token. It begins with the mean of all rows,
-    whose logit is never the largest. Called again, it changes nothing.
+    A turn ends as a text ends, with the row of the decoder's own end-of-text token. It begins with the mean of all
+    rows, whose logit is never the largest. Called again, it changes nothing.
 
     Args:
         model ([`VisionQwen`]): Before it gets an adapter, after the processor has set the ids.
@@ -120,10 +121,11 @@ def add_turn_rows(model: VisionQwen) -> None:
         end_of_text = end_of_text[0]
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            known = module.weight[: min(begin_and_end)]
+            weight: Any = module.weight
+            known = weight[: min(begin_and_end)]
             mean = known.mean(dim=0, dtype=torch.float32)
-            module.weight[begin] = mean
-            module.weight[end] = mean if end_of_text is None or end_of_text >= len(known) else known[end_of_text]
+            weight[begin] = mean
+            weight[end] = mean if end_of_text is None or end_of_text >= len(known) else known[end_of_text]
 
 
 def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:

@@ -45,8 +45,8 @@ class VisionQwenConfig(PreTrainedConfig):
             Vocabulary id of the image placeholder (`<|image_pad|>` of Qwen3). It may lie outside the decoder's
             vocabulary: placeholders are replaced before the embedding is read and are never predicted.
         turn_token_ids (`list[int]`, *optional*):
-            Vocabulary ids of `<|im_start|>` and `<|im_end|>` where they were added to the decoder's tokenizer. Their rows
-            of the embedding and the head train, and are part of an adapter.
+            Vocabulary ids of `<|im_start|>` and `<|im_end|>` where they were added to the decoder's tokenizer. Their
+            rows of the embedding and the head train, and are part of an adapter.
         vision_feature_layer (`int` or `list[int]`, *optional*, defaults to -2):
             Index into the tower's hidden states (0 is the embedding, -1 the last layer, before the final norm). A list
             is concatenated along the feature axis. Layers above the highest one are neither built nor run.

@@ -35,7 +35,7 @@ TILES = {
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """`(log_probs, entropy, log_total, is_top1)` of labels, `(L,)` each; only `log_probs` carries a gradient, to `hidden`."""
+    """`(log_probs, entropy, log_total, is_top1)` of labels, `(L,)` each; `log_probs` carries a gradient to `hidden`."""
 
     @staticmethod
     def forward(
@@ -49,8 +49,9 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             labels (`torch.LongTensor` of shape `(L,)`): In `0 .. V - 1`.
 
         Returns:
-            `tuple` of fp32 log-probabilities and entropies in nats, the logarithm of the sum of all exponentiated logits,
-            and whether the label is the first of the likeliest tokens. On CUDA bf16 products are summed and compared in fp32; a CPU rounds logits to bf16 under autocast.
+            `tuple` of fp32 log-probabilities and entropies in nats, the logarithm of the sum of all exponentiated
+            logits, and whether the label is the first of the likeliest tokens. On CUDA bf16 products are summed and
+            compared in fp32; a CPU rounds logits to bf16 under autocast.
         """
         device = hidden.device
         is_autocast = torch.is_autocast_enabled(device.type)
@@ -100,7 +101,7 @@ def with_row_gradients(
     """The same log-probabilities, which a few trained rows of an otherwise frozen head get their gradient from.
 
     Args:
-        log_probs, log_total (`torch.Tensor` of shape `(L,)`): Of [`FrozenHeadLogProbs`], under a weight that holds them.
+        log_probs, log_total (`torch.Tensor` of shape `(L,)`): Of [`FrozenHeadLogProbs`], under a weight with the rows.
         hidden (`torch.Tensor` of shape `(L, D_t)`): At the labelled positions.
         labels (`torch.LongTensor` of shape `(L,)`): In `0 .. V - 1`.
         rows (`torch.Tensor` of shape `(K, D_t)`): What trains.

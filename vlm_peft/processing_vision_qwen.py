@@ -4,6 +4,7 @@ Stage: in front of the model, in training (`encode_row`) as in generation (`appl
 never become a special token: control tokens inside messages are encoded as plain text.
 """
 
+import logging
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, PreTr
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
 from .turns import BEGIN, CHATML, TURN_TOKENS, choose_turns
+
+logger = logging.getLogger(__name__)
 
 # Stands for a text while its surroundings are rendered. Private-use characters never come this far as text.
 _ANY_TEXT = "\uf8ff"
@@ -96,7 +99,12 @@ class VisionQwenProcessor(ProcessorMixin):
             end_of_turn_token=turns.end_of_turn_token,
         )
         config.image_token_id = processor.image_token_id
-        config.turn_token_ids = tokenizer.convert_tokens_to_ids(list(TURN_TOKENS)) if turns.is_added else None
+        if turns.is_added:
+            logger.info("%s gets %s and %s, whose rows train.", text, *TURN_TOKENS)
+        elif turns.end_of_turn_token != TURN_TOKENS[1]:
+            logger.info("%s has a chat template, which ends answers with %s.", text, turns.end_of_turn_token)
+        ids: Any = tokenizer.convert_tokens_to_ids(list(TURN_TOKENS))
+        config.turn_token_ids = ids if turns.is_added else None
         return processor
 
     @property
@@ -157,7 +165,7 @@ class VisionQwenProcessor(ProcessorMixin):
         for prompt in prompts:
             begin = len(prompt)
             if whole[:begin] != prompt and not self._is_chatml:
-                raise ValueError("The decoder's chat template writes this conversation differently once it is answered.")
+                raise ValueError("The decoder's chat template writes this conversation otherwise once it is answered.")
             if self.end_of_turn_token_id not in whole[begin:]:
                 raise ValueError(f"Expected a chat template that ends every answer with {self.end_of_turn_token!r}.")
             stop = whole.index(self.end_of_turn_token_id, begin) + 1
@@ -262,7 +270,7 @@ def _control_tokens(added_tokens: tuple[str, ...]) -> re.Pattern:
 
 
 def _unspoken_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Added tokens, special or not, that no text makes by its characters, such as `<think>`: users cannot write them."""
+    """Added tokens, special or not, that no text makes by its characters, such as `<think>`."""
     return [
         token
         for token, index in tokenizer.added_tokens_encoder.items()

@@ -87,10 +87,9 @@ class VisionSFTTrainer(SFTTrainer):
                 # Beside a quantized decoder TRL rounds them to bfloat16, where small updates are lost.
                 parameter.data = given.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
         adapted: Any = self.model
-        head = adapted.get_output_embeddings()
-        if isinstance(head, TrainableTokensWrapper):
+        if isinstance(adapted.get_output_embeddings(), TrainableTokensWrapper):
             # TRL's fused head asks the head for its bias, and peft's wrapper answers for the weight only.
-            head.bias = None
+            adapted.get_output_embeddings().bias = None
         starts_as = adapted.active_peft_config.init_lora_weights
         self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -242,8 +241,8 @@ def _train_once(model: Any) -> None:
 def use_frozen_head(model: VisionQwen) -> None:
     """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`] in training.
 
-    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head of
-    which a few rows train counts as frozen; the rows get their gradient beside it.
+    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head
+    of which a few rows train counts as frozen; the rows get their gradient beside it.
     """
     fused_forward = model.forward
 

@@ -1,8 +1,8 @@
 """Turns: how a decoder's conversations are written, found by trying its tokenizer.
 
-Stage: below the processor; a decoder's tokenizer -> template, and the token that ends a turn. In this order: ChatML where
-the tokenizer has its tokens; the decoder's own template where it can hold pictures and labels; ChatML with turn tokens
-that are added, whose rows train.
+Stage: below the processor; a decoder's tokenizer -> template, and the token that ends a turn. In this order: ChatML
+where the tokenizer has its tokens; the decoder's own template where it can hold pictures and labels; ChatML with turn
+tokens that are added, whose rows train.
 """
 
 import logging
@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -64,10 +65,11 @@ def choose_turns(tokenizer: PreTrainedTokenizerBase) -> Turns:
                 if begin and not _render(tokenizer, template, [_user("a")]).startswith(str(tokenizer.bos_token)):
                     template = begin + template
                 return Turns(template, _end_of_turn(tokenizer, template))
-            except Exception as error:  # noqa: BLE001 (a template is somebody's program: it may fail in any way)
+            except Exception as error:
+                # A template is somebody's program: it may fail in any way.
                 reason = reason or str(error)
         logger.warning(
-            "The decoder's own chat template is not used (%s): turns are written as ChatML, with tokens whose rows train.",
+            "The decoder's own chat template is not used (%s): turns are ChatML, with tokens whose rows train.",
             reason,
         )
     return Turns(begin + CHATML, TURN_TOKENS[1], is_added)
@@ -77,13 +79,13 @@ def _user(text: str) -> dict:
     return {"role": "user", "content": text}
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[dict], add_prompt: bool = False) -> str:
+def _render(tokenizer: Any, template: str, messages: list[dict], add_prompt: bool = False) -> str:
     return tokenizer.apply_chat_template(
         messages, chat_template=template, add_generation_prompt=add_prompt, tokenize=False
     )
 
 
-def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def _end_of_turn(tokenizer: Any, template: str) -> str:
     """The control token after every answer.
 
     Raises:
@@ -91,7 +93,7 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             are in the whole conversation, so that no label could be found.
     """
     pictures = [{"type": "image"}, {"type": "text", "text": "one"}, {"type": "image"}]
-    conversation = [
+    conversation: list[dict] = [
         {"role": "system", "content": "zero"},
         {"role": "user", "content": pictures},
         {"role": "assistant", "content": "two"},
@@ -120,5 +122,5 @@ def _end_of_turn(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     return found.pop()
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
