@@ -2,10 +2,13 @@
 
 import copy
 import logging
+import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import sft
 import torch
 from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -27,6 +30,7 @@ from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.commands.chat import Conversation
 from vlm_peft.commands.export import export_llava, export_merged
 from vlm_peft.generation import generate_texts
+from vlm_peft.hub.models import LOADED_FILES
 from vlm_peft.loading import load_model
 from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
 from vlm_peft.turns import choose_turns
@@ -51,7 +55,7 @@ def byte_level(special: list[str], begin: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def sentencepiece(special: list[str], begin: str, *, prefix_space: bool) -> Tokenizer:
+def sentencepiece(special: list[str], begin: str, *, prefix_space: bool, added: str | None = None) -> Tokenizer:
     """As Llama 2's and Gemma's: spaces are pieces, unknown characters are bytes; the former begins with a space."""
     letters = [chr(code) for code in range(33, 127)]
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -70,6 +74,8 @@ def sentencepiece(special: list[str], begin: str, *, prefix_space: bool) -> Toke
     ends: list = [decoders.Strip(content=" ", left=1)] if prefix_space else []
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *ends])
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if added is not None:
+        tokenizer.add_tokens([AddedToken(added, special=False, normalized=False)])
     put_in_front(tokenizer, begin)
     return tokenizer
 
@@ -219,9 +225,10 @@ KINDS = {
     ),
     "phi-3": Kind(
         sentencepiece(
-            ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"],
+            ["<unk>", "<s>", "</s>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>"],
             "<s>",
             prefix_space=True,
+            added="<|end|>",
         ),
         {"eos_token": "<|endoftext|>", "bos_token": "<s>", "unk_token": "<unk>", "chat_template": PHI3_TEMPLATE},
         "phi3",
@@ -355,6 +362,7 @@ def test_labels_are_each_answer_with_its_end_and_nothing_else(joined, name):
             found.append(processor.tokenizer.decode(labels[:stop]).strip())
             labels = labels[stop + 1 :]
         assert not labels
+        assert row.shift_labels[kept[-1]] == end
         own = [row.input_ids[place] for place in kept]
         assert own[: len(prompt)] == prompt[: len(own)]
     assert found == [answers[0], answers[0], answers[1], answers[2]]
@@ -440,6 +448,20 @@ def test_a_conversation_that_the_template_refuses_is_refused_in_one_line(joined)
     _, processor = joined["gemma it"]
     with pytest.raises(ValueError, match="The decoder's chat template refuses this conversation: Conversation roles"):
         processor.encode_prompt([{"role": "assistant", "content": "a"}, *CHAT])
+
+
+def test_an_answer_that_changes_its_prompt_is_refused(tmp_path, bases):
+    """Two newlines are one token, so that an answer that begins with them would take the prompt's last one with it."""
+    backend = byte_level(["<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])
+    kind = Kind(backend, {"eos_token": "<|endoftext|>", "chat_template": PHI3_TEMPLATE}, "llama", "", "<|end|>")
+    _, processor = join(bases[0], save_decoder(kind, tmp_path))
+    assert processor.end_of_turn_token == "<|end|>"
+    processor.encode_row(CHAT[:1], ["a dog"])
+    with pytest.raises(ValueError, match="writes this conversation otherwise once it is answered"):
+        processor.encode_row(CHAT[:1], ["\n\na dog"])
+    processor.end_of_turn_token = "<|system|>"
+    with pytest.raises(ValueError, match=r"ends every answer with '<\|system\|>'"):
+        processor.encode_row(CHAT[:1], ["a dog"])
 
 
 # --- rows ---
@@ -568,6 +590,8 @@ def test_lora_projector_and_the_turns_rows_train_and_nothing_else(trained, joine
 def test_a_saved_adapter_answers_bit_for_bit_and_merged_as_unmerged(trained, name, tmp_path):
     run = trained(name)
     model, processor = load_model(run.folder)
+    layers = [module for module in model.modules() if isinstance(module, TrainableTokensLayer)]
+    assert [layer.merged for layer in layers] == [True, True] * KINDS[name].adds_turns
     assert torch.equal(logits(model, processor), run.logits)
     trainable = VisionQwen.from_adapter(run.folder, is_trainable=True)
     assert torch.equal(logits(trainable, processor), run.logits)
@@ -580,6 +604,51 @@ def test_a_saved_adapter_answers_bit_for_bit_and_merged_as_unmerged(trained, nam
     exported = export_merged(run.folder, tmp_path / "merged")
     full = AutoModelForImageTextToText.from_pretrained(exported)
     assert torch.equal(logits(full, AutoProcessor.from_pretrained(exported)), logits(merged, processor))
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama 3 instruct"])
+def test_what_is_pushed_is_all_that_loading_reads(trained, name, tmp_path):
+    run = trained(name)
+    for file in LOADED_FILES:
+        if (run.folder / file).is_file():
+            shutil.copyfile(run.folder / file, tmp_path / file)
+    model, processor = load_model(tmp_path)
+    assert torch.equal(logits(model, processor), run.logits)
+    assert processor.end_of_turn_token == KINDS[name].end
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("gpt2", r"gets <\|im_start\|> and <\|im_end\|>, whose rows train\."),
+        ("gemma it", "has a chat template, which ends answers with <end_of_turn>"),
+    ],
+)
+def test_the_recipe_trains_saves_and_scores(bases, decoders_, flickr, name, said, tmp_path, caplog):
+    options = {
+        "dataset_name": flickr,
+        "stored_split": "test",
+        "split_column": "split",
+        "eval_splits": "val",
+        "vision_model": bases[0],
+        "model_name_or_path": decoders_[name],
+        "output_dir": tmp_path / "out",
+        "use_peft": True,
+        "lora_r": 2,
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "max_new_tokens": 4,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "eval_samples": 2,
+        "report_to": "none",
+        "disable_tqdm": True,
+    }
+    with caplog.at_level(logging.INFO):
+        assert sft.main([str(part) for key, value in options.items() for part in (f"--{key}", value)]) == 0
+    assert re.search(said, caplog.text)
+    assert (tmp_path / "out" / "eval" / "val" / "scores.json").is_file()
 
 
 @pytest.mark.parametrize("name", ["llama 2", "gemma it", "gpt-neox, rows to spare, untied"])
