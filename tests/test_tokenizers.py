@@ -339,6 +339,15 @@ def test_a_conversation_is_written_as_the_decoder_knows_it(joined, name):
     assert processor.tokenizer.decode([processor.end_of_turn_token_id], skip_special_tokens=True) == ""
 
 
+def test_two_tokenizers_with_one_token_of_which_one_puts_it_in_front(joined, tmp_path, bases):
+    """As GPT-2's and OPT's."""
+    backend = byte_level(["<|endoftext|>"], "<|endoftext|>")
+    kind = Kind(backend, KINDS["gpt2"].named, "llama", "<|endoftext|>" + CHATML, "<|im_end|>")
+    _, processor = join(bases[0], save_decoder(kind, tmp_path))
+    for each, begin in ((joined["gpt2"][1], ""), (processor, "<|endoftext|>")):
+        assert read(each, each.encode_prompt(CHAT)) == begin + CHATML.format(picture=PICTURES)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_labels_are_each_answer_with_its_end_and_nothing_else(joined, name):
     _, processor = joined[name]
