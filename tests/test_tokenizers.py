@@ -6,6 +6,7 @@ import re
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sft
@@ -29,6 +30,7 @@ from vlm_peft.adapters import add_turn_rows, check_trainable, lora_config, train
 from vlm_peft.collator import SharedPrefixCollator
 from vlm_peft.commands.chat import Conversation
 from vlm_peft.commands.export import export_llava, export_merged
+from vlm_peft.cuda import can_capture
 from vlm_peft.generation import generate_texts
 from vlm_peft.hub.models import LOADED_FILES
 from vlm_peft.loading import load_model
@@ -773,6 +775,15 @@ def test_other_kinds_of_lora_keep_the_rows(bases, decoders_, lora, tmp_path):
     model, processor = load_model(tmp_path)
     difference = (logits(model, processor) - expected).abs().max() / expected.abs().max()
     assert difference < (1e-4 if "init_lora_weights" in lora else 1e-7)
+
+
+def test_steps_are_not_captured_where_rows_of_the_embedding_train(joined):
+    """A graph of the decoder alone would look for the use of its embedding's rows, which lies outside."""
+    run = SimpleNamespace(
+        device=torch.device("cuda"), gradient_accumulation_steps=1, world_size=1, gradient_checkpointing=False
+    )
+    can = {name: can_capture(model, run) for name, (model, _) in joined.items() if name != "gpt2"}
+    assert can == {name: not KINDS[name].adds_turns for name in can}
 
 
 @pytest.mark.parametrize("whole", ["lm_head", "wte"])
