@@ -15,7 +15,7 @@ MODULES = sorted(
 LEVELS = [
     {"attention", "data.pictures", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
     {"arguments", "configuration_vision_qwen", "fused_lora", "hub.licences"},
-    {"head", "shared_prefix"},
+    {"head", "shared_prefix", "turns"},
     {
         "collator",
         "hub.datasets",

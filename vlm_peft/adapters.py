@@ -1,13 +1,16 @@
 """Adapters: what trains, and the one small folder that holds it.
 
-Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA and the full projector in
-one `adapter_model.safetensors`, `adapter_config.json`, the composite `config.json` with both bases, and the processor.
-It holds no base weights and nothing that would have to be unpickled.
+Stage: model -> `PeftModel` for the trainer; folder <-> model. An adapter folder holds LoRA, the full projector and the
+rows of turn tokens that were added to the decoder's vocabulary in one `adapter_model.safetensors`,
+`adapter_config.json`, the composite `config.json` with both bases, and the processor. It holds no base weights and
+nothing that would have to be unpickled.
 """
 
 import json
 import math
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -35,10 +39,10 @@ _LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
 def lora_config(
     model: VisionQwen, *, target_modules: str | list[str] | None = None, lora_vision: bool = False, **arguments
 ) -> LoraConfig:
-    """LoRA on the decoder's linear layers, and the projector trained in full.
+    """LoRA on the decoder's linear layers, the projector trained in full, and rows of added turn tokens.
 
     Args:
-        model ([`VisionQwen`]): What will be adapted.
+        model ([`VisionQwen`]): What will be adapted; [`add_turn_rows`] is called on it.
         target_modules (`str` or `list[str]`, *optional*): Names of layers (`["q_proj", "v_proj"]`), or a regular
             expression over full names. All linear layers by default and for `"all-linear"`. Plain names would also hit
             the encoder, so they are anchored here.
@@ -50,7 +54,7 @@ def lora_config(
 
     Raises:
         ValueError: When the targets include the head, hit no layer of a part, or the decoder is quantized and PiSSA
-            needs its weights.
+            needs its weights; or when a tied head or embedding should train whole beside rows of added turn tokens.
     """
     if not isinstance(target_modules, str) or target_modules == "all-linear":
         names = None if target_modules in (None, "all-linear", ["all-linear"]) else list(target_modules)
@@ -67,9 +71,61 @@ def lora_config(
             "at zero (init_lora_weights=True)."
         )
     modules_to_save = list(dict.fromkeys([PROJECTOR, *(arguments.pop("modules_to_save", None) or [])]))
+    if model.config.turn_token_ids is not None:
+        add_turn_rows(model)
+        embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+        names = [name for name, module in model.named_modules() if module is embedding or module is head]
+        whole = [name for name in names if any(f".{name}".endswith(f".{saved}") for saved in modules_to_save)]
+        is_tied = head.weight is embedding.weight
+        if is_tied and whole:
+            raise ValueError(
+                f"The decoder's head is its embedding, and rows of it train for added turn tokens: leave {whole[0]} "
+                "out of modules_to_save."
+            )
+        # peft ties the rows of a tied head by itself.
+        chosen = names[:1] if is_tied else [name for name in names if name not in whole]
+        arguments["trainable_token_indices"] = dict.fromkeys(chosen, model.config.turn_token_ids)
     return LoraConfig(
         task_type="CAUSAL_LM", target_modules=target_modules, modules_to_save=modules_to_save, **arguments
     )
+
+
+def add_turn_rows(model: VisionQwen) -> None:
+    """Gives `config.turn_token_ids` their first rows in embedding and head, which grow when they have none to spare.
+
+    A turn ends as a text ends, with the row of the decoder's own end-of-text token. It begins with the mean of all
+    rows, whose logit is never the largest. Called again, it changes nothing.
+
+    Args:
+        model ([`VisionQwen`]): Before it gets an adapter, after the processor has set the ids.
+
+    Raises:
+        ValueError: When the head has a bias, which peft would leave out of its rows.
+    """
+    begin_and_end = model.config.turn_token_ids
+    if begin_and_end is None:
+        return
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ValueError(
+            "Turn tokens cannot be added to a decoder whose head has a bias: expected a tokenizer with "
+            "<|im_start|> and <|im_end|>, or with a chat template."
+        )
+    text_config: Any = model.config.text_config
+    if text_config.vocab_size <= max(begin_and_end):
+        model.resize_token_embeddings(max(begin_and_end) + 1, mean_resizing=False)
+    begin, end = begin_and_end
+    end_of_text = model.generation_config.eos_token_id
+    if end_of_text is None:
+        end_of_text = text_config.eos_token_id
+    if isinstance(end_of_text, list):
+        end_of_text = end_of_text[0]
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            weight: Any = module.weight
+            known = weight[: min(begin_and_end)]
+            mean = known.mean(dim=0, dtype=torch.float32)
+            weight[begin] = mean
+            weight[end] = mean if end_of_text is None or end_of_text >= len(known) else known[end_of_text]
 
 
 def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:
@@ -320,11 +376,38 @@ def load_adapter(
         **config.joint_fields,
         **arguments,
     )
+    add_turn_rows(model)
     _check_bases(config, model.config, folder)
     adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
     if merge:
         return adapted.merge_and_unload().eval()
-    return adapted if is_trainable else adapted.eval()
+    if is_trainable:
+        return adapted
+    for layer in _row_layers(adapted):
+        layer.merge()
+    return adapted.eval()
+
+
+def _row_layers(model: nn.Module) -> list[TrainableTokensLayer]:
+    """What puts trained rows into embedding and head, where they are not in there yet."""
+    return [module for module in model.modules() if isinstance(module, TrainableTokensLayer) and not module.merged]
+
+
+@contextmanager
+def rows_in_place(model: nn.Module) -> Iterator[None]:
+    """Runs the block with the trained rows in embedding and head: to generate a token would copy both of them.
+
+    Args:
+        model (`PeftModel` or what it is in): Not under `torch.inference_mode`, whose tensors cannot train.
+    """
+    layers = _row_layers(model)
+    for layer in layers:
+        layer.merge()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.unmerge()
 
 
 def _check_adapter_files(folder: Path) -> None:

@@ -21,6 +21,7 @@ IMAGE_TOKEN = "<|image_pad|>"
 
 JOINT_FIELDS = (
     "image_token_id",
+    "turn_token_ids",
     "vision_feature_layer",
     "keep_class_token",
     "image_size",
@@ -47,6 +48,9 @@ class VisionQwenConfig(PreTrainedConfig):
         image_token_id (`int`, *optional*, defaults to 151655):
             Vocabulary id of the image placeholder (`<|image_pad|>` of Qwen3). It may lie outside the decoder's
             vocabulary: placeholders are replaced before the embedding is read and are never predicted.
+        turn_token_ids (`list[int]`, *optional*):
+            Vocabulary ids of `<|im_start|>` and `<|im_end|>` where they were added to the decoder's tokenizer. Their
+            rows of the embedding and the head train, and are part of an adapter.
         vision_feature_layer (`int` or `list[int]`, *optional*):
             Index into the tower's hidden states (0 is the embedding, -1 the last layer, before the final norm); of nets
             with stages, their stages. A list is concatenated along the feature axis. Layers above the highest one are
@@ -105,6 +109,7 @@ class VisionQwenConfig(PreTrainedConfig):
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 151655
+    turn_token_ids: list[int] | None = None
     vision_feature_layer: int | list[int] | None = None
     keep_class_token: bool = False
     image_size: int | None = None

@@ -104,7 +104,8 @@ def can_capture(model: VisionQwen | PeftModel, training: TrainingArguments) -> b
     """Whether a run's steps can be captured.
 
     Not with several batches or processes to an optimizer step, since a replay overwrites the gradients of the one
-    before; not with dropout, whose random numbers a replay would repeat, nor with activations computed anew.
+    before; not with dropout, whose random numbers a replay would repeat, nor with activations computed anew; nor with
+    rows of the embedding that train, which a capture of the decoder would miss among what it uses.
     """
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return (
@@ -112,6 +113,7 @@ def can_capture(model: VisionQwen | PeftModel, training: TrainingArguments) -> b
         and training.gradient_accumulation_steps == training.world_size == 1
         and not training.gradient_checkpointing
         and not has_dropout
+        and base_model(model).config.turn_token_ids is None
     )
 
 

@@ -35,12 +35,12 @@ TILES = {
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
-    """`(log_probs, entropy, is_top1)` of labels, `(L,)` each; only `log_probs` carries a gradient, to `hidden` only."""
+    """`(log_probs, entropy, log_total, is_top1)` of labels, `(L,)` each; `log_probs` carries a gradient to `hidden`."""
 
     @staticmethod
     def forward(
         ctx, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores the labels.
 
         Args:
@@ -49,8 +49,9 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             labels (`torch.LongTensor` of shape `(L,)`): In `0 .. V - 1`.
 
         Returns:
-            `tuple` of fp32 log-probabilities and entropies in nats, and whether the label is the first of the likeliest
-            tokens. On CUDA bf16 products are summed and compared in fp32; a CPU rounds logits to bf16 under autocast.
+            `tuple` of fp32 log-probabilities and entropies in nats, the logarithm of the sum of all exponentiated
+            logits, and whether the label is the first of the likeliest tokens. On CUDA bf16 products are summed and
+            compared in fp32; a CPU rounds logits to bf16 under autocast.
         """
         device = hidden.device
         is_autocast = torch.is_autocast_enabled(device.type)
@@ -79,14 +80,39 @@ class FrozenHeadLogProbs(torch.autograd.Function):
             ctx.save_for_backward((of_label - mean).to(hidden.dtype))
             # The expected logit is the query times the expected key.
             entropy = log_total - (queries.float() * mean).sum(-1)
-        ctx.mark_non_differentiable(entropy, is_top1)
-        return at_label - log_total, entropy, is_top1
+        ctx.mark_non_differentiable(entropy, log_total, is_top1)
+        return at_label - log_total, entropy, log_total, is_top1
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor, *_) -> tuple[torch.Tensor, None, None]:
         """Gradient to `hidden`: of each row, the label's key less the expected key."""
         (direction,) = ctx.saved_tensors
         return gradient[:, None].to(direction.dtype) * direction, None, None
+
+
+def with_row_gradients(
+    log_probs: torch.Tensor,
+    log_total: torch.Tensor,
+    hidden: torch.Tensor,
+    labels: torch.Tensor,
+    rows: torch.Tensor,
+    row_ids: torch.Tensor,
+) -> torch.Tensor:
+    """The same log-probabilities, which a few trained rows of an otherwise frozen head get their gradient from.
+
+    Args:
+        log_probs, log_total (`torch.Tensor` of shape `(L,)`): Of [`FrozenHeadLogProbs`], under a weight with the rows.
+        hidden (`torch.Tensor` of shape `(L, D_t)`): At the labelled positions.
+        labels (`torch.LongTensor` of shape `(L,)`): In `0 .. V - 1`.
+        rows (`torch.Tensor` of shape `(K, D_t)`): What trains.
+        row_ids (`torch.LongTensor` of shape `(K,)`): Where in the weight they are.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        logits = hidden.detach().to(rows.dtype) @ rows.t()  # (L, K)
+        shares = torch.exp(logits.detach().float() - log_total[:, None])
+        # Of a log-probability by a row's logit.
+        slope = (labels[:, None] == row_ids).float() - shares
+        return log_probs + (slope * (logits - logits.detach())).sum(-1)
 
 
 def _has_fp32_products(operand: torch.Tensor) -> bool:

@@ -4,14 +4,23 @@ Stage: in front of the model, in training (`encode_row`) as in generation (`appl
 never become a special token: control tokens inside messages are encoded as plain text.
 """
 
+import logging
 import math
 import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from PIL import Image
-from transformers import AutoImageProcessor, AutoProcessor, AutoTokenizer, BaseImageProcessor, ProcessorMixin
+from transformers import (
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    BaseImageProcessor,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
@@ -19,12 +28,13 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from .configuration_vision_qwen import IGNORE_INDEX, IMAGE_TOKEN, VisionQwenConfig
 from .shared_prefix import SharedPrefixRow, lay_out
+from .turns import BEGIN, CHATML, TURN_TOKENS, choose_turns
 
-_OUR_TEMPLATE = Path(__file__).with_name("chat_template.jinja").read_text(encoding="utf-8")
-_TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+logger = logging.getLogger(__name__)
+
 # Stands for a text while its surroundings are rendered. Private-use characters never come this far as text.
 _ANY_TEXT = "\uf8ff"
-# Roles and kinds of parts -> what our template writes around their texts.
+# Template, roles and kinds of parts -> what our template writes around their texts.
 _FRAMES: dict[tuple, list[str]] = {}
 
 
@@ -37,6 +47,7 @@ class VisionQwenProcessor(ProcessorMixin):
         num_image_tokens (`int`): N, image tokens per picture; `VisionQwenConfig.num_image_tokens`.
         chat_template (`str`, *optional*): Jinja template; ours by default, since Qwen3's own drops image parts.
         image_token (`str`, *optional*, defaults to `"<|image_pad|>"`): The placeholder.
+        end_of_turn_token (`str`, *optional*, defaults to `"<|im_end|>"`): What the template writes after every answer.
 
     Raises:
         ValueError: When the number of image tokens is not given, or the tokenizer lacks the placeholder.
@@ -49,19 +60,21 @@ class VisionQwenProcessor(ProcessorMixin):
         num_image_tokens: int | None = None,
         chat_template: str | None = None,
         image_token: str = IMAGE_TOKEN,
+        end_of_turn_token: str = TURN_TOKENS[1],
         **kwargs,
     ):
         if num_image_tokens is None:
             raise ValueError("Expected num_image_tokens, the tokens per picture (VisionQwenConfig.num_image_tokens).")
         self.num_image_tokens: int = num_image_tokens
         self.image_token = image_token
+        self.end_of_turn_token = end_of_turn_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(
                 f"The tokenizer has no {image_token!r}: build the processor with from_vision_text_pretrained, which "
                 "adds it."
             )
-        template = chat_template if chat_template is not None else _OUR_TEMPLATE
+        template = chat_template if chat_template is not None else CHATML
         super().__init__(image_processor, tokenizer, chat_template=template)
 
     @classmethod
@@ -70,37 +83,46 @@ class VisionQwenProcessor(ProcessorMixin):
     ) -> "VisionQwenProcessor":
         """Joins the image processor of `vision` and the tokenizer of `text` for a model of `config`.
 
-        A placeholder that the tokenizer lacks is added, and `config.image_token_id` is set from the tokenizer. Pictures
-        are scaled and cut to the size that the encoder was built for (DINOv2's own processor makes smaller ones).
+        Turns are written as [`~vlm_peft.turns.choose_turns`] finds. Tokens that the tokenizer lacks are added, and
+        `config` learns their ids. Pictures are scaled and cut to the size that the encoder was built for (DINOv2's own
+        processor makes smaller ones).
 
         Args:
             vision, text (`str` or `Path`): Hub ids or folders, as for [`VisionQwen.from_vision_text_pretrained`].
-            config ([`VisionQwenConfig`]): Of the model; its `image_token_id` is updated.
-
-        Raises:
-            ValueError: When the tokenizer has no ChatML turn tokens.
+            config ([`VisionQwenConfig`]): Of the model; its `image_token_id` and `turn_token_ids` are updated.
         """
         image_processor = _fit_picture_size(_load_image_processor(vision, config), config.picture_size)
         tokenizer = AutoTokenizer.from_pretrained(text, revision=config.text_revision)
-        missing = [token for token in (IMAGE_TOKEN, *_TURN_TOKENS) if token not in tokenizer.get_vocab()]
-        turns = [token for token in missing if token in _TURN_TOKENS]
-        if turns:
-            raise ValueError(
-                f"The tokenizer of {text} has no {' and '.join(turns)}: a decoder with ChatML turn tokens is needed "
-                "(all Qwen decoders have them), or add them to its tokenizer and embedding first."
-            )
+        turns = choose_turns(tokenizer)
+        # The placeholder comes last: outside the vocabulary it needs no row.
+        needed = [*(TURN_TOKENS if turns.is_added else ()), turns.end_of_turn_token, IMAGE_TOKEN]
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        missing = [token for token in dict.fromkeys(needed) if token not in special]
         tokenizer.add_special_tokens({"additional_special_tokens": missing}, replace_extra_special_tokens=False)
+        tokenizer.chat_control_tokens = _unspoken_tokens(tokenizer)
         tokenizer.padding_side = "left"
         if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        processor = cls(image_processor, tokenizer, num_image_tokens=config.num_image_tokens)
+            tokenizer.pad_token = tokenizer.eos_token or turns.end_of_turn_token
+        processor = cls(
+            image_processor,
+            tokenizer,
+            num_image_tokens=config.num_image_tokens,
+            chat_template=turns.chat_template,
+            end_of_turn_token=turns.end_of_turn_token,
+        )
         config.image_token_id = processor.image_token_id
+        if turns.is_added:
+            logger.info("%s gets %s and %s, whose rows train.", text, *TURN_TOKENS)
+        elif turns.end_of_turn_token != TURN_TOKENS[1]:
+            logger.info("%s has a chat template, which ends answers with %s.", text, turns.end_of_turn_token)
+        ids: Any = tokenizer.convert_tokens_to_ids(list(TURN_TOKENS))
+        config.turn_token_ids = ids if turns.is_added else None
         return processor
 
     @property
     def end_of_turn_token_id(self) -> int:
-        """Id of `<|im_end|>`, which ends every turn and every generation."""
-        return self.tokenizer.convert_tokens_to_ids(_TURN_TOKENS[1])
+        """Id of the token that ends every answer and every generation."""
+        return self.tokenizer.convert_tokens_to_ids(self.end_of_turn_token)
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         """The N placeholders of one picture (called by `ProcessorMixin`)."""
@@ -129,7 +151,7 @@ class VisionQwenProcessor(ProcessorMixin):
             ValueError: When a completion is empty or has no assistant turn.
         """
         conversations: list[tuple[list[dict], bool]] = []
-        ends: list[list[int]] = []
+        counts: list[int] = []
         for completion in completions:
             following = (
                 [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
@@ -138,22 +160,30 @@ class VisionQwenProcessor(ProcessorMixin):
             turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
             if not turns or any(not _text_of(messages[index]).strip() for index in turns):
                 raise ValueError(f"Expected a completion with text, got {completion!r}.")
-            ends.append([])
-            for index in turns:
-                conversations.append((messages[:index], True))
-                conversations.append((messages[: index + 1], False))
-                ends[-1].append(len(conversations) - 1)
-        encoded = self._encode(conversations)
-
+            conversations += [(messages[:index], True) for index in turns]
+            conversations.append((messages[: turns[-1] + 1], False))
+            counts.append(len(turns) + 1)
+        encoded = iter(self._encode(conversations))
         branches = []
-        for turns in ends:
-            input_ids = encoded[turns[-1]]
-            labels = [IGNORE_INDEX] * len(input_ids)
-            for end in turns:
-                begin, stop = len(encoded[end - 1]), len(encoded[end])
-                labels[begin:stop] = input_ids[begin:stop]
-            branches.append((input_ids, labels))
+        for count in counts:
+            *prompts, whole = (next(encoded) for _ in range(count))
+            branches.append(self._label(prompts, whole))
         return lay_out([self._expand(*branch) for branch in branches])
+
+    def _label(self, prompts: list[list[int]], whole: list[int]) -> tuple[list[int], list[int]]:
+        """A conversation up to the end of its last answer, and labels from each prompt's end to its answer's."""
+        labels = [IGNORE_INDEX] * len(whole)
+        stop = 0
+        for prompt in prompts:
+            begin = len(prompt)
+            if whole[:begin] != prompt and not self._is_chatml:
+                raise ValueError("The decoder's chat template writes this conversation otherwise once it is answered.")
+            if self.end_of_turn_token_id not in whole[begin:]:
+                raise ValueError(f"Expected a chat template that ends every answer with {self.end_of_turn_token!r}.")
+            stop = whole.index(self.end_of_turn_token_id, begin) + 1
+            labels[begin:stop] = whole[begin:stop]
+        # Some templates write more after the last turn, which is never predicted.
+        return whole[:stop], labels[:stop]
 
     def encode_prompt(self, prompt: list[dict]) -> list[int]:
         """Token ids of a prompt up to where the assistant answers, each placeholder expanded to N.
@@ -190,9 +220,11 @@ class VisionQwenProcessor(ProcessorMixin):
             part.get("text") for message in messages for part in _parts(message) if part.get("type") == "text"
         ]
         # Another template may do more with a text than copy it.
-        if self.chat_template != _OUR_TEMPLATE or not all(isinstance(text, str) for text in texts):
+        if not self._is_chatml or not all(isinstance(text, str) for text in texts):
             return self._apply(messages, add_prompt, tokenize=False)
         key = (
+            self.chat_template,
+            self.tokenizer.bos_token,
             add_prompt,
             *((message["role"], *(part.get("type") for part in _parts(message))) for message in messages),
         )
@@ -205,10 +237,18 @@ class VisionQwenProcessor(ProcessorMixin):
         first, *following = _FRAMES[key]
         return first + "".join(text + frame for text, frame in zip(texts, following, strict=True))
 
+    @property
+    def _is_chatml(self) -> bool:
+        """Whether the template is ours, as the package has it."""
+        return self.chat_template in (CHATML, BEGIN + CHATML)
+
     def _apply(self, messages: list[dict], add_prompt: bool, **arguments):
-        return self.tokenizer.apply_chat_template(
-            messages, chat_template=self.chat_template, add_generation_prompt=add_prompt, **arguments
-        )
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=self.chat_template, add_generation_prompt=add_prompt, **arguments
+            )
+        except TemplateError as error:
+            raise ValueError(f"The decoder's chat template refuses this conversation: {error}") from error
 
     def _expand(self, input_ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
         """Expands each placeholder to N."""
@@ -304,7 +344,19 @@ def _made_size(image_processor, changes: dict[str, dict[str, int]]) -> tuple[int
 @lru_cache
 def _control_tokens(added_tokens: tuple[str, ...]) -> re.Pattern:
     """Matches text that could become a control token, or is a mark (private use) that transformers tells them by."""
-    return re.compile("|".join([*map(re.escape, added_tokens), "[\ue000-\uf8ff\U000f0000-\U0010fffd]"]))
+    # Some tokenizers have added tokens for runs of spaces or newlines, which are text.
+    words = (re.escape(token) for token in added_tokens if not token.isspace())
+    return re.compile("|".join([*words, "[\ue000-\uf8ff\U000f0000-\U0010fffd]"]))
+
+
+def _unspoken_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Added tokens, special or not, that no text makes by its characters, such as `<think>`."""
+    return [
+        token
+        for token, index in tokenizer.added_tokens_encoder.items()
+        # What transformers encodes a control token with that must stay text.
+        if not token.isspace() and index not in tokenizer._encode_without_added_tokens(token)
+    ]
 
 
 def _merge_turns(messages: list[dict]) -> list[dict]:

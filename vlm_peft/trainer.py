@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
+from peft.utils.other import TrainableTokensWrapper
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -38,12 +39,13 @@ from .adapters import (
     is_pissa,
     load_pissa_from_lora,
     lora_state,
+    rows_in_place,
     save_composite_config,
     save_pissa_as_lora,
 )
 from .configuration_vision_qwen import IGNORE_INDEX
 from .cuda import plain_decoder
-from .head import TILES, FrozenHeadLogProbs
+from .head import TILES, FrozenHeadLogProbs, with_row_gradients
 from .modeling_vision_qwen import VisionQwen
 
 
@@ -85,6 +87,9 @@ class VisionSFTTrainer(SFTTrainer):
                 # Beside a quantized decoder TRL rounds them to bfloat16, where small updates are lost.
                 parameter.data = given.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
         adapted: Any = self.model
+        if isinstance(adapted.get_output_embeddings(), TrainableTokensWrapper):
+            # TRL's fused head asks the head for its bias, and peft's wrapper answers for the weight only.
+            adapted.get_output_embeddings().bias = None
         starts_as = adapted.active_peft_config.init_lora_weights
         self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
@@ -164,7 +169,7 @@ class VisionSFTTrainer(SFTTrainer):
         )
         if self._score is not None:
             model: Any = self.accelerator.unwrap_model(self.model)
-            with plain_decoder(model):
+            with plain_decoder(model), rows_in_place(model):
                 scores = self._score(model)
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
@@ -236,15 +241,18 @@ def _train_once(model: Any) -> None:
 def use_frozen_head(model: VisionQwen) -> None:
     """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`] in training.
 
-    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are.
+    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head
+    of which a few rows train counts as frozen; the rows get their gradient beside it.
     """
     fused_forward = model.forward
 
     @functools.wraps(fused_forward)
     def forward(*args, **kwargs):
-        weight, shift_labels = model.get_output_embeddings().weight, kwargs.get("shift_labels")
+        head, shift_labels = model.get_output_embeddings(), kwargs.get("shift_labels")
+        weight, rows = head.weight, _trained_rows(head)
         is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None and torch.is_grad_enabled()
-        if not is_ours or shift_labels is None or weight.requires_grad or weight.device.type not in TILES:
+        trains = weight.requires_grad and rows is None
+        if not is_ours or shift_labels is None or trains or weight.device.type not in TILES:
             return fused_forward(*args, **kwargs)
         num_items = kwargs.pop("num_items_in_batch", None)
         for name in ("fused_lm_head", "labels", "shift_labels"):
@@ -252,8 +260,11 @@ def use_frozen_head(model: VisionQwen) -> None:
         kwargs["use_cache"] = False
         hidden_states = model.base_model(*args, **kwargs).last_hidden_state  # (1, L, D_t)
         is_label = shift_labels != IGNORE_INDEX
-        scores = FrozenHeadLogProbs.apply(hidden_states[0], weight, shift_labels[0].clamp(min=0))
-        log_probs, entropy, is_top1 = (score[None].masked_fill(~is_label, 0) for score in scores)
+        labels = shift_labels[0].clamp(min=0)
+        scored, entropy, log_total, is_top1 = FrozenHeadLogProbs.apply(hidden_states[0], weight.detach(), labels)
+        if rows is not None:
+            scored = with_row_gradients(scored, log_total, hidden_states[0], labels, *rows)
+        log_probs, entropy, is_top1 = (each[None].masked_fill(~is_label, 0) for each in (scored, entropy, is_top1))
         return FusedCausalLMOutput(
             loss=-log_probs.sum() / (is_label.sum().clamp(min=1) if num_items is None else num_items),
             log_probs=log_probs,
@@ -263,6 +274,16 @@ def use_frozen_head(model: VisionQwen) -> None:
         )
 
     model.forward = forward
+
+
+def _trained_rows(head: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows of a head that train, `(K, D_t)`, and where they are."""
+    if not isinstance(head, TrainableTokensWrapper):
+        return None
+    adapter: Any = head.token_adapter
+    (name,) = adapter.active_adapters
+    rows = adapter.trainable_tokens_delta[name]
+    return rows, torch.tensor(adapter.token_indices[name], device=rows.device)
 
 
 # What the trainer and TRL log at an evaluation beside the loss and our scores.

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
 
 from . import attention  # noqa: F401  (registers what `attn_implementation` may name)
-from .adapters import lora_config
+from .adapters import add_turn_rows, lora_config
 from .arguments import DataArguments, VisionArguments, data_sources
 from .collator import SharedPrefixCollator
 from .configuration_vision_qwen import JOINT_FIELDS, VisionQwenConfig
@@ -170,6 +170,7 @@ def load_model(
         raise OSError(_not_loaded(named, error)) from error
     model.model.vision_tower.requires_grad_(False)
     processor = VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], model.config)
+    add_turn_rows(model)
     model = model.to(device)
     probe(model)
     return model, processor

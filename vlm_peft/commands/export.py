@@ -15,6 +15,7 @@ no need of the encoder's own checkpoint.
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -266,7 +267,10 @@ def _merge(adapted: PeftModel, processor: VisionQwenProcessor, instruction: str)
     inputs = _probe(processor, instruction)
     with torch.inference_mode():
         expected = adapted(**inputs).logits
-    model = adapted.merge_and_unload().eval()
+    with warnings.catch_warnings():
+        # peft says that rows of turn tokens are in the embedding already, where loading has put them.
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        model = adapted.merge_and_unload().eval()
     with torch.inference_mode():
         difference = _relative(model(**inputs).logits, expected)
     if not difference <= _MERGE_TOLERANCE:
@@ -448,8 +452,8 @@ def _write_card(source: _Source, written: Path, title: str, difference: float, *
         f"parts = {parts}",
         'print(ask(text=[{"role": "user", "content": parts}], return_full_text=False)[0]["generated_text"])',
         "```\n",
-        "Texts of users may hold `<|im_end|>` and the like: with `sanitize_control_tokens=True`,",
-        "`apply_chat_template` keeps them text.\n",
+        f"Texts of users may hold `{source.processor.end_of_turn_token}` and the like: with",
+        "`sanitize_control_tokens=True`, `apply_chat_template` keeps them text.\n",
         "| measured by the export, on one picture and a CPU | |",
         "|---|---|",
         f"| parameters | {sum(parameter.numel() for parameter in source.model.parameters()):,} |",
