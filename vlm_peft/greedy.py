@@ -20,6 +20,9 @@ _SCREENED_ROWS = 16_384
 _MOST_CANDIDATES = 256
 """Of a text; beyond them the whole head is computed."""
 
+_BLOCK = 64
+"""Tokens whose largest logit is looked at before they are."""
+
 
 class ScreenedArgmax:
     """Argmax over the rows of a frozen fp32 head, exact, with most of the arithmetic in bfloat16.
@@ -37,21 +40,28 @@ class ScreenedArgmax:
     def __init__(self, weight: torch.Tensor, banned: list[int]):
         self._weight = weight
         self._banned = banned
-        self._low = weight.to(torch.bfloat16)
+        self._low = nn.functional.pad(weight, (0, 0, 0, -len(weight) % _BLOCK)).to(torch.bfloat16)
         self._longest = torch.linalg.vector_norm(weight, dim=1).max()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, D_t)` in fp32 -> token ids `(B,)`."""
         unit = 2.0**-8
-        approximate = nn.functional.linear(hidden.to(torch.bfloat16), self._low)  # (B, V)
+        approximate = nn.functional.linear(hidden.to(torch.bfloat16), self._low)  # (B, V), padded to whole blocks
+        approximate[:, len(self._weight) :] = -torch.inf
         if self._banned:
             approximate[:, self._banned] = -torch.inf
-        top = approximate.amax(-1, keepdim=True).float()
+        approximate = approximate.view(len(hidden), -1, _BLOCK)
+        of_blocks = approximate.amax(-1)  # (B, V / _BLOCK)
+        top = of_blocks.amax(-1, keepdim=True).float()
         length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
         error = 1.1 * (2 * unit * length * self._longest + unit * top.abs())
         # A threshold rounded up to bfloat16 would lose a candidate.
         threshold = (top - 2 * error).mul(1 - unit * torch.sign(top - 2 * error)).to(torch.bfloat16)
-        text, token = (approximate >= threshold).nonzero(as_tuple=True)
+        text, block = (of_blocks >= threshold).nonzero(as_tuple=True)
+        if len(text) > _MOST_CANDIDATES * len(hidden):
+            return _argmax(hidden, self._weight, self._banned)
+        place, offset = (approximate[text, block] >= threshold[text]).nonzero(as_tuple=True)
+        text, token = text[place], block[place] * _BLOCK + offset
         if len(text) > _MOST_CANDIDATES * len(hidden):
             return _argmax(hidden, self._weight, self._banned)
         logits = (hidden[text] * self._weight[token]).sum(-1)
