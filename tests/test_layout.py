@@ -17,7 +17,7 @@ LEVELS = [
     {"arguments", "head", "hub.licences", "projector", "shared_prefix"},
     {"hub.datasets", "hub.models", "modeling_vision_qwen", "processing_vision_qwen"},
     {"adapters", "greedy", "joining"},
-    {"collator", "captured", "cuda", "data.rows", "feature_cache"},
+    {"beams", "collator", "captured", "cuda", "data.rows", "feature_cache"},
     {"data.splits", "generation", "loading", "trainer"},
     {"data.leakage", "data.mixture"},
     {"data.streaming"},

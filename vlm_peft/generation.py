@@ -11,6 +11,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from .adapters import base_model
+from .beams import beam_search
 from .captured import CapturedGreedy
 from .greedy import greedy, make_argmax
 from .modeling_vision_qwen import VisionQwen
@@ -62,7 +63,7 @@ def generate_texts(
         shares = len(longest) < len(prompts)
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
-    search: dict = {"num_beams": num_beams}
+    search: dict = {"num_beams": num_beams, "custom_generate": beam_search}
     if num_beams == 1:
         is_cuda = model.device.type == "cuda"
         search |= {
@@ -76,9 +77,7 @@ def generate_texts(
         chosen = order[start : start + batch_size]
         with torch.inference_mode():
             images = features.get([image for index in chosen for image in image_ids[index]])
-            inputs = _prefill(
-                model, processor, [encoded[i] for i in chosen], [image_ids[i] for i in chosen], images, num_beams
-            )
+            inputs = _prefill(model, processor, [encoded[i] for i in chosen], [image_ids[i] for i in chosen], images)
             generated = model.generate(
                 **inputs,
                 max_new_tokens=max_new_tokens,
@@ -103,9 +102,8 @@ def _prefill(
     encoded: list[list[int]],
     image_ids: list[list[int]],
     images: dict[str, torch.Tensor],
-    num_beams: int,
 ) -> dict:
-    """Inputs of `generate` for one batch; the prefixes that several rows or beams share are in its cache already.
+    """Inputs of `generate` for one batch; the prefixes that several rows share are in its cache already.
 
     A row's sequence is then `prefix, padding, rest`, with the padding masked and not counted in the positions.
     """
@@ -117,7 +115,7 @@ def _prefill(
     prefixes = [_common_prefix([encoded[row] for row in rows]) for rows in groups.values()]
     ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
     rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
-    is_shared = len(groups) < len(encoded) * num_beams and all(prefixes)
+    is_shared = len(groups) < len(encoded) and all(prefixes)
     if not is_shared or any(model.config.image_token_id in rest for rest in rests):
         batch = pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
         return {key: value.to(device) for key, value in batch.items()} | images
@@ -139,7 +137,7 @@ def _prefill(
     ).past_key_values
     group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
     owners = torch.tensor([group_of[row] for row in range(len(encoded))], device=device)
-    cache.batch_select_indices(owners.repeat_interleave(num_beams))
+    cache.batch_select_indices(owners)
     return {key: torch.cat([prefix[key][owners], rest[key]], dim=1) for key in ("input_ids", "attention_mask")} | {
         "past_key_values": cache
     }

@@ -79,12 +79,16 @@ def _argmax(hidden: torch.Tensor, weight: torch.Tensor, banned: list[int]) -> to
     return logits.argmax(-1)
 
 
+def is_large_on_cpu(weight: torch.Tensor) -> bool:
+    """Whether a head `(V, D_t)` is worth more than one way of its own: fp32 on a CPU, and of many tokens."""
+    return len(weight) >= _SCREENED_ROWS and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
 def make_argmax(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The fastest exact argmax for a model's head: hidden states `(B, D_t)` -> token ids `(B,)`."""
     weight: torch.Tensor = model.get_output_embeddings().weight.detach()
     banned = [model.config.image_token_id]
-    is_large = len(weight) >= _SCREENED_ROWS and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    if is_large and torch.cpu._is_avx512_bf16_supported():
+    if is_large_on_cpu(weight) and torch.cpu._is_avx512_bf16_supported():
         return ScreenedArgmax(weight, banned)
     return lambda hidden: _argmax(hidden.to(weight.dtype), weight, banned)
 
