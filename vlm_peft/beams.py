@@ -28,8 +28,11 @@ _BLOCK = 32
 _NEVER = -1e9
 """Added to the score of what must not be chosen, as in transformers."""
 
-Search = Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
-"""Hidden states `(B, K, D_t)`, scores of the beams `(B, K)` and C -> the C best: scores, beams and tokens, `(B, C)`."""
+Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""The C best continuations of each prompt: scores, beams and tokens, `(B, C)` each, best first."""
+
+Search = Callable[[torch.Tensor, torch.Tensor, int], Best]
+"""Of hidden states `(B, K, D_t)`, scores of the beams `(B, K)` and C."""
 
 
 def beam_search(
@@ -50,28 +53,30 @@ def beam_search(
         `torch.LongTensor` of shape `(B * num_return_sequences, T + new)`: Prompt and text, padded after its end.
     """
     settings, num_beams, cache = generation_config, generation_config.num_beams, inputs.get("past_key_values")
+    head = model.get_output_embeddings()
+    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
+    ends = [end for end in ends if end is not None]
+    # So many that enough of them go on when the best ones end.
+    num_candidates = max(2, 1 + len(ends)) * num_beams
+    bans = [each.suppress_tokens.tolist() for each in logits_processor if type(each) is SuppressTokensLogitsProcessor]
+    banned = sorted({token for each in bans for token in each if token < len(head.weight)})
     if (
         settings.do_sample
         or settings.return_dict_in_generate
-        or not all(isinstance(each, SuppressTokensLogitsProcessor) for each in logits_processor)
+        or len(bans) < len(logits_processor)
+        or num_candidates > len(head.weight) - len(banned)
         or model.base_model.language_model.config._attn_implementation not in ("sdpa", "sdpa_float32")
         or cache is None
-        or not all(type(layer) is DynamicLayer for layer in cache.layers)
+        or any(type(layer) is not DynamicLayer for layer in cache.layers)
     ):
-        if cache is not None:
+        if cache is not None and cache.get_seq_length() > 0:
             cache.batch_repeat_interleave(num_beams)
         return model._beam_search(input_ids, logits_processor, stopping_criteria, generation_config, **inputs)
 
     prompts, mask = input_ids[::num_beams], inputs.get("attention_mask")
     mask = torch.ones_like(prompts) if mask is None else mask[::num_beams]
-    ends = settings.eos_token_id if isinstance(settings.eos_token_id, list) else [settings.eos_token_id]
-    ends = [end for end in ends if end is not None]
-    # So many that enough of them go on when the best ones end.
-    num_candidates = max(2, 1 + len(ends)) * num_beams
     longest = settings.max_length - prompts.shape[1]
-    banned = [token for each in logits_processor for token in each.suppress_tokens.tolist()]
-    search = make_search(model.get_output_embeddings(), banned)
-
+    search = make_search(head, banned)
     whole = prompts.new_full((len(prompts), num_beams, longest), -1)
     active = torch.arange(len(prompts), device=prompts.device)
     texts = prompts.new_empty(len(prompts), 1, 0)  # of the running beams, (B, K, t)
@@ -152,11 +157,10 @@ def _images_of_prompts(model, input_ids: torch.Tensor, inputs: dict, num_beams: 
 
 
 def make_search(head: nn.Linear, banned: list[int]) -> Search:
-    """The fastest exact search for the best continuations under a head, without the tokens `banned`."""
+    """The fastest exact search for the best continuations under a head, without its tokens `banned`."""
     weight = head.weight.detach()
-    banned = [token for token in banned if token < len(weight)]
 
-    def written(hidden: torch.Tensor, scores: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    def written(hidden: torch.Tensor, scores: torch.Tensor, count: int) -> Best:
         log_probs = head(hidden).float().log_softmax(-1)  # (B, K, V)
         if banned:
             log_probs[..., banned] = -torch.inf
@@ -170,7 +174,7 @@ def make_search(head: nn.Linear, banned: list[int]) -> Search:
 
 def _search_in_tiles(
     weight: torch.Tensor, banned: list[int], hidden: torch.Tensor, scores: torch.Tensor, count: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Best:
     """As [`Search`]: the C best tokens are in the C blocks whose best tokens are the best."""
     rows = hidden.flatten(0, 1)  # (B * K, D_t)
     tops, totals = [], []
