@@ -13,7 +13,7 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent == PACKAGE
 )
 LEVELS = [
-    {"attention", "configuration_vision_qwen", "data.pictures", "fused_lora", "hub.access", "tasks"},
+    {"attention", "configuration_vision_qwen", "cpu_choices", "data.pictures", "fused_lora", "hub.access", "tasks"},
     {"arguments", "head", "hub.licences", "projector", "shared_prefix"},
     {"hub.datasets", "hub.models", "modeling_vision_qwen", "processing_vision_qwen"},
     {"adapters", "greedy", "joining"},

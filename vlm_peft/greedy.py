@@ -14,8 +14,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
+from .cpu_choices import fastest
+
 _SCREENED_ROWS = 16_384
 """Smaller heads are not worth a second copy in bfloat16."""
+
+_PROBED_TEXTS = 16
 
 _MOST_CANDIDATES = 256
 """Of a text; beyond them the whole head is computed."""
@@ -88,9 +92,17 @@ def make_argmax(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], 
     """The fastest exact argmax for a model's head: hidden states `(B, D_t)` -> token ids `(B,)`."""
     weight: torch.Tensor = model.get_output_embeddings().weight.detach()
     banned = [model.config.image_token_id]
-    if is_large_on_cpu(weight) and torch.cpu._is_avx512_bf16_supported():
+    if is_large_on_cpu(weight) and _is_screening_faster(weight):
         return ScreenedArgmax(weight, banned)
     return lambda hidden: _argmax(hidden.to(weight.dtype), weight, banned)
+
+
+def _is_screening_faster(weight: torch.Tensor) -> bool:
+    """Measured on a part of the head: without instructions for bfloat16, it can take a hundred times as long."""
+    part = weight[:_SCREENED_ROWS]
+    hidden, screened = part[:_PROBED_TEXTS], ScreenedArgmax(part, [])
+    ways = {"plain": lambda: _argmax(hidden, part, []), "screened": lambda: screened(hidden)}
+    return fastest(f"greedy, {weight.shape[1]} wide", ways) == "screened"
 
 
 def only_bans(model: PreTrainedModel, logits_processor: LogitsProcessorList) -> bool:
