@@ -10,7 +10,12 @@ from vlm_peft import VisionQwen, beams
 from vlm_peft.beams import beam_search, make_search
 from vlm_peft.generation import generate_texts
 
-PROMPTS = torch.tensor([[256, 256, 65, 66, 67], [256, 68, 66, 67, 70], [70, 71, 72, 73, 74], [70, 71, 72, 80, 81]])
+PROMPTS = torch.tensor(
+    [
+        *[[256, 256, 65, 66, 67], [256, 68, 66, 67, 70], [70, 71, 72, 73, 74], [70, 71, 72, 80, 81]],
+        *[[60 + row, 90, 90 - row, 100 + row % 2, 110] for row in range(6)],
+    ]
+)
 MASK = (PROMPTS != 256).long()
 ENDS = [*range(0, 256, 5), 258]
 """So many that texts end early, late and not at all."""
@@ -32,7 +37,7 @@ def way(request, monkeypatch) -> str:
     return request.param
 
 
-def both(model, rows=4, **settings) -> tuple[torch.Tensor, torch.Tensor]:
+def both(model, rows=10, **settings) -> tuple[torch.Tensor, torch.Tensor]:
     """Ours and transformers' own."""
     arguments = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 256, "num_beams": 3, "eos_token_id": ENDS}
     arguments |= {"attention_mask": MASK[:rows]} | settings
@@ -55,6 +60,7 @@ def test_texts_are_those_of_transformers(model, way, early_stopping, length_pena
         {"num_beams": 6},  # more candidates than tokens
         {"eos_token_id": 6, "early_stopping": True},
         {"eos_token_id": None},
+        {"eos_token_id": [*range(0, 256, 2)], "num_beams": 2},
         {"max_new_tokens": 1},
         {"max_new_tokens": 25, "early_stopping": True},
         {"suppress_tokens": [259, 3, 5, 7, *range(64, 128)]},
@@ -134,9 +140,9 @@ def test_prompts_whose_search_has_ended_leave_the_batch(model, monkeypatch):
     )
     ours, expected = both(model, early_stopping=True, max_new_tokens=25)
     assert torch.equal(ours, expected)
-    ours = sizes[: sizes.index(12)]
-    assert ours[0] == 4
-    assert ours[-1] < 4
+    ours = sizes[: sizes.index(30)]
+    assert ours[0] == 10
+    assert ours[-1] < 5
 
 
 def test_of_equal_texts_one_is_found(way):

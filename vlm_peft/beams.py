@@ -114,8 +114,7 @@ def beam_search(
         scores, parents, tokens = (each.gather(1, chosen) for each in (found, parents, tokens))
         texts = _pick(texts, chosen)
         reach = longest if settings.early_stopping == "never" and settings.length_penalty > 0 else length
-        worst = torch.where(is_finished, finished_scores.amin(-1, keepdim=True), _NEVER)
-        can_improve &= (scores[:, :1] / reach**settings.length_penalty > worst).any(-1)
+        can_improve &= scores[:, 0] / reach**settings.length_penalty > finished_scores.amin(-1)
         is_closed = ~can_improve | (is_finished.all(-1) & (settings.early_stopping is True))
         if is_closed.all() or is_end.all():
             break
