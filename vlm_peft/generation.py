@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from .adapters import base_model
 from .beams import beam_search
 from .captured import CapturedGreedy
-from .greedy import greedy, make_argmax
+from .greedy import greedy, make_argmax, make_sampler
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
 
@@ -28,9 +28,10 @@ def generate_texts(
     batch_size: int = 64,
     max_new_tokens: int = 32,
     num_beams: int = 1,
+    temperature: float | None = None,
     progress: str | None = None,
 ) -> list[str]:
-    """Generates one text for each prompt, greedily or with beams; the result does not depend on `batch_size`.
+    """Generates one text for each prompt: greedily, with beams or at random; only the last depends on `batch_size`.
 
     Prompts are sorted by length, so that a batch has little padding, and returned in their own order. A picture that
     several prompts ask about is fetched and encoded once; its features are kept until the last of them is done. What
@@ -46,11 +47,20 @@ def generate_texts(
         batch_size (`int`, *optional*, defaults to 64): Prompts at a time.
         max_new_tokens (`int`, *optional*, defaults to 32): Tokens of a text at most, its end included.
         num_beams (`int`, *optional*, defaults to 1): 1 is greedy.
+        temperature (`float`, *optional*): Tokens are drawn with the probabilities softmax(logits / temperature) from
+            torch's global random state; without it, none is drawn.
         progress (`str`, *optional*): Title of a progress bar; none without it.
 
     Returns:
         `list[str]`: Texts without special tokens, stripped.
+
+    Raises:
+        ValueError: When beams are to be drawn, or the temperature is not above 0.
     """
+    if temperature is not None and (num_beams > 1 or temperature <= 0):
+        raise ValueError(
+            f"Sampling expects a temperature above 0 and 1 beam, got temperature {temperature} and {num_beams} beams."
+        )
     encoded = [processor.encode_prompt(prompt) for prompt in prompts]
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
@@ -64,7 +74,9 @@ def generate_texts(
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
     search: dict = {"num_beams": num_beams, "custom_generate": beam_search}
-    if num_beams == 1:
+    if temperature is not None:
+        search |= {"custom_generate": greedy, "choose": make_sampler(model, temperature)}
+    elif num_beams == 1:
         is_cuda = model.device.type == "cuda"
         search |= {
             "custom_generate": CapturedGreedy(min(batch_size, len(prompts))) if is_cuda else greedy,

@@ -24,6 +24,8 @@ _PROBED_TEXTS = 16
 _MOST_CANDIDATES = 256
 """Of a text; beyond them the whole head is computed."""
 
+_SAMPLED_TILE = 8192
+
 _BLOCK = 64
 """Tokens whose largest logit is looked at before they are."""
 
@@ -105,6 +107,31 @@ def _is_screening_faster(weight: torch.Tensor) -> bool:
     return fastest(f"greedy, {weight.shape[1]} wide", ways) == "screened"
 
 
+def make_sampler(model: PreTrainedModel | PeftModel, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Draws tokens with the probabilities softmax(logits / temperature): hidden states `(B, D_t)` -> ids `(B,)`.
+
+    The largest sum of a logit and Gumbel noise is such a draw (Gumbel, Statistical Theory of Extreme Values, 1954), and
+    the largest of tiles' largest is the largest: logits of one tile at a time are in memory.
+    """
+    weight: torch.Tensor = model.get_output_embeddings().weight.detach()
+    banned = model.config.image_token_id
+
+    def sample(hidden: torch.Tensor) -> torch.Tensor:
+        values, places = [], []
+        for first in range(0, len(weight), _SAMPLED_TILE):
+            tile = nn.functional.linear(hidden.to(weight.dtype), weight[first : first + _SAMPLED_TILE]).float()
+            if first <= banned < first + tile.shape[1]:
+                tile[:, banned - first] = -torch.inf
+            tile = tile / temperature - torch.empty_like(tile).exponential_().log_()
+            value, place = tile.max(-1)
+            values.append(value)
+            places.append(place + first)
+        best = torch.stack(values).argmax(0, keepdim=True)
+        return torch.stack(places).gather(0, best)[0]
+
+    return sample
+
+
 def only_bans(model: PreTrainedModel, logits_processor: LogitsProcessorList) -> bool:
     """Whether the processors ban the placeholder, as [`make_argmax`] does, and do nothing else."""
     return all(
@@ -126,7 +153,7 @@ def greedy(
     """Body of `generate(..., custom_generate=greedy)`; see `GenerationMixin._sample` for the arguments.
 
     Args:
-        choose (`Callable`, *optional*): Of [`make_argmax`], to be kept from batch to batch.
+        choose (`Callable`, *optional*): Of [`make_argmax`] or [`make_sampler`], to be kept from batch to batch.
 
     Returns:
         `torch.LongTensor` of shape `(B, T + new)`: Prompt and text, padded after its end.
