@@ -2,6 +2,9 @@
 
 import io
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -260,3 +263,65 @@ def test_processes_share_the_shards(run, monkeypatch):
 
 def test_no_pictures_give_an_empty_cache(run):
     assert len(run.build([])) == 0
+
+
+def noisy(width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    pixels = torch.randint(0, 256, (height, width, 3), dtype=torch.uint8)
+    PILImage.fromarray(pixels.numpy()).save(file, "JPEG")
+    return file.getvalue()
+
+
+def test_pictures_prepared_by_threads_are_those_of_one_batch(run):
+    pictures = make_pictures([noisy(8 + 5 * index, 40 - 3 * index) for index in range(9)])
+    processor = run.processor.image_processor
+    batch = processor([pictures.open(index) for index in range(9)], return_tensors="pt")["pixel_values"]
+    with ThreadPoolExecutor(4) as threads:
+        prepare = partial(feature_cache._prepare, image_processor=processor, pictures=pictures)
+        prepared = list(feature_cache._ahead(threads, prepare, range(9), 3))
+    assert torch.equal(torch.stack(prepared), batch)
+
+
+def test_the_next_pictures_are_prepared_while_the_encoder_runs_and_not_more(run, monkeypatch):
+    opened, third = [], threading.Event()
+    open_picture, encode_batch = Pictures.open, type(run.model.model).get_vision_features
+
+    def opening(self, index):
+        opened.append(index)
+        if index == 2:
+            third.set()
+        return open_picture(self, index)
+
+    def encoding(self, pixel_values):
+        # Picture 2 is of a later batch, and picture 3 is never asked for before the first batch is through.
+        assert third.wait(10)
+        if run.encoded == 0:
+            assert set(opened) <= {0, 1, 2}
+        return encode_batch(self, pixel_values)
+
+    monkeypatch.setattr(feature_cache, "SHARD_PICTURES", 6)
+    monkeypatch.setattr(Pictures, "open", opening)
+    monkeypatch.setattr(type(run.model.model), "get_vision_features", encoding)
+    run.build(batch_size=1)
+    assert sorted(opened) == list(range(6))
+
+
+def test_an_interrupted_shard_leaves_the_rest_of_its_pictures_alone(run, monkeypatch):
+    opened = []
+    open_picture = Pictures.open
+    monkeypatch.setattr(feature_cache, "SHARD_PICTURES", 60)
+    monkeypatch.setattr(feature_cache.os, "cpu_count", lambda: 1)
+
+    def opening(self, index):
+        opened.append(index)
+        time.sleep(0.01)
+        return open_picture(self, index)
+
+    def failing(self, pixel_values):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pictures, "open", opening)
+    monkeypatch.setattr(type(run.model.model), "get_vision_features", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run.build(CELLS * 10, batch_size=20)
+    assert len(opened) < 30

@@ -202,3 +202,21 @@ def test_the_placeholder_is_never_generated(world):
         input_ids=input_ids, **world.from_pixels([3]), sequence_bias=wanted, max_new_tokens=4, do_sample=False
     )
     assert placeholder not in generated[0, input_ids.shape[1] :].tolist()
+
+
+def test_texts_are_drawn_where_a_temperature_is_given(world):
+    def texts(**settings):
+        torch.manual_seed(7)
+        prompts, images = [ask("b")] * 6, [[0]] * 6
+        return generate_texts(
+            world.model, world.processor, prompts, images, world.from_pixels, max_new_tokens=8, **settings
+        )
+
+    drawn = texts(temperature=1.0)
+    assert len(set(drawn)) > 1
+    assert texts(temperature=1.0) == drawn
+    assert texts(temperature=1e-4) == texts()
+    with pytest.raises(ValueError, match="expects a temperature above 0 and 1 beam, got temperature 0 and 1 beams"):
+        texts(temperature=0)
+    with pytest.raises(ValueError, match=r"temperature 1\.0 and 2 beams"):
+        texts(temperature=1.0, num_beams=2)

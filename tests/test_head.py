@@ -39,6 +39,26 @@ def test_equals_trl(vocabulary, rows, autocast, tolerance):
             assert float((ours - theirs).abs().max() / scale) < tolerance
 
 
+def test_a_large_head_on_a_cpu_takes_the_fastest_tiles(monkeypatch):
+    ways = {}
+    monkeypatch.setattr(head, "fastest", lambda task, candidates: ways.update(candidates) or list(candidates)[-1])
+    swept = []
+    sweep = head._sweep
+    monkeypatch.setattr(head, "_sweep", lambda *arguments: swept.append(arguments[-1]) or sweep(*arguments))
+    hidden, labels = torch.randn(300, 8), torch.randint(0, 9000, (300,))
+    score(FrozenHeadLogProbs.apply, hidden, torch.randn(9000, 8), labels)
+    assert swept == [head.TILES["cpu"]]
+    assert not ways
+    weight = torch.randn(20_000, 8)
+    score(FrozenHeadLogProbs.apply, hidden, weight, labels)
+    assert len(ways) > 1
+    assert f"{swept[1].rows} x {swept[1].vocabulary}" == list(ways)[-1]
+    first, *others = (way() for way in ways.values())
+    for other in others:
+        for ours, theirs in zip(other, first, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
 def test_of_equal_logits_the_first_is_the_likeliest():
     hidden, weight = torch.eye(4)[[0] * 4].contiguous(), torch.zeros(9000, 4)
     # Twice in one tile, once in a later one, and a label in the tile of the highest that is not among them.

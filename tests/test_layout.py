@@ -13,7 +13,7 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent == PACKAGE
 )
 LEVELS = [
-    {"attention", "data.pictures", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
+    {"attention", "cpu_choices", "data.pictures", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
     {"arguments", "configuration_vision_qwen", "fused_lora", "hub.licences"},
     {"head", "shared_prefix", "turns"},
     {
@@ -26,6 +26,7 @@ LEVELS = [
     },
     {"adapters", "greedy", "joining"},
     {"captured", "cuda", "data.rows", "feature_cache", "probe"},
+    {"beams"},
     {"data.splits", "generation", "loading", "trainer"},
     {"data.leakage", "data.mixture"},
     {"data.streaming"},

@@ -11,7 +11,9 @@ import json
 import logging
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,7 +23,6 @@ import xxhash
 from accelerate import PartialState
 from datasets import Dataset, Features, Value, concatenate_datasets
 from datasets.config import HF_DATASETS_CACHE
-from PIL.Image import Image
 
 from .configuration_vision_qwen import VisionQwenConfig
 from .data.pictures import Pictures, UnreadablePictureError
@@ -224,43 +225,60 @@ def _encode_shard(
     model: VisionQwen, image_processor, pictures: Pictures, shard: range, file: Path, dtype: str, batch_size: int
 ) -> None:
     """Encodes one shard. `datasets` writes to a temporary name in the same folder and renames what is finished."""
-    Dataset.from_dict({"index": list(shard)}).map(
-        partial(_encode_batch, model=model, image_processor=image_processor, pictures=pictures, dtype=dtype),
-        batched=True,
-        batch_size=batch_size,
-        remove_columns=["index"],
-        features=_FEATURES,
-        cache_file_name=str(file),
-        new_fingerprint=file.stem,
-        load_from_cache_file=False,
-        desc=f"Encoding pictures {shard.start} to {shard.stop - 1}",
-    )
+    # Pillow and NumPy give the interpreter free while they work.
+    threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
+    prepare = partial(_prepare, image_processor=image_processor, pictures=pictures)
+    prepared = _ahead(threads, prepare, shard, 2 * batch_size)
+    try:
+        Dataset.from_dict({"index": list(shard)}).map(
+            partial(_encode_batch, model=model, prepared=prepared, dtype=dtype),
+            batched=True,
+            batch_size=batch_size,
+            remove_columns=["index"],
+            features=_FEATURES,
+            cache_file_name=str(file),
+            new_fingerprint=file.stem,
+            load_from_cache_file=False,
+            desc=f"Encoding pictures {shard.start} to {shard.stop - 1}",
+        )
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _prepare(index: int, image_processor, pictures: Pictures) -> torch.Tensor | str:
+    """`pixel_values` `(3, H, W)` of one picture, or why it cannot be read."""
+    try:
+        picture = pictures.open(index)
+    except UnreadablePictureError as error:
+        return str(error)
+    return image_processor([picture], return_tensors="pt")["pixel_values"][0]
+
+
+def _ahead(threads: ThreadPoolExecutor, prepare: Callable, indices: range, most: int) -> Iterator[torch.Tensor | str]:
+    """Results of `prepare` in order; at most so many are begun before they are asked for."""
+    waiting: deque[Future] = deque()
+    for index in indices:
+        waiting.append(threads.submit(prepare, index))
+        if len(waiting) > most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @torch.inference_mode()
-def _encode_batch(batch: dict, model: VisionQwen, image_processor, pictures: Pictures, dtype: str) -> dict:
+def _encode_batch(batch: dict, model: VisionQwen, prepared: Iterator[torch.Tensor | str], dtype: str) -> dict:
     """Features of one batch of picture numbers; a picture that cannot be read gets the reason instead."""
-
-    def open_or_reason(index: int) -> Image | str:
-        try:
-            return pictures.open(index)
-        except UnreadablePictureError as error:
-            return str(error)
-
-    # Pillow gives the interpreter free while it decodes.
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        opened = list(threads.map(open_or_reason, batch["index"]))
-    readable = [picture for picture in opened if not isinstance(picture, str)]
+    of_batch = [next(prepared) for _ in batch["index"]]
+    readable = [pixels for pixels in of_batch if not isinstance(pixels, str)]
     encoded = iter(())
     if readable:
         tower = model.model.vision_tower.eval()
-        pixel_values = image_processor(readable, return_tensors="pt")["pixel_values"]
-        encoded = iter(model.model.get_vision_features(pixel_values.to(tower.device)).float().cpu())
+        encoded = iter(model.model.get_vision_features(torch.stack(readable).to(tower.device)).float().cpu())
     features, problems = [], []
-    for picture in opened:
-        if isinstance(picture, str):
+    for pixels in of_batch:
+        if isinstance(pixels, str):
             features.append(b"")
-            problems.append(picture)
+            problems.append(pixels)
         else:
             features.append(_to_bytes(next(encoded), dtype))
             problems.append("")

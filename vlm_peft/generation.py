@@ -11,8 +11,9 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from .adapters import base_model
+from .beams import beam_search
 from .captured import CapturedGreedy
-from .greedy import greedy, make_argmax
+from .greedy import greedy, make_argmax, make_sampler
 from .modeling_vision_qwen import VisionQwen
 from .probe import probe
 from .processing_vision_qwen import VisionQwenProcessor
@@ -28,9 +29,10 @@ def generate_texts(
     batch_size: int = 64,
     max_new_tokens: int = 32,
     num_beams: int = 1,
+    temperature: float | None = None,
     progress: str | None = None,
 ) -> list[str]:
-    """Generates one text for each prompt, greedily or with beams; the result does not depend on `batch_size`.
+    """Generates one text for each prompt: greedily, with beams or at random; only the last depends on `batch_size`.
 
     Prompts are sorted by length, so that a batch has little padding, and returned in their own order. A picture that
     several prompts ask about is fetched and encoded once; its features are kept until the last of them is done. What
@@ -46,11 +48,20 @@ def generate_texts(
         batch_size (`int`, *optional*, defaults to 64): Prompts at a time.
         max_new_tokens (`int`, *optional*, defaults to 32): Tokens of a text at most, its end included.
         num_beams (`int`, *optional*, defaults to 1): 1 is greedy.
+        temperature (`float`, *optional*): Tokens are drawn with the probabilities softmax(logits / temperature) from
+            torch's global random state; without it, none is drawn.
         progress (`str`, *optional*): Title of a progress bar; none without it.
 
     Returns:
         `list[str]`: Texts without special tokens, stripped.
+
+    Raises:
+        ValueError: When beams are to be drawn, or the temperature is not above 0.
     """
+    if temperature is not None and (num_beams > 1 or temperature <= 0):
+        raise ValueError(
+            f"Sampling expects a temperature above 0 and 1 beam, got temperature {temperature} and {num_beams} beams."
+        )
     encoded = [processor.encode_prompt(prompt) for prompt in prompts]
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
@@ -63,8 +74,10 @@ def generate_texts(
         shares = len(longest) < len(prompts)
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
-    search: dict = {"num_beams": num_beams}
-    if num_beams == 1:
+    search: dict = {"num_beams": num_beams, "custom_generate": beam_search}
+    if temperature is not None:
+        search |= {"custom_generate": greedy, "choose": make_sampler(model, temperature)}
+    elif num_beams == 1:
         attention = base_model(model).model.language_model.config._attn_implementation
         # Its step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
         is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
@@ -85,7 +98,6 @@ def generate_texts(
                 [encoded[i] for i in chosen],
                 [image_ids[i] for i in chosen],
                 images,
-                num_beams,
                 max_new_tokens,
             )
             generated = model.generate(
@@ -112,10 +124,9 @@ def _prefill(
     encoded: list[list[int]],
     image_ids: list[list[int]],
     images: dict[str, torch.Tensor],
-    num_beams: int,
     max_new_tokens: int,
 ) -> dict:
-    """Inputs of `generate` for one batch; the prefixes that several rows or beams share are in its cache already.
+    """Inputs of `generate` for one batch; the prefixes that several rows share are in its cache already.
 
     Decoders that cannot be handed a prefix (see [`~vlm_peft.probe.probe`]) read each prompt from its beginning.
 
@@ -130,7 +141,7 @@ def _prefill(
     ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
     rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
     longest = max(map(len, prefixes)) + max(map(len, rests)) + max_new_tokens
-    is_shared = len(groups) < len(encoded) * num_beams and all(prefixes) and probe(model).shares_prefill(longest)
+    is_shared = len(groups) < len(encoded) and all(prefixes) and probe(model).shares_prefill(longest)
     if not is_shared or any(model.config.image_token_id in rest for rest in rests):
         batch = pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
         return {key: value.to(device) for key, value in batch.items()} | images
@@ -152,7 +163,7 @@ def _prefill(
     ).past_key_values
     group_of = {row: group for group, rows in enumerate(groups.values()) for row in rows}
     owners = torch.tensor([group_of[row] for row in range(len(encoded))], device=device)
-    cache.reorder_cache(owners.repeat_interleave(num_beams))
+    cache.reorder_cache(owners)
     return {key: torch.cat([prefix[key][owners], rest[key]], dim=1) for key in ("input_ids", "attention_mask")} | {
         "past_key_values": cache
     }

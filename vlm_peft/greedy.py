@@ -14,11 +14,20 @@ from peft import PeftModel
 from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
+from .cpu_choices import fastest
+
 _SCREENED_ROWS = 16_384
 """Smaller heads are not worth a second copy in bfloat16."""
 
+_PROBED_TEXTS = 16
+
 _MOST_CANDIDATES = 256
 """Of a text; beyond them the whole head is computed."""
+
+_SAMPLED_TILE = 8192
+
+_BLOCK = 64
+"""Tokens whose largest logit is looked at before they are."""
 
 
 class ScreenedArgmax:
@@ -37,21 +46,28 @@ class ScreenedArgmax:
     def __init__(self, weight: torch.Tensor, banned: list[int]):
         self._weight = weight
         self._banned = banned
-        self._low = weight.to(torch.bfloat16)
+        self._low = nn.functional.pad(weight, (0, 0, 0, -len(weight) % _BLOCK)).to(torch.bfloat16)
         self._longest = torch.linalg.vector_norm(weight, dim=1).max()
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, D_t)` in fp32 -> token ids `(B,)`."""
         unit = 2.0**-8
-        approximate = nn.functional.linear(hidden.to(torch.bfloat16), self._low)  # (B, V)
+        approximate = nn.functional.linear(hidden.to(torch.bfloat16), self._low)  # (B, V), padded to whole blocks
+        approximate[:, len(self._weight) :] = -torch.inf
         if self._banned:
             approximate[:, self._banned] = -torch.inf
-        top = approximate.amax(-1, keepdim=True).float()
+        approximate = approximate.view(len(hidden), -1, _BLOCK)
+        of_blocks = approximate.amax(-1)  # (B, V / _BLOCK)
+        top = of_blocks.amax(-1, keepdim=True).float()
         length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
         error = 1.1 * (2 * unit * length * self._longest + unit * top.abs())
         # A threshold rounded up to bfloat16 would lose a candidate.
         threshold = (top - 2 * error).mul(1 - unit * torch.sign(top - 2 * error)).to(torch.bfloat16)
-        text, token = (approximate >= threshold).nonzero(as_tuple=True)
+        text, block = (of_blocks >= threshold).nonzero(as_tuple=True)
+        if len(text) > _MOST_CANDIDATES * len(hidden):
+            return _argmax(hidden, self._weight, self._banned)
+        place, offset = (approximate[text, block] >= threshold[text]).nonzero(as_tuple=True)
+        text, token = text[place], block[place] * _BLOCK + offset
         if len(text) > _MOST_CANDIDATES * len(hidden):
             return _argmax(hidden, self._weight, self._banned)
         logits = (hidden[text] * self._weight[token]).sum(-1)
@@ -69,15 +85,52 @@ def _argmax(hidden: torch.Tensor, weight: torch.Tensor, banned: list[int]) -> to
     return logits.argmax(-1)
 
 
+def is_large_on_cpu(weight: torch.Tensor) -> bool:
+    """Whether a head `(V, D_t)` is worth more than one way of its own: fp32 on a CPU, and of many tokens."""
+    return len(weight) >= _SCREENED_ROWS and weight.dtype == torch.float32 and weight.device.type == "cpu"
+
+
 def make_argmax(model: PreTrainedModel | PeftModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The fastest exact argmax for a model's head: hidden states `(B, D_t)` -> token ids `(B,)`."""
     weight: torch.Tensor = model.get_output_embeddings().weight.detach()
     # The placeholder may lie outside the vocabulary, where nothing can be chosen.
     banned = [token for token in [model.config.image_token_id] if token < len(weight)]
-    is_large = len(weight) >= _SCREENED_ROWS and weight.dtype == torch.float32 and weight.device.type == "cpu"
-    if is_large and torch.cpu._is_avx512_bf16_supported():
+    if is_large_on_cpu(weight) and _is_screening_faster(weight):
         return ScreenedArgmax(weight, banned)
     return lambda hidden: _argmax(hidden.to(weight.dtype), weight, banned)
+
+
+def _is_screening_faster(weight: torch.Tensor) -> bool:
+    """Measured on a part of the head: without instructions for bfloat16, it can take a hundred times as long."""
+    part = weight[:_SCREENED_ROWS]
+    hidden, screened = part[:_PROBED_TEXTS], ScreenedArgmax(part, [])
+    ways = {"plain": lambda: _argmax(hidden, part, []), "screened": lambda: screened(hidden)}
+    return fastest(f"greedy, {weight.shape[1]} wide", ways) == "screened"
+
+
+def make_sampler(model: PreTrainedModel | PeftModel, temperature: float) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Draws tokens with the probabilities softmax(logits / temperature): hidden states `(B, D_t)` -> ids `(B,)`.
+
+    The largest sum of a logit and Gumbel noise is such a draw (Gumbel, Statistical Theory of Extreme Values, 1954), and
+    the largest of tiles' largest is the largest: logits of one tile at a time are in memory.
+    """
+    weight: torch.Tensor = model.get_output_embeddings().weight.detach()
+    banned = model.config.image_token_id
+
+    def sample(hidden: torch.Tensor) -> torch.Tensor:
+        values, places = [], []
+        for first in range(0, len(weight), _SAMPLED_TILE):
+            tile = nn.functional.linear(hidden.to(weight.dtype), weight[first : first + _SAMPLED_TILE]).float()
+            if first <= banned < first + tile.shape[1]:
+                tile[:, banned - first] = -torch.inf
+            tile = tile / temperature - torch.empty_like(tile).exponential_().log_()
+            value, place = tile.max(-1)
+            values.append(value)
+            places.append(place + first)
+        best = torch.stack(values).argmax(0, keepdim=True)
+        return torch.stack(places).gather(0, best)[0]
+
+    return sample
 
 
 def only_bans(model: PreTrainedModel, logits_processor: LogitsProcessorList) -> bool:
@@ -101,7 +154,7 @@ def greedy(
     """Body of `generate(..., custom_generate=greedy)`; see `GenerationMixin._sample` for the arguments.
 
     Args:
-        choose (`Callable`, *optional*): Of [`make_argmax`], to be kept from batch to batch.
+        choose (`Callable`, *optional*): Of [`make_argmax`] or [`make_sampler`], to be kept from batch to batch.
 
     Returns:
         `torch.LongTensor` of shape `(B, T + new)`: Prompt and text, padded after its end.

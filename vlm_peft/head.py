@@ -7,8 +7,11 @@ computed again.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+
+from .cpu_choices import fastest
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,15 @@ TILES = {
     # Few large products; 128 MB of fp32 logits at 4,096 labels.
     "cuda": Tiles(rows=4096, vocabulary=8192, is_compiled=True),
 }
-"""By type of device."""
+"""By type of device; a CPU chooses for a large head by [`_fastest_cpu_tiles`]."""
+
+_CPU_SHAPES = ((128, 4096), (256, 2048), (512, 1024))
+
+_LARGE = 16_384
+"""Rows of a head that is worth a choice."""
+
+_MEASURED_ROWS = 8192
+_MEASURED_LABELS = 256
 
 
 class FrozenHeadLogProbs(torch.autograd.Function):
@@ -56,24 +67,10 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         device = hidden.device
         is_autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if is_autocast else hidden.dtype
-        tiles = TILES[device.type]
-        fold = _compiled_fold if tiles.is_compiled else _fold
         with torch.autocast(device.type, enabled=False):
             queries = hidden.detach().to(dtype)  # (L, D_t)
-            # So far: the highest logit, whether the label has it first, the label's, the sum of exp(logit - highest).
-            highest = torch.full((len(labels),), float("-inf"), device=device)
-            is_top1 = torch.zeros(len(labels), dtype=torch.bool, device=device)
-            at_label = torch.zeros(len(labels), device=device)
-            total = torch.zeros(len(labels), device=device)
-            mean = torch.zeros(hidden.shape, device=device)  # sum of exp(logit - highest) * weight, (L, D_t)
-            for first in range(0, len(weight), tiles.vocabulary):
-                keys = weight.detach()[first : first + tiles.vocabulary].to(dtype)
-                for start in range(0, len(labels), tiles.rows):
-                    part = slice(start, start + tiles.rows)
-                    running = (highest[part], is_top1[part], at_label[part], total[part])
-                    logits = _product(queries[part], keys.t())
-                    shares, rescale = fold(logits, labels[part] - first, *running, dtype=dtype)
-                    _rescale_and_add_product(mean[part], rescale, shares, keys)
+            tiles = _fastest_cpu_tiles(weight, dtype) if _is_worth_measuring(weight) else TILES[device.type]
+            highest, is_top1, at_label, total, mean = _sweep(queries, weight.detach(), labels, tiles)
             mean /= total[:, None]
             log_total = highest + total.log()
             of_label = weight.detach()[labels].to(dtype).float()  # (L, D_t)
@@ -113,6 +110,43 @@ def with_row_gradients(
         # Of a log-probability by a row's logit.
         slope = (labels[:, None] == row_ids).float() - shares
         return log_probs + (slope * (logits - logits.detach())).sum(-1)
+
+
+def _sweep(queries: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, ...]:
+    """Goes over the vocabulary once.
+
+    Returns:
+        `tuple` of the highest logit, whether the label has it first, the label's logit, the sum of
+        exp(logit - highest), `(L,)` each, and the sum of exp(logit - highest) * weight, `(L, D_t)`.
+    """
+    fold = _compiled_fold if tiles.is_compiled else _fold
+    highest = torch.full((len(labels),), float("-inf"), device=queries.device)
+    is_top1 = torch.zeros(len(labels), dtype=torch.bool, device=queries.device)
+    at_label = torch.zeros(len(labels), device=queries.device)
+    total = torch.zeros(len(labels), device=queries.device)
+    mean = torch.zeros(queries.shape, device=queries.device)
+    for first in range(0, len(weight), tiles.vocabulary):
+        keys = weight[first : first + tiles.vocabulary].to(queries.dtype)
+        for start in range(0, len(labels), tiles.rows):
+            part = slice(start, start + tiles.rows)
+            running = (highest[part], is_top1[part], at_label[part], total[part])
+            logits = _product(queries[part], keys.t())
+            shares, rescale = fold(logits, labels[part] - first, *running, dtype=queries.dtype)
+            _rescale_and_add_product(mean[part], rescale, shares, keys)
+    return highest, is_top1, at_label, total, mean
+
+
+def _is_worth_measuring(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu" and len(weight) >= _LARGE
+
+
+def _fastest_cpu_tiles(weight: torch.Tensor, dtype: torch.dtype) -> Tiles:
+    """Tiles of one size and several shapes, measured on a part of the head."""
+    part = weight.detach()[:_MEASURED_ROWS]
+    queries, labels = part[:_MEASURED_LABELS].to(dtype), torch.arange(_MEASURED_LABELS)
+    shapes = {f"{rows} x {columns}": Tiles(rows, columns, False) for rows, columns in _CPU_SHAPES}
+    ways = {name: partial(_sweep, queries, part, labels, tiles) for name, tiles in shapes.items()}
+    return shapes[fastest(f"head, {weight.shape[1]} wide, {weight.dtype} in {dtype}", ways)]
 
 
 def _has_fp32_products(operand: torch.Tensor) -> bool:
