@@ -12,6 +12,7 @@ from vlm_peft import VisionQwen
 from vlm_peft.adapters import lora_config
 from vlm_peft.generation import generate_texts
 from vlm_peft.modeling_vision_qwen import VisionQwenModel
+from vlm_peft.probe import probe
 
 PICTURE = {"type": "image"}
 
@@ -33,6 +34,8 @@ def world():
     for parameter in model.model.multi_modal_projector.parameters():
         parameter.data.normal_(std=0.6)
     model.generation_config.eos_token_id = None
+    # Tried once for each model; what it reads is not to be counted below.
+    probe(model)
     pixel_values = torch.randn(4, 3, 8, 8)
     features = model.model.get_vision_features(pixel_values).detach()
     return SimpleNamespace(
