@@ -1,13 +1,15 @@
-"""What can be joined: README's table, measured on tiny models of each architecture.
+"""What can be joined: README's tables, measured on tiny models of each architecture.
 
     python eval/joinable.py                     # joins, trains, generates and exports each; prints the table
     python eval/joinable.py --readme README.md  # and writes it between the file's two marks
 
-The models and the measurements are those of the tests (`tests/tiny_decoders.py`, `tests/joined.py`): random weights,
-two layers, on a CPU. It takes a minute.
+The models and the measurements are those of the tests (`tests/tiny_decoders.py`, `tests/joined.py`,
+`tests/tiny_encoders.py`): random weights, a few layers, on a CPU. It takes two minutes.
 """
 
 import argparse
+import contextlib
+import io
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -114,6 +116,35 @@ def decoder_table(found: list[Found], refused: dict[str, str]) -> str:
     return "\n".join(lines)
 
 
+def encoder_table(decoder: Path, folder: Path) -> str:
+    """Joins each encoder with one decoder, trains it on cached features, saves, loads and generates; the Markdown.
+
+    Args:
+        decoder (`Path`): Of the decoder.
+        folder (`Path`): Where all is written.
+    """
+    from tiny_encoders import ENCODERS, examine, save_encoder
+
+    lines = [
+        "| encoder | tokens before and of the patches | cached against encoded | generation | `--to llava` |",
+        "|---|---|---|---|---|",
+    ]
+    for name, make in ENCODERS.items():
+        kind, own = make(), folder / name
+        with contextlib.redirect_stdout(io.StringIO()):  # the trainer's lines
+            found = examine(save_encoder(kind, own / "encoder"), decoder, own, image_size=kind.image_size)
+        patches = found.features.shape[1]
+        cells = [
+            f"{kind.prefix} + {patches}",
+            f"{max(found.cached, found.reloaded):.0e}",
+            "yes" if found.generated == 3 else "no",
+            "no" if found.export else "yes",
+        ]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+        print(f"{name}: {kind.prefix} + {patches}", file=sys.stderr)
+    return "\n".join(lines)
+
+
 def write_between_marks(readme: Path, text: str) -> None:
     """Replaces what stands between the two marks of a file.
 
@@ -141,13 +172,14 @@ def main() -> int:
 
     found, refused = [], {}
     with tempfile.TemporaryDirectory() as folder:
-        vision, _ = save_bases(Path(folder))
+        vision, decoder = save_bases(Path(folder))
+        encoders = encoder_table(decoder, Path(folder) / "encoders")
         for name in DECODERS:
             found.append(measure_decoder(name, vision, Path(folder) / name))
             print(f"{name}: {found[-1].layout}, {found[-1].difference:.0e}", file=sys.stderr)
         for name in REFUSED:
             refused[name] = refusal(name, vision, Path(folder) / name)
-    text = decoder_table(found, refused)
+    text = f"{encoders}\n\n{decoder_table(found, refused)}"
     print(text)
     if arguments.readme is not None:
         write_between_marks(arguments.readme, text)
