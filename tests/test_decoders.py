@@ -7,7 +7,9 @@ import joined
 import pytest
 import torch
 from conftest import ROOT
+from safetensors.torch import load_file, save_file
 from tiny_decoders import DECODERS, ONE_TEXT_A_SEQUENCE, REFUSED, WITHOUT_PLACEHOLDER, save_decoder
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.commands.export import check_llava, export_llava, export_merged
@@ -122,3 +124,29 @@ def test_readme_tells_how_each_is_laid_out():
         name: "one text a sequence" if name in ONE_TEXT_A_SEQUENCE else "shared prefixes, packed" for name in DECODERS
     }
     assert set(re.findall(r"^- ([^:]+): ", text.partition("Refused in one line:")[2], re.MULTILINE)) >= set(REFUSED)
+
+
+@pytest.mark.parametrize("prefix", ["model.language_model.", "language_model.model."])
+def test_of_a_checkpoint_that_sees_by_itself_the_decoder_is_joined(bases, tmp_path, prefix):
+    """Qwen3.5 and Gemma 3 lie on the Hub with an encoder of their own."""
+    vision, _ = bases
+    text = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 16}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 1}
+    own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    own |= {"image_size": 8, "patch_size": 2}
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=own, mm_tokens_per_image=4))
+    whole.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    stored = {name.replace("model.language_model.", prefix): value for name, value in stored.items()}
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = VisionQwen.from_vision_text_pretrained(vision, tmp_path)
+    assert type(model.model.language_model).__name__ == "Gemma3TextModel"
+    expected = whole.model.language_model.state_dict()
+    found = model.model.language_model.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert torch.equal(model.lm_head.weight, whole.lm_head.weight)
+    del stored[f"{prefix}norm.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="lacks 1 weights of its decoder gemma3_text, such as model.norm.weight"):
+        VisionQwen.from_vision_text_pretrained(vision, tmp_path)

@@ -86,16 +86,14 @@ def join_pretrained(
             full_config.text_config, dtype=dtype, attn_implementation=attn_implementation
         )
     else:
-        with _safetensors_only(text):
-            decoder = AutoModelForCausalLM.from_pretrained(
-                text,
-                revision=full_config.text_revision,
-                dtype=dtype,
-                attn_implementation=attn_implementation,
-                quantization_config=quantization_config,
-                device_map=device_map,
-                use_safetensors=True,
-            )
+        decoder = _load_decoder(
+            text,
+            full_config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            device_map=device_map,
+        )
         full_config.text_fingerprint = _text_fingerprint(decoder, text, full_config.text_revision)
     _settle_quantized(decoder)
     full_config.vision_fingerprint = fingerprint(tower)
@@ -121,7 +119,7 @@ def joint_config(
     if text is not None:
         text_revision = safetensors_revision(text, text_revision)
         with _safetensors_only(text):
-            text_config = AutoConfig.from_pretrained(text, revision=text_revision)
+            text_config = AutoConfig.from_pretrained(text, revision=text_revision).get_text_config(decoder=True)
     return VisionQwenConfig(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),
@@ -241,6 +239,39 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
             f"encoder, for example {missing[0]}."
         )
     return tower
+
+
+def _load_decoder(name: str | Path, config: VisionQwenConfig, **arguments) -> PreTrainedModel:
+    """Loads the decoder; of a checkpoint that sees, hears or speaks by itself (Qwen3.5, Gemma 3), its decoder alone.
+
+    Raises:
+        ValueError: When the checkpoint lacks weights of its decoder.
+    """
+    arguments |= {"revision": config.text_revision, "use_safetensors": True}
+    load: Any = AutoModelForCausalLM.from_pretrained
+    with _safetensors_only(name):
+        whole = AutoConfig.from_pretrained(name, revision=config.text_revision)
+        own = whole.get_text_config(decoder=True)
+        if own is whole:
+            return load(name, **arguments)
+        verbosity = transformers_logging.get_verbosity()
+        # The report of unused weights would list the other parts on every load.
+        transformers_logging.set_verbosity_error()
+        try:
+            decoder, info = load(
+                name,
+                config=own,
+                # As transformers writes them, and as older checkpoints have them.
+                key_mapping={r"^model\.language_model\.": "model.", r"^language_model\.(model\.|(?=lm_head))": r"\1"},
+                output_loading_info=True,
+                **arguments,
+            )
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{name} lacks {len(missing)} weights of its decoder {own.model_type}, such as {missing[0]}.")
+    return decoder
 
 
 def _text_fingerprint(decoder: PreTrainedModel, name: str | Path, revision: str | None) -> str | None:
