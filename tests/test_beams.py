@@ -1,5 +1,7 @@
 """Beam search: token for token the texts of transformers' own, whatever the settings, with less work."""
 
+import threading
+
 import pytest
 import torch
 from conftest import make_config, make_processor
@@ -172,6 +174,30 @@ def test_tiles_find_what_the_whole_head_finds(vocabulary, banned, monkeypatch):
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-5)
     assert torch.equal(found[1], whole[1])
     assert torch.equal(found[2], whole[2])
+
+
+def test_threads_share_the_tiles_and_their_number_is_restored():
+    seen = []
+
+    def work(value):
+        seen.append((threading.get_ident(), torch.get_num_threads()))
+        barrier.wait(10)
+        if value > 5:
+            raise ValueError("stop")
+        return value * value
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        barrier = threading.Barrier(2)
+        assert beams._on_all_cores(work, range(6)) == [0, 1, 4, 9, 16, 25]
+        with pytest.raises(ValueError, match="stop"):
+            beams._on_all_cores(work, range(6, 8))
+        assert torch.get_num_threads() == 2
+        assert {number for _, number in seen} == {1}
+        assert len({thread for thread, _ in seen[:6]}) == 2
+    finally:
+        torch.set_num_threads(threads)
 
 
 def forced(model):
