@@ -5,6 +5,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -278,32 +279,26 @@ def test_pictures_prepared_by_threads_are_those_of_one_batch(run):
     batch = processor([pictures.open(index) for index in range(9)], return_tensors="pt")["pixel_values"]
     with ThreadPoolExecutor(4) as threads:
         prepare = partial(feature_cache._prepare, image_processor=processor, pictures=pictures)
-        prepared = list(feature_cache._ahead(threads, prepare, range(9), 3))
-    assert torch.equal(torch.stack(prepared), batch)
+        batches = list(feature_cache._prepare_batches(threads, prepare, range(9), 4, ahead=1))
+    assert [len(prepared) for prepared in batches] == [4, 4, 1]
+    assert torch.equal(torch.stack([*chain(*batches)]), batch)
 
 
-def test_the_next_pictures_are_prepared_while_the_encoder_runs_and_not_more(run, monkeypatch):
-    opened, third = [], threading.Event()
-    open_picture, encode_batch = Pictures.open, type(run.model.model).get_vision_features
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_so_many_batches_are_prepared_ahead_and_not_more(ahead):
+    begun = []
 
-    def opening(self, index):
-        opened.append(index)
-        if index == 2:
-            third.set()
-        return open_picture(self, index)
+    def prepare(index):
+        begun.append(index)
+        return index
 
-    def encoding(self, pixel_values):
-        # Picture 2 is of a later batch, and picture 3 is never asked for before the first batch is through.
-        assert third.wait(10)
-        if run.encoded == 0:
-            assert set(opened) <= {0, 1, 2}
-        return encode_batch(self, pixel_values)
-
-    monkeypatch.setattr(feature_cache, "SHARD_PICTURES", 6)
-    monkeypatch.setattr(Pictures, "open", opening)
-    monkeypatch.setattr(type(run.model.model), "get_vision_features", encoding)
-    run.build(batch_size=1)
-    assert sorted(opened) == list(range(6))
+    with ThreadPoolExecutor(1) as threads:
+        batches = feature_cache._prepare_batches(threads, prepare, range(10, 20), 2, ahead)
+        assert next(batches) == [10, 11]
+        threads.submit(int).result()
+        assert begun == list(range(10, 12 + 2 * ahead))
+        assert list(batches) == [[12, 13], [14, 15], [16, 17], [18, 19]]
+    assert begun == list(range(10, 20))
 
 
 def test_an_interrupted_shard_leaves_the_rest_of_its_pictures_alone(run, monkeypatch):
@@ -314,14 +309,12 @@ def test_an_interrupted_shard_leaves_the_rest_of_its_pictures_alone(run, monkeyp
 
     def opening(self, index):
         opened.append(index)
+        if index == 0:
+            raise KeyboardInterrupt
         time.sleep(0.01)
         return open_picture(self, index)
 
-    def failing(self, pixel_values):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(Pictures, "open", opening)
-    monkeypatch.setattr(type(run.model.model), "get_vision_features", failing)
     with pytest.raises(KeyboardInterrupt):
-        run.build(CELLS * 10, batch_size=20)
+        run.build(CELLS * 10)
     assert len(opened) < 30

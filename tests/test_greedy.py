@@ -66,7 +66,7 @@ def test_flat_logits_fall_back_to_the_whole_head():
 
 
 def test_negative_logits_and_banned_tokens():
-    hidden = torch.randn(16, 24)
+    hidden = torch.rand(16, 24) + 0.1
     weight = -hidden.mean(0) - torch.rand(2_000, 24) * 0.1
     weight[7] = 9 * torch.ones(24)
     found = ScreenedArgmax(weight, [7])(hidden)
