@@ -166,9 +166,9 @@ def test_of_equal_texts_one_is_found(way):
 @pytest.mark.parametrize("banned", [[], [3, 8_193], [*range(8_192, 16_384)]])
 def test_tiles_find_what_the_whole_head_finds(vocabulary, banned, monkeypatch):
     head = nn.Linear(24, vocabulary, bias=False)
-    # The last tokens, whose block is not full, are among the best.
-    head.weight.data[-3:] *= 5
     hidden, scores = 3 * torch.randn(7, 3, 24), torch.randn(7, 3)
+    # The last token, whose block is not full, is the best.
+    head.weight.data[-1] = hidden[0, 0]
     whole = make_search(head, banned)(hidden, scores, 8)
     monkeypatch.setattr(beams, "is_large_on_cpu", lambda weight: True)
     found = make_search(head, banned)(hidden, scores, 8)
@@ -181,25 +181,42 @@ def test_tiles_find_what_the_whole_head_finds(vocabulary, banned, monkeypatch):
 def test_threads_share_the_tiles_and_their_number_is_restored():
     seen = []
 
-    def work(value):
-        seen.append((threading.get_ident(), torch.get_num_threads()))
+    def work(buffer, values):
+        seen.append(torch.get_num_threads())
         barrier.wait(10)
-        if value > 5:
+        if 6 in values:
             raise ValueError("stop")
-        return value * value
+        return buffer, list(values)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         barrier = threading.Barrier(2)
-        assert beams._on_all_cores(work, range(6)) == [0, 1, 4, 9, 16, 25]
+        assert beams._on_all_cores(work, "ab", range(0, 10, 2)[:3]) == [("a", [0]), ("b", [2, 4])]
         with pytest.raises(ValueError, match="stop"):
-            beams._on_all_cores(work, range(6, 8))
+            beams._on_all_cores(work, "ab", range(7))
         assert torch.get_num_threads() == 2
-        assert {number for _, number in seen} == {1}
-        assert len({thread for thread, _ in seen[:6]}) == 2
+        assert seen == [1] * 4
+        barrier = threading.Barrier(1)
+        assert beams._on_all_cores(work, "ab", range(1)) == [("b", [0])]
+        assert seen[4:] == [2]
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_tiles_are_the_same_for_any_number_of_threads(threads, monkeypatch):
+    monkeypatch.setattr(beams, "is_large_on_cpu", lambda weight: True)
+    search = make_search(nn.Linear(24, 40_001, bias=False), [7])
+    hidden, scores = 3 * torch.randn(7, 3, 24), torch.randn(7, 3)
+    expected = search(hidden, scores, 8)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = search(hidden, scores, 8)
+    finally:
+        torch.set_num_threads(before)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def forced(model):

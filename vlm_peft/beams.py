@@ -10,6 +10,7 @@ a step needs their sum and a handful of the largest.
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -179,17 +180,25 @@ def _search_in_tiles(
 ) -> Best:
     """As [`Search`]: the C best tokens are in the C blocks whose best tokens are the best."""
     rows = hidden.flatten(0, 1)  # (B * K, D_t)
+    # A thread that allocates its tiles itself takes twice as long.
+    buffers = rows.new_empty(torch.get_num_threads(), len(rows) * _TILE)
 
-    def read(first: int) -> tuple[torch.Tensor, torch.Tensor]:
-        tile = torch.mm(rows, weight[first : first + _TILE].t())
-        # The one operation that takes maximum, exponentials and sum in one pass. Banned tokens have their share.
-        total = tile[:, :1] - tile.log_softmax(-1)[:, :1]
-        tile[:, [token - first for token in banned if first <= token < first + tile.shape[1]]] = -torch.inf
-        tile = nn.functional.pad(tile, (0, -tile.shape[1] % _BLOCK), value=-torch.inf)
-        return total, tile.view(len(rows), -1, _BLOCK).amax(-1)
+    def read(buffer: torch.Tensor, starts: range) -> tuple[torch.Tensor, torch.Tensor]:
+        tops, totals = [], []
+        for first in starts:
+            keys = weight[first : first + _TILE]
+            tile = torch.mm(rows, keys.t(), out=buffer[: len(rows) * len(keys)].view(len(rows), len(keys)))
+            tile[:, [token - first for token in banned if first <= token < first + len(keys)]] = -torch.inf
+            tile = nn.functional.pad(tile, (0, -len(keys) % _BLOCK), value=-torch.inf)
+            top = tile.view(len(rows), -1, _BLOCK).amax(-1)
+            highest = top.amax(-1, keepdim=True).clamp(min=torch.finfo(tile.dtype).min)
+            tops.append(top)
+            totals.append(highest + tile.sub_(highest).exp_().sum(-1, keepdim=True).log_())
+        return torch.cat(tops, dim=1), torch.cat(totals, dim=1)
 
-    totals, tops = zip(*_on_all_cores(read, range(0, len(weight), _TILE)), strict=True)
-    total = torch.cat(totals, dim=1).logsumexp(-1).view_as(scores)
+    tops, totals = zip(*_on_all_cores(read, buffers, range(0, len(weight), _TILE)), strict=True)
+    # As in transformers, tokens that are not chosen have their share of the probability.
+    total = torch.cat([*totals, torch.mm(rows, weight[banned].t())], dim=1).logsumexp(-1).view_as(scores)
     of_blocks = torch.cat(tops, dim=1).view(*scores.shape, -1) - (total - scores)[..., None]  # (B, K, blocks)
     place = of_blocks.flatten(1).topk(min(count, of_blocks[0].numel())).indices
     beam, block = place // of_blocks.shape[2], place % of_blocks.shape[2]  # (B, C)
@@ -202,16 +211,21 @@ def _search_in_tiles(
     return found, beam.gather(1, place // _BLOCK), tokens.flatten(1).gather(1, place)
 
 
-def _on_all_cores(function: Callable, values: Iterable) -> list:
-    """`map` with as many threads as torch has, and one of torch's in each.
+def _on_all_cores(function: Callable, buffers: Iterable, values: range) -> list:
+    """Results of `function` for each of as many shares of `values` as there are buffers, each in a thread of its own.
 
-    Operations that are divided among threads wait for the slowest of them each time; on a machine that does something
+    Operations that torch divides among threads wait for the slowest of them each time; on a machine that does something
     else as well, these waits took four times as long as the computing.
     """
     count = torch.get_num_threads()
+    ends = [len(values) * share // count for share in range(count + 1)]
+    shares = [values[start:end] for start, end in pairwise(ends)]
+    calls = [(buffer, share) for buffer, share in zip(buffers, shares, strict=True) if share]
+    if len(calls) == 1:
+        return [function(*calls[0])]
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
-            return list(threads.map(function, values))
+            return list(threads.map(function, *zip(*calls, strict=True)))
     finally:
         torch.set_num_threads(count)
