@@ -169,9 +169,9 @@ def test_tiles_find_what_the_whole_head_finds(vocabulary, banned, monkeypatch):
     hidden, scores = 3 * torch.randn(7, 3, 24), torch.randn(7, 3)
     # The last token, whose block is not full, is the best.
     head.weight.data[-1] = hidden[0, 0]
-    whole = make_search(head, banned)(hidden, scores, 8)
-    monkeypatch.setattr(beams, "is_large_on_cpu", lambda weight: True)
     found = make_search(head, banned)(hidden, scores, 8)
+    monkeypatch.setattr(beams, "is_large_on_cpu", lambda weight: False)
+    whole = make_search(head, banned)(hidden, scores, 8)
     # Sums of 20,000 exponentials in another order.
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-5)
     assert torch.equal(found[1], whole[1])
