@@ -223,6 +223,8 @@ def _on_all_cores(function: Callable, buffers: Iterable, values: range) -> list:
     calls = [(buffer, share) for buffer, share in zip(buffers, shares, strict=True) if share]
     if len(calls) == 1:
         return [function(*calls[0])]
+    # Each thread has a mode of its own, and only inference mode may write into what was made in it.
+    function = torch.inference_mode(torch.is_inference_mode_enabled())(function)
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as threads:
