@@ -3,6 +3,7 @@
 Stage: below the recipe, which trains with all of it, and the checks before a run, which only try it.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,8 @@ from .probe import Layout, probe
 from .processing_vision_qwen import VisionQwenProcessor
 from .tasks import TASK_FILE, TaskSettings
 from .trainer import VisionSFTTrainer, prepare_training_arguments
+
+logger = logging.getLogger(__name__)
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -281,13 +284,21 @@ def build_trainer(
         score=score,
     )
     adapted: Any = trainer.model
+    on = [f"attention {model.model.language_model.config._attn_implementation}"]
+    if collator.sequence_length is not None:
+        on.append(f"a batch in one sequence of {collator.sequence_length:,} tokens")
     if vision.fused_lora:
-        fuse_lora(adapted)
+        left_out = fuse_lora(adapted)
+        on.append("fused LoRA" + (f" (not in {len(left_out)} layers: {left_out[0]})" if left_out else ""))
     # Texts of their own lengths would be compiled for each of them.
     if vision.compile_layers and sharing:
         compile_layers(adapted)
+        on.append("compiled layers")
         if can_capture(adapted, training):
             CapturedDecoder(adapted)
+            on.append("CUDA graphs")
+    if training.device.type == "cuda":
+        logger.info("On this GPU: %s.", ", ".join(on))
     return trainer
 
 
