@@ -125,8 +125,7 @@ class VisionArguments(DataArguments):
         },
     )
     fused_lora: bool = field(
-        default=False,
-        metadata={"help": "Train plain LoRA layers in fewer, equal computations; the default on a GPU."},
+        default=True, metadata={"help": "Train plain LoRA layers in fewer computations, with the same gradients."}
     )
     compile_layers: bool = field(
         default=False, metadata={"help": "Compile the decoder's layers; the default on a GPU."}
@@ -151,7 +150,6 @@ class VisionArguments(DataArguments):
 _GPU_DEFAULTS = {
     "dtype": "bfloat16",
     "pack_rows": True,
-    "fused_lora": True,
     "compile_layers": True,
     "dataloader_num_workers": 4,
     "dataloader_persistent_workers": True,
