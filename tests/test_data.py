@@ -118,7 +118,7 @@ def test_ids_that_name_several_rows_are_replaced_by_row_numbers(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.csv", "rows.tsv", "rows.jsonl", "rows.json", "rows.parquet"])
 def test_tables(tmp_path, name):
-    """Numbers stay numbers, an empty cell is none."""
+    """Tables of text hold text, parquet has types of its own; an empty cell is none."""
     rows = Dataset.from_list([{"image": "a.png", "answer": 2}, {"image": None, "answer": 3}])
     path = tmp_path / name
     if name.endswith("sv"):
@@ -128,7 +128,7 @@ def test_tables(tmp_path, name):
     else:
         (rows.to_parquet if name == "rows.parquet" else rows.to_json)(path)
     found = load_rows(str(path), "anything")
-    assert (found["image"][:], found["answer"][:]) == (["a.png", None], [2, 3])
+    assert (found["image"][:], found["answer"][:]) == (["a.png", None], [2, 3] if name == "rows.parquet" else ["2", "3"])
 
 
 # --- bind_rows ---

@@ -188,7 +188,7 @@ def test_questions_share_a_deck_or_its_evidence():
     assert key({"deck_name": None}) != key({"deck_name": None})
 
 
-@pytest.mark.parametrize("evidence", [[], None, [0], [4], ["1"], [1, True], 1])
+@pytest.mark.parametrize("evidence", [[], None, [0], [4], ["one"], [1, True], 1])
 def test_evidence_outside_the_deck_is_refused(evidence):
     task = make_task("slides", DECK)
     row = {"question": ["A?"], "answer": ["42"], "evidence_pages": [evidence], "picture_places": [0, 1, 2]}

@@ -3,6 +3,7 @@
 Stage: data set on the Hub or on disk -> rows -> laid-out token ids with picture numbers.
 """
 
+import glob
 import inspect
 import json
 import logging
@@ -23,6 +24,7 @@ from datasets import (
     load_dataset,
     load_dataset_builder,
 )
+from datasets.data_files import FILES_TO_IGNORE
 from datasets.fingerprint import Hasher
 
 from .. import processing_vision_qwen, shared_prefix
@@ -32,17 +34,12 @@ from ..tasks import Example, Task
 from ..tasks import example as example_module
 from ..tasks.example import PICTURE_PLACES
 from .pictures import Pictures, UnreadablePictureError, is_path, picture_places
+from .tables import TABLES, check_parquet, metadata_files, open_tables, split_files
 
 logger = logging.getLogger(__name__)
 
-# Builders of `datasets` for single files.
-_FILES: dict[str, dict] = {
-    ".parquet": {"path": "parquet"},
-    ".csv": {"path": "csv"},
-    ".tsv": {"path": "csv", "sep": "\t"},
-    ".json": {"path": "json"},
-    ".jsonl": {"path": "json"},
-}
+# Builders of `datasets` for folders of tables.
+_BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv"}
 
 LAYOUT_COLUMNS = ("input_ids", "position_ids", "branch_ids", "shift_labels", "image_ids", "row", "num_branches")
 
@@ -59,26 +56,36 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         FileNotFoundError: When a local path does not exist.
         ValueError: When a file is no table, or the split is not there; lists those that are.
     """
-    where: dict
     path = Path(name).expanduser()
     if path.is_file():
-        if path.suffix not in _FILES:
+        kind = path.suffix.lower()
+        if kind not in (*TABLES, ".parquet"):
             raise ValueError(
-                f"Expected a table ({', '.join(_FILES)}), or a folder of tables or pictures, got the file {name}."
+                f"Expected a table ({', '.join((*TABLES, '.parquet'))}), or a folder of tables or pictures, got the "
+                f"file {name}."
             )
         if "+" in split:
             raise ValueError(f"One file holds one split, got {split!r}; --split_column names where it says more.")
-        return {**_FILES[path.suffix], "data_files": {split.partition("[")[0]: str(path)}}
+        part = split.partition("[")[0]
+        if kind in TABLES:
+            return {"path": "tables", "data_files": {part: [path.absolute()]}}
+        check_parquet(path)
+        return {"path": "parquet", "data_files": {part: glob.escape(str(path))}}
     if not path.exists() and looks_local(name):
         raise FileNotFoundError(f"The data set {name} is not there: expected a table's file or a folder.")
-    if path.is_dir() and any(any(path.rglob(f"metadata.{kind}")) for kind in ("jsonl", "csv", "parquet")):
-        where = {"path": "imagefolder", "data_dir": str(path)}
-    elif path.exists():
-        # By its files: `datasets` knows a folder whose README lists them by its name and README alone, and would give
-        # the rows that a folder of that name had before.
-        builder = load_dataset_builder(str(path))
-        files = {part: list(paths) for part, paths in (builder.config.data_files or {}).items()}
-        where = {"path": type(builder).__module__.rpartition(".")[2], "data_files": files}
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"Expected a table's file or a folder, got {name}, which is neither.")
+    where: dict
+    if path.is_dir() and (metadata := metadata_files(path.absolute())):
+        return {"path": "imagefolder", "folder": path.absolute(), "data_files": {"train": metadata}}
+    if path.is_dir():
+        kind, files = _folder_files(path)
+        if kind in ("csv", "json"):
+            return {"path": "tables", "data_files": {part: list(map(Path, paths)) for part, paths in files.items()}}
+        where = {
+            "path": kind,
+            "data_files": {part: [glob.escape(str(file)) for file in paths] for part, paths in files.items()},
+        }
     else:
         where = {"path": name}
     splits = get_dataset_split_names(**where, revision=revision)
@@ -86,6 +93,45 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
     if missing:
         raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
+
+
+def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
+    """The builder of a folder, and the files of its splits: its tables, whatever lies beside them.
+
+    A folder whose card lists its files, or without tables, is taken apart by `datasets`.
+    """
+    tables: dict[str, list[Path]] = {}
+    for file in sorted(path.absolute().rglob("*")):
+        inside = file.relative_to(path.absolute())
+        hidden = any(part.startswith((".", "__")) for part in inside.parts)
+        if file.suffix.lower() in _BUILDERS and file.name not in FILES_TO_IGNORE and not hidden and file.is_file():
+            tables.setdefault(_BUILDERS[file.suffix.lower()], []).append(file)
+    card = path / "README.md"
+    if not tables or (card.is_file() and "configs:" in card.read_text(encoding="utf-8", errors="replace")):
+        # By its files: `datasets` knows a folder whose README lists them by its name and README alone, and would give
+        # the rows that a folder of that name had before.
+        builder = load_dataset_builder(str(path))
+        kind = type(builder).__module__.rpartition(".")[2]
+        return kind, {part: list(paths) for part, paths in (builder.config.data_files or {}).items()}
+    kind = max(tables, key=lambda kind: len(tables[kind]))
+    for file in tables[kind] if kind == "parquet" else ():
+        check_parquet(file)
+    return kind, split_files(tables[kind], path.absolute())
+
+
+def open_rows(name: str, split: str, revision: str | None = None, *, streaming: bool = False):
+    """Opens a split: tables of text letter by letter, everything else as `datasets` reads it.
+
+    Args:
+        name, split, revision: See [`locate`].
+        streaming (`bool`, *optional*, defaults to `False`): An `IterableDataset` instead of a `Dataset`.
+    """
+    where = locate(name, split, revision)
+    if where["path"] == "tables" or "folder" in where:
+        return open_tables(where["data_files"], split, folder=where.get("folder"), streaming=streaming)
+    rows = load_dataset(**where, split=split, streaming=streaming)
+    # Before rows of a stream are chosen: afterwards pictures would come decoded all the same.
+    return rows.decode(False) if streaming else rows
 
 
 def load_rows(
@@ -119,7 +165,7 @@ def load_rows(
     """
     names = split.split("+")
     stored = stored_split or (split if split_column is None else names[0])
-    rows = load_dataset(**locate(name, stored, revision), split=stored)
+    rows = name_classes(open_rows(name, stored, revision))
     if "id" in rows.column_names and len(set(map(str, rows["id"][:]))) < len(rows):
         # LLaVA's instructions have one id a picture: predictions could not be told apart.
         rows = rows.remove_columns("id")
@@ -131,8 +177,7 @@ def load_rows(
             raise ValueError(
                 f"The data set {name} has no column {split_column!r}; it has {', '.join(sorted(rows.column_names))}."
             )
-        labels, feature = rows[split_column][:], rows.features[split_column]
-        labels = feature.int2str(labels) if isinstance(feature, ClassLabel) else labels
+        labels = rows[split_column][:]
         missing = [part for part in names if part not in labels]
         if missing:
             raise ValueError(
@@ -145,6 +190,55 @@ def load_rows(
     if not len(rows):
         raise ValueError(f"The split {split!r} of {name} has no rows.")
     return rows
+
+
+def name_classes(rows):
+    """Puts the names of classes for their numbers, in lists and dicts, too; no class (-1) is none.
+
+    Args:
+        rows (`Dataset` or `IterableDataset`): Any; without classes they are given back as they are.
+    """
+    found = {name: feature for name, feature in (rows.features or {}).items() if _has_classes(feature)}
+    if not found:
+        return rows
+    features = Features(rows.features | {name: _named_feature(feature) for name, feature in found.items()})
+    if isinstance(rows, Dataset):
+        # As columns of their own: `map` would copy all pictures.
+        for name, feature in found.items():
+            cells = [_class_names(cell, feature) for cell in rows[name][:]]
+            rows = rows.remove_columns(name).add_column(name, cells, feature=features[name])
+        return rows
+
+    def name_cells(row: dict) -> dict:
+        return {name: _class_names(row[name], feature) for name, feature in found.items()}
+
+    return rows.map(name_cells, features=features)
+
+
+def _has_classes(feature) -> bool:
+    if isinstance(feature, dict):
+        return any(map(_has_classes, feature.values()))
+    return _has_classes(feature.feature) if isinstance(feature, List) else isinstance(feature, ClassLabel)
+
+
+def _named_feature(feature):
+    if isinstance(feature, dict):
+        return {name: _named_feature(each) for name, each in feature.items()}
+    if isinstance(feature, List):
+        return List(_named_feature(feature.feature))
+    return Value("string") if isinstance(feature, ClassLabel) else feature
+
+
+def _class_names(cell, feature):
+    if cell is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: _class_names(each, feature[name]) for name, each in cell.items()}
+    if isinstance(feature, List):
+        return [_class_names(each, feature.feature) for each in cell]
+    if isinstance(feature, ClassLabel):
+        return feature.names[cell] if 0 <= cell < len(feature.names) else None
+    return cell
 
 
 @dataclass(frozen=True)
@@ -201,6 +295,8 @@ def resolve_paths(rows, columns: list[str], folder: Path | None):
 def _join(folder: Path, cell):
     if isinstance(cell, list):
         return [_join(folder, each) for each in cell]
+    if cell == "":
+        return None
     return os.path.join(folder, cell) if is_path(cell) else cell
 
 

@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from itertools import groupby
 
 import torch
-from datasets import IterableDataset, load_dataset
+from datasets import IterableDataset
 
 from ..arguments import DataArguments
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Task
 from ..tasks.example import PICTURE_PLACES
 from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash
-from .rows import lay_out_row, locate
+from .rows import lay_out_row, name_classes, open_rows
 
 SHUFFLE_ROWS = 1000
 """Rows that wait, encoded as they are stored, from which the next one is drawn."""
@@ -36,9 +36,7 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
     assert data.dataset_name is not None
     names = split.split("+")
     stored = data.stored_split or (split if data.split_column is None else names[0])
-    where = locate(data.dataset_name, stored, data.dataset_revision)
-    # Before rows are chosen: afterwards pictures would come decoded all the same.
-    rows = load_dataset(**where, split=stored, streaming=True).decode(False)
+    rows = name_classes(open_rows(data.dataset_name, stored, data.dataset_revision, streaming=True))
     column = data.split_column
     if column is not None:
         if column not in rows.column_names:

@@ -1,6 +1,6 @@
 """Chat: conversations about pictures, of one or several turns (LLaVA's instructions)."""
 
-from .example import Example, Task, require_columns
+from .example import Example, Task, require_columns, to_number
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Names under which published data sets keep their conversations; the first that a data set has is taken."""
@@ -86,7 +86,7 @@ def _turn(turn: dict) -> dict:
 def _part(part: dict) -> dict:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "image":
-        return {"type": "image"} if part.get("index") is None else {"type": "image", "index": part["index"]}
+        return {"type": "image"} if part.get("index") is None else {"type": "image", "index": to_number(part["index"])}
     if kind == "text" and isinstance(part.get("text"), str):
         return {"type": "text", "text": part["text"].strip()}
     raise ValueError(f"Expected parts of type 'image' or 'text', got {part!r}.")

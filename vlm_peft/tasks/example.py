@@ -92,6 +92,17 @@ def to_text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
 
 
+def to_number(value: object) -> object:
+    """A cell as a number where it is the text of one, as tables of text keep it; anything else stays, to be refused."""
+    try:
+        number = float(value) if isinstance(value, str) else None
+    except ValueError:
+        return value
+    if number is None or not math.isfinite(number):
+        return value
+    return int(number) if number.is_integer() else number
+
+
 def row_key(row: dict, columns: list[str]) -> str:
     """What the rows of one group have in common; a row without it is a group of its own.
 

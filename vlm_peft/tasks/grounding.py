@@ -11,7 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-from .example import Example, Task, answered, picture_turn, require_columns
+from .example import Example, Task, answered, picture_turn, require_columns, to_number
 
 GRID = 1000
 """Cells of the grid along each side of a picture."""
@@ -143,6 +143,7 @@ def grid_box(box: object, size: list[int]) -> list[int]:
         ValueError: When the box is not four numbers, has no area, or ends more than a pixel outside the picture, as
             rounding may put it.
     """
+    box = _numbers(box)
     if not isinstance(box, list | tuple) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
         raise ValueError(f"Expected a box as [x, y, width, height] in pixels, got {box!r}.")
     if not (box[2] > 0 and box[3] > 0):
@@ -206,7 +207,14 @@ def _example(questions: list[list[str]], found: list[list[tuple[str, list[int]]]
 
 def _from_corners(box: list[float]) -> list[float]:
     """[x1, y1, x2, y2] -> [x, y, width, height]; anything else stays, to be refused."""
+    box = _numbers(box)
+    if not all(isinstance(value, int | float) for value in box):
+        return box
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]] if len(box) == 4 else box
+
+
+def _numbers(box):
+    return [to_number(value) for value in box] if isinstance(box, list | tuple) else box
 
 
 def _label(text: object) -> str:

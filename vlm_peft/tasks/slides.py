@@ -2,7 +2,7 @@
 
 import re
 
-from .example import PICTURE_PLACES, Example, Task, answered, has_text, require_columns, row_key, to_text
+from .example import PICTURE_PLACES, Example, Task, answered, has_text, require_columns, row_key, to_number, to_text
 from .vqa import members, question_turn
 
 DECK_COLUMNS = ("deck_name", "deck_url")
@@ -108,6 +108,7 @@ def slides_example(
 
 def _evidence(pages) -> list[int]:
     """The page numbers of a cell, sorted; none when it holds something else."""
+    pages = [to_number(page) for page in pages] if isinstance(pages, list) else pages
     known = isinstance(pages, list) and all(isinstance(page, int) and not isinstance(page, bool) for page in pages)
     return sorted(set(pages)) if known else []
 

@@ -1,0 +1,194 @@
+"""Users' data: texts stay what the files say, paths are literal, and what cannot be used is named in a line."""
+
+import csv
+import io
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from PIL import Image as PILImage
+
+from vlm_peft.arguments import DataArguments
+from vlm_peft.data.rows import bind_rows, load_rows, picture_folder
+from vlm_peft.data.splits import bind_task
+from vlm_peft.data.streaming import load_stream
+from vlm_peft.tasks import make_task
+
+
+def save_picture(path, number: int = 0) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PILImage.new("RGB", (20, 20), (30 * number, 50, 90)).save(path)
+
+
+def cell(number: int = 0) -> dict:
+    file = io.BytesIO()
+    PILImage.new("RGB", (20, 20), (30 * number, 50, 90)).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def bind(path, task: str = "caption", **options):
+    """Texts, pictures and task of a data set's training rows."""
+    data = DataArguments(dataset_name=str(path), task=task, **options)
+    rows = load_rows(str(path), "train")
+    bound = bind_task(data, rows.column_names)
+    return *bind_rows(rows, bound, picture_folder(str(path))), bound
+
+
+def answers(texts, task) -> list:
+    return [task.example(row).references for row in texts]
+
+
+# --- text is text ---
+
+WORDS = ["0417", "12.50", "null", "NA", "nan", "2024-03-01", "True", "1e5", " two ", "007"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "json", "jsonl"])
+def test_text_columns_are_text_letter_by_letter(tmp_path, kind):
+    rows = [{"image": f"{number}.png", "caption": word} for number, word in enumerate(WORDS)]
+    path = tmp_path / f"rows.{kind}"
+    if kind.endswith("sv"):
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="," if kind == "csv" else "\t")
+            writer.writerows([["image", "caption"], *([row["image"], row["caption"]] for row in rows)])
+    else:
+        path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    assert load_rows(str(path), "train")["caption"][:] == WORDS
+    # A column of digits alone, which inference makes numbers of.
+    assert load_rows(str(path), "train[:1]")["caption"][:] == ["0417"]
+    assert [row["caption"] for row in load_stream(DataArguments(dataset_name=str(path)), "train")] == WORDS
+
+
+def test_meter_readings_keep_their_zeros(tmp_path):
+    save_picture(tmp_path / "0.png")
+    (tmp_path / "meters.csv").write_text('"image","digits"\n"0.png","0417"\n"0.png","0023"\n')
+    texts, _, task = bind(tmp_path / "meters.csv", "digits")
+    assert sorted(text for each in answers(texts, task) for text in each[0]) == ["0023", "0417"]
+
+
+def test_a_folder_of_tables_and_an_image_folder_are_text_too(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "train.csv").write_text("image,digits\n0.png,0417\n")
+    (tmp_path / "tables" / "test.csv").write_text("image,digits\n0.png,0023\n")
+    assert load_rows(str(tmp_path / "tables"), "train+test")["digits"][:] == ["0417", "0023"]
+    save_picture(tmp_path / "pictures" / "0.png")
+    (tmp_path / "pictures" / "metadata.csv").write_text("file_name,digits\n0.png,0417\n")
+    assert load_rows(str(tmp_path / "pictures"), "train")["digits"][:] == ["0417"]
+
+
+def test_numbers_of_json_are_their_literals(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(
+        '{"image": "0.png", "question": "?", "answer": 12.50, "more": [1.0, "a"]}\n'
+        '{"image": "0.png", "question": "?", "answer": true, "more": [1e3, null]}\n'
+        '{"image": "0.png", "question": "?", "answer": 12345678901234567890, "more": []}\n'
+    )
+    rows = load_rows(str(tmp_path / "rows.jsonl"), "train")
+    assert rows["answer"][:] == ["12.50", "true", "12345678901234567890"]
+    assert rows["more"][:] == [["1.0", "a"], ["1e3", None], []]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_columns_of_mixed_types_keep_ids_answers_and_paths(tmp_path, kind):
+    """A list among texts is a list; quotes come into no path."""
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    rows = [
+        {"id": "000000033", "image": "0.png", "conversations": turns, "caption": "one"},
+        {"id": 17, "image": ["1.png"], "conversations": turns, "caption": ["two", 2]},
+        {"id": "abc_0", "image": "0.png", "conversations": turns, "caption": 3},
+    ]
+    for number in range(2):
+        save_picture(tmp_path / f"{number}.png", number)
+    path = tmp_path / f"rows.{kind}"
+    path.write_text(json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows)))
+    assert load_rows(str(path), "train")["id"][:] == ["000000033", "17", "abc_0"]
+    _, pictures, _ = bind(path, "chat")
+    assert {pictures.open(number).getpixel((0, 0))[0] for number in range(len(pictures))} == {0, 30}
+    rows = load_rows(str(path), "train")
+    task = make_task("caption", rows.column_names)
+    assert [task.example(row).completions for row in rows] == [["one"], ["two", "2"], ["3"]]
+
+
+def test_turns_of_text_and_turns_of_parts_may_be_mixed(tmp_path):
+    parts = [{"type": "image"}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "0417"}]}
+        for content in ("<image>What?", parts)
+    ]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    found = load_rows(str(tmp_path / "rows.json"), "train")
+    task = make_task("chat", found.column_names)
+    prompts = [task.example(row).prompt for row in found]
+    assert prompts[0] == prompts[1]
+    assert [task.example(row).completions for row in found] == [["0417"]] * 2
+    stream = load_stream(DataArguments(dataset_name=str(tmp_path / "rows.json")), "train")
+    assert [task.example(row).prompt for row in stream] == prompts
+
+
+def test_boxes_and_pages_are_numbers_where_a_task_needs_them(tmp_path):
+    save_picture(tmp_path / "0.png")
+    (tmp_path / "rows.csv").write_text('image,answer,bbox\n0.png,a dot,"[1, 2.5, 10, 10]"\n')
+    texts, _, task = bind(tmp_path / "rows.csv", "grounding")
+    assert answers(texts, task) == [[["a dot [50, 125, 549, 624]"]]]
+
+
+# --- classes and lists ---
+
+
+def test_class_labels_are_learnt_by_name(tmp_path):
+    features = Features(
+        {
+            "image": Image(),
+            "question": Value("string"),
+            "answer": ClassLabel(names=["no", "yes"]),
+            "kinds": List(ClassLabel(names=["dark", "light"])),
+        }
+    )
+    cells = {"image": [cell(), cell(1)], "question": ["Is it dark?"] * 2, "answer": [1, 0], "kinds": [[1, 0], []]}
+    Dataset.from_dict(cells, features=features).to_parquet(tmp_path / "rows.parquet")
+    texts, _, task = bind(tmp_path / "rows.parquet", "vqa")
+    assert sorted(answers(texts, task)) == [[["no"]], [["yes"]]]
+    assert load_rows(str(tmp_path / "rows.parquet"), "train")["kinds"][:] == [["light", "dark"], []]
+    stream = load_stream(DataArguments(dataset_name=str(tmp_path / "rows.parquet")), "train")
+    assert [(row["answer"], row["kinds"]) for row in stream] == [("yes", ["light", "dark"]), ("no", [])]
+
+
+def test_json_lists_in_cells_are_lists(tmp_path):
+    (tmp_path / "rows.csv").write_text('image,captions\n0.png,"[""A field."", ""Green.""]"\n1.png,"[""A sea.""]"\n')
+    rows = load_rows(str(tmp_path / "rows.csv"), "train")
+    task = make_task("caption", rows.column_names)
+    assert [task.example(row).completions for row in rows] == [["A field.", "Green."], ["A sea."]]
+
+
+@pytest.mark.parametrize("other", ["['A', 'b']", "plain"])
+def test_what_only_looks_like_a_list_is_refused_by_name(tmp_path, other):
+    (tmp_path / "rows.csv").write_text(f'image,captions\n0.png,"{other}"\n1.png,"[""A sea.""]"\n')
+    with pytest.raises(ValueError, match=r"rows.csv, line \d, column 'captions': .*write lists as JSON"):
+        load_rows(str(tmp_path / "rows.csv"), "train")
+
+
+def test_words_in_brackets_are_words(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,caption\n0.png,[music]\n1.png,[a] wall\n")
+    assert load_rows(str(tmp_path / "rows.csv"), "train")["caption"][:] == ["[music]", "[a] wall"]
+
+
+# --- paths ---
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize("name", ["photos [2024]", "a*b", "who?", "[v2]*?"])
+def test_brackets_and_stars_in_names_are_letters(tmp_path, name, kind):
+    """Beside each stands what the name would match as a pattern."""
+    for folder, word in (("photos 2", "wrong"), ("aXb", "wrong"), ("who1", "wrong"), ("vXX", "wrong"), (name, "right")):
+        rows = Dataset.from_list([{"image": f"{name}.png", "caption": word}])
+        for place, column in (
+            (f"{folder}/{folder}.{kind}", "image"),
+            (f"{folder} pictures/metadata.{kind}", "file_name"),
+        ):
+            path = tmp_path / place
+            save_picture(path.parent / f"{name}.png", 3 if word == "right" else 0)
+            table = rows.rename_column("image", column) if column != "image" else rows
+            {"csv": table.to_csv, "jsonl": table.to_json, "parquet": table.to_parquet}[kind](path)
+    for found in (tmp_path / name / f"{name}.{kind}", tmp_path / f"{name} pictures", tmp_path / name):
+        texts, pictures, task = bind(found)
+        assert answers(texts, task) == [[["right"]]]
+        assert pictures.open(0).getpixel((0, 0))[0] == 90
