@@ -14,7 +14,7 @@ MODULES = sorted(
 )
 LEVELS = [
     {"attention", "cpu_choices", "data.pictures", "data.tables", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
-    {"arguments", "configuration_vision_qwen", "fused_lora", "hub.licences"},
+    {"arguments", "data.groups", "configuration_vision_qwen", "fused_lora", "hub.licences"},
     {"head", "shared_prefix", "turns"},
     {
         "collator",

@@ -9,9 +9,9 @@ from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from vlm_peft.arguments import DataArguments
-from vlm_peft.data.rows import bind_rows, load_rows, picture_folder
-from vlm_peft.data.splits import bind_task
-from vlm_peft.data.streaming import load_stream
+from vlm_peft.data.rows import bind_rows, find_unreadable, load_rows, picture_folder, resolve_paths
+from vlm_peft.data.splits import bind_task, leave_out, load_split
+from vlm_peft.data.streaming import load_stream, stream_rows
 from vlm_peft.tasks import make_task
 
 
@@ -192,3 +192,80 @@ def test_brackets_and_stars_in_names_are_letters(tmp_path, name, kind):
         texts, pictures, task = bind(found)
         assert answers(texts, task) == [[["right"]]]
         assert pictures.open(0).getpixel((0, 0))[0] == 90
+
+
+# --- rows of one picture ---
+
+
+def rows_of(task: str) -> list[dict]:
+    """Two pictures, three rows, the first picture twice."""
+    return {
+        "caption": [{"caption": "a"}, {"caption": "b"}, {"caption": "c"}],
+        "vqa": [{"question": f"{each}?", "answer": each} for each in "abc"],
+        "digits": [{"digits": "12"}, {"digits": "3"}, {"digits": "1 2"}],
+        "grounding": [{"answer": each, "bbox": [0, 0, 10, 20]} for each in "abc"],
+        "objects": [{"objects": [{"name": each, "box": [0, 0, 10, 20]}]} for each in "abc"],
+    }[task]
+
+
+@pytest.mark.parametrize("task", ["caption", "vqa", "digits", "grounding", "objects"])
+@pytest.mark.parametrize("same", ["path", "content"])
+def test_rows_of_one_picture_are_one_group_in_every_task(tmp_path, task, same, processor):
+    save_picture(tmp_path / "0.png")
+    save_picture(tmp_path / "copy.png")
+    save_picture(tmp_path / "1.png", 1)
+    names = ["0.png", "1.png", "0.png" if same == "path" else "copy.png"]
+    rows = [{"image": name} | row for name, row in zip(names, rows_of(task), strict=True)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    name = "grounding" if task == "objects" else task
+    texts, pictures, bound = bind(tmp_path / "rows.jsonl", name)
+    assert (len(texts), len(pictures), texts["id"][:]) == (2, 2, [["0", "2"], ["1"]])
+    found = [bound.example(row) for row in texts]
+    shared = {"caption": [["a", "c"]], "digits": [["12", "1 2"]], "vqa": [["a"], ["c"]]}
+    assert found[0].references[: len(shared.get(task, []))] == shared.get(task, [])
+    assert len(found[0].completions) > len(found[1].completions) - (task == "objects")
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(rows[index]) for index in (0, 2, 1)))
+    data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), task=name)
+    stream = resolve_paths(load_stream(data, "train"), ["image"], tmp_path)
+    assert len(list(stream_rows(stream, bound, processor, max_length=None))) == 2
+
+
+def test_one_image_id_of_two_pictures_joins_nothing(tmp_path, caplog):
+    """Two films number their pictures alike: each caption stays with its own, and rows have names of their own."""
+    rows = []
+    for film in ("a", "b"):
+        for number in range(2):
+            save_picture(tmp_path / film / f"{number}.png", number + 3 * (film == "b"))
+            rows += [
+                {"image": f"{film}/{number}.png", "image_id": number, "caption": f"{film}{number}{k}"} for k in "xy"
+            ]
+    (tmp_path / "frames.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    with caplog.at_level("WARNING"):
+        texts, pictures, task = bind(tmp_path / "frames.jsonl")
+    assert answers(texts, task) == [[["a0x", "a0y"]], [["a1x", "a1y"]], [["b0x", "b0y"]], [["b1x", "b1y"]]]
+    assert [pictures.open(number).getpixel((0, 0))[0] // 30 for number in range(4)] == [0, 1, 3, 4]
+    assert texts["id"][:] == [["0", "1"], ["2", "3"], ["4", "5"], ["6", "7"]]
+    assert "2 groups of rows have one name and different pictures" in caplog.text
+    assert "rows 0, 4" in caplog.text
+
+
+def test_ids_that_repeat_are_replaced_and_left_out_rows_take_no_other_with_them(tmp_path, processor):
+    rows = []
+    for number in range(4):
+        save_picture(tmp_path / f"{number}.png", number)
+        rows.append(
+            {"image": f"{number}.png", "question": "?", "answer": f"colour {number}", "question_id": number // 2}
+        )
+    rows.append(rows[3] | {"question": "And?", "answer": "none"})
+    (tmp_path / "0.png").write_bytes(b"broken")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), task="vqa")
+    split = load_split(data, "test", processor)
+    split.unreadable = find_unreadable(split.pictures)
+    leave_out(split, "skip")
+    asked = list(split.questions())
+    assert [question.id for question in asked] == ["1", "2", "3", "4"]
+    assert [question.references[0] for question in asked] == ["colour 1", "colour 2", "colour 3", "none"]
+    # One picture's questions of one id are told apart, too.
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[3:])))
+    assert [question.id for question in load_split(data, "test", processor).questions()] == ["1-0", "1-1"]

@@ -143,8 +143,12 @@ class Pictures:
         counts = self._count() if chosen is None else np.array([len(places) for places in chosen], dtype=np.int64)
         self._ends = np.cumsum(counts).tolist()
 
-    def _of_row(self, index: int) -> list:
-        """The used pictures of row number `index`, undecoded."""
+    def of_row_as_stored(self, index: int) -> list:
+        """The used pictures of row number `index`, undecoded.
+
+        Raises:
+            UnreadablePictureError: When one that is to be used is not there.
+        """
         row = self._dataset[index].to_pylist()[0]
         cells: list = []
         for column in self._columns:
@@ -191,7 +195,7 @@ class Pictures:
             UnreadablePictureError: When the row has no such picture.
         """
         row = self.row_of(index)
-        return self._of_row(row)[index - self.of_row(row).start]
+        return self.of_row_as_stored(row)[index - self.of_row(row).start]
 
     def open(self, index: int) -> PILImage.Image:
         """Picture `index`, decoded; see [`open_picture`] for errors."""
@@ -205,11 +209,12 @@ class Pictures:
     def hashes(self) -> list[str | None]:
         """[`picture_hash`] of each picture; `None` where there is no file to take it of. The files are read once."""
         found: list[str | None] = []
-        for index in range(len(self)):
+        known: dict[str, str | None] = {}
+        for row in range(self._rows):
             try:
-                found.append(picture_hash(self.encoded(index)))
+                found += [_hash_of(cell, known) for cell in self.of_row_as_stored(row)]
             except UnreadablePictureError:
-                found.append(None)
+                found += [None] * len(self.of_row(row))
         return found
 
     def encoded(self, index: int) -> bytes:
@@ -243,6 +248,32 @@ def picture_size(value) -> list[int]:
 def picture_hash(encoded: bytes) -> str:
     """Hash of a picture file's bytes: 32 hexadecimal digits (xxh3, 128 bits)."""
     return xxhash.xxh3_128_hexdigest(encoded)
+
+
+def picture_identity(value, known: dict[str, str | None]) -> str:
+    """What equal pictures have in common: the hash of their bytes; of those without a file, what the cell says.
+
+    Args:
+        value: A picture as stored, see [`open_picture`].
+        known (`dict[str, str | None]`): Path -> hash of the files that were read already; filled.
+    """
+    return _hash_of(value, known) or f"unreadable {value!r:.1000}"
+
+
+def _hash_of(value, known: dict[str, str | None]) -> str | None:
+    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+    if not isinstance(path, str):
+        return _read_hash(value)
+    if path not in known:
+        known[path] = _read_hash(value)
+    return known[path]
+
+
+def _read_hash(value) -> str | None:
+    try:
+        return picture_hash(encoded_bytes(value))
+    except UnreadablePictureError:
+        return None
 
 
 def encoded_bytes(value) -> bytes:

@@ -33,6 +33,7 @@ from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Example, Task
 from ..tasks import example as example_module
 from ..tasks.example import PICTURE_PLACES
+from .groups import group_rows
 from .pictures import Pictures, UnreadablePictureError, is_path, picture_places
 from .tables import TABLES, check_parquet, metadata_files, open_tables, split_files
 
@@ -310,8 +311,9 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
 
     Args:
         rows (`Dataset`): Of [`load_rows`].
-        task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of one key become one row whose cells are lists; with
-            `id_column`, that column becomes `id`; with `pages`, texts get the column
+        task ([`~vlm_peft.tasks.Task`]): Rows about the same pictures become one row whose cells are lists (see
+            [`~vlm_peft.data.groups.group_rows`]) where it `joins_rows`; with `id_column`, that column becomes `id`
+            unless it names rows of several groups alike; with `pages`, texts get the column
             [`~vlm_peft.tasks.example.PICTURE_PLACES`]; with `complete`, those that it gives.
         folder (`Path`, *optional*): Of [`picture_folder`].
 
@@ -319,15 +321,19 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
         `tuple[Dataset, Pictures]`: As many text rows as picture rows, in the order in which the groups begin.
     """
     texts = rows.remove_columns(task.image_columns)
-    if task.id_column is not None:
-        texts = texts.remove_columns("id").add_column("id", texts[task.id_column][:])
     if task.image_columns:
         rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
-    if task.group_key is not None:
-        groups: dict[str, list[int]] = {}
-        for index, row in enumerate(texts):
-            groups.setdefault(task.group_key(row), []).append(index)
-        members = list(groups.values())
+    members = [[index] for index in range(len(texts))]
+    if task.joins_rows and task.image_columns:
+        members = group_rows(texts, rows, task)
+    if task.id_column is not None:
+        ids = texts[task.id_column][:]
+        # Named alike, predictions could not be told apart: then the row's own id stays.
+        if len({(str(ids[index]), number) for number, group in enumerate(members) for index in group}) == len(
+            set(map(str, ids))
+        ):
+            texts = texts.remove_columns("id").add_column("id", ids)
+    if task.group_key is not None or len(members) < len(texts):
         rows = rows.select([group[0] for group in members])
 
         def gather(_, places: list[int]) -> dict:

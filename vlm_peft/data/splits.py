@@ -53,7 +53,7 @@ class Split:
         pictures ([`~vlm_peft.data.pictures.Pictures`]): Of the same rows.
         fetch_images (`Callable`): Picture numbers -> model inputs, from the feature cache or from pixels.
         unreadable (`dict[int, str]`): Picture number -> why it cannot be read.
-        left_out (`dict[str, str]`): Ids of rows that cannot be used, with the reason; they are not scored. See
+        left_out (`dict[int, str]`): Numbers of rows that cannot be used, with the reason; they are not scored. See
             [`leave_out`].
     """
 
@@ -65,7 +65,7 @@ class Split:
     pictures: Pictures
     fetch_images: Callable[[list[int]], dict[str, torch.Tensor]]
     unreadable: dict[int, str] = field(default_factory=dict)
-    left_out: dict[str, str] = field(default_factory=dict)
+    left_out: dict[int, str] = field(default_factory=dict)
 
     @property
     def is_blind(self) -> bool:
@@ -75,13 +75,15 @@ class Split:
     def questions(self) -> Iterator[Question]:
         """All that a model is asked about the rows that are not left out."""
         for index, row in enumerate(self.texts):
-            if row_name(row) in self.left_out:
+            if index in self.left_out:
                 continue
             example = self.task.example(row)
             for number, question in enumerate(example.questions):
                 members = row["id"] if isinstance(row["id"], list) else [row["id"]]
                 # Captions of one picture may be rows of their own: several members, one question.
-                several = len(example.questions) not in (1, len(members))
+                several = len(example.questions) not in (1, len(members)) or (
+                    len(example.questions) > 1 and len(set(map(str, members))) < len(members)
+                )
                 name = f"{row_name(row)}-{number}" if several else str(members[number])
                 yield Question(
                     name,
@@ -211,9 +213,11 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
         except ValueError as error:
             reasons.append(str(error))
         if reasons:
-            split.left_out[row_name(row)] = reasons[0]
+            split.left_out[index] = reasons[0]
     count, total = len(split.left_out), len(split.texts)
-    shown = "".join(f"\n  row {row_id}: {reason}" for row_id, reason in list(split.left_out.items())[:10])
+    shown = "".join(
+        f"\n  row {row_name(split.texts[index])}: {reason}" for index, reason in list(split.left_out.items())[:10]
+    )
     if count == total:
         raise ValueError(f"None of the {total} rows of {split.name} can be scored:{shown}")
     if count and on_bad_row == "stop":

@@ -15,7 +15,7 @@ from ..arguments import DataArguments
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Task
 from ..tasks.example import PICTURE_PLACES
-from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash
+from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash, picture_identity
 from .rows import lay_out_row, name_classes, open_rows
 
 SHUFFLE_ROWS = 1000
@@ -84,7 +84,7 @@ def stream_rows(
 
     def encode(groups: IterableDataset) -> Iterator[dict]:
         for number, group in enumerate(groups):
-            row_id = str(group["texts"].get("id", number))
+            row_id = _name(group["texts"].get("id", number))
             try:
                 pictures = [_checked(value, row_id, held_out_hashes) for value in group["pictures"]]
                 texts = group["texts"]
@@ -122,12 +122,15 @@ def stack_pixels(images: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _groups(rows: IterableDataset, task: Task) -> Iterator[dict]:
-    """Rows as texts and pictures; neighbours with one key are one."""
-    key = task.group_key if task.group_key is not None else lambda _: object()
-    for _, members in groupby(rows, key=key):
-        group = list(members)
+    """Rows as texts and pictures; neighbours of one group are one."""
+    for _, neighbours in groupby(enumerate(rows), key=lambda member: _key(member[0], member[1], task)):
+        members = list(neighbours)
+        group = [row for _, row in members]
         texts = [{name: value for name, value in row.items() if name not in task.image_columns} for row in group]
-        joined = texts[0] if task.group_key is None else {name: [row[name] for row in texts] for name in texts[0]}
+        alone = task.group_key is None and len(group) == 1
+        joined = texts[0] if alone else {name: [row[name] for row in texts] for name in texts[0]}
+        if not alone:
+            joined.setdefault("id", [str(number) for number, _ in members])
         cells: list = []
         for column in task.image_columns:
             value = group[0][column]
@@ -136,6 +139,22 @@ def _groups(rows: IterableDataset, task: Task) -> Iterator[dict]:
             joined[PICTURE_PLACES] = [place for place, cell in enumerate(cells) if cell is not None]
             cells = [cells[place] for place in task.pages(joined)]
         yield {"texts": joined, "pictures": [cell for cell in cells if cell is not None]}
+
+
+def _name(row_id) -> str:
+    return str(row_id[0] if isinstance(row_id, list) else row_id)
+
+
+def _key(number: int, row: dict, task: Task):
+    """What neighbours of one group share: their pictures, and the task's own key."""
+    if not task.joins_rows:
+        return number
+    cells: list = []
+    for column in task.image_columns:
+        cells += row[column] if isinstance(row[column], list) else [row[column]]
+    shown = tuple(picture_identity(cell, {}) for cell in cells if cell is not None)
+    key = None if task.group_key is None else task.group_key(row)
+    return (key, shown) if shown or key is not None else number
 
 
 def _checked(value, row_id: str, held_out_hashes: frozenset[str]):

@@ -28,7 +28,7 @@ def chat_task(columns: list[str], image_column: str, text_column: str | None, in
     if image_column != "image":
         require_columns(columns, image_column)
     image_columns = [name for name in (image_column, "images") if name in columns][:1]
-    return Task("chat", image_columns, lambda row: chat_example(row[column]))
+    return Task("chat", image_columns, lambda row: chat_example(row[column]), joins_rows=False)
 
 
 def chat_example(conversation: list[dict]) -> Example:

@@ -17,7 +17,11 @@ def digits_task(columns: list[str], image_column: str, text_column: str | None, 
     asked = INSTRUCTION if instruction is None else instruction
 
     def example(row: dict) -> Example:
-        return digits_example(row[column], asked)
+        # A list in the cell of a row of its own is no text of digits.
+        cells = row[column] if isinstance(row.get("id"), list) else [row[column]]
+        texts = [text for cell in cells for text in digits_example(cell, asked).completions]
+        texts = list(dict.fromkeys(texts))
+        return Example(picture_turn(asked), texts, [texts])
 
     return Task("digits", [image_column], example)
 

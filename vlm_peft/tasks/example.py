@@ -38,16 +38,17 @@ class Task:
     Args:
         name (`str`): See [`make_task`].
         image_columns (`list[str]`): Columns with pictures, in the order of the image parts.
-        example (`Callable[[dict], Example]`): Row without its pictures -> [`Example`]. With `group_key`, each column of
-            the row is a list with one item a member of the group.
-        group_key (`Callable[[dict], str]`, *optional*): Rows of one key have the same pictures and become one row, so
-            that they share its prefix.
+        example (`Callable[[dict], Example]`): Row without its pictures -> [`Example`]. Of a group, each column of the
+            row is a list with one item a member.
+        group_key (`Callable[[dict], str]`, *optional*): Rows are joined only when they have one key, and always come
+            as groups. Without it each row is a row of its own unless another has the same pictures.
         pages (`Callable[[dict], list[int]]`, *optional*): Which of the row's pictures are used, counted from 0 over
             all image columns; the row is that of `example`. All of them without it.
         complete (`Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]]`, *optional*): Columns that
             `example` needs and no row has of itself: rows that are loaded together (a stream's come one by one) and
             [width, height] of each row's pictures, [0, 0] where it cannot be read -> cells by column.
         id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
+        joins_rows (`bool`): Whether rows about the same pictures become one row, so that they share its prefix.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Task:
     pages: Callable[[dict], list[int]] | None = None
     complete: Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]] | None = None
     id_column: str | None = None
+    joins_rows: bool = True
 
 
 PICTURE_PLACES = "picture_places"

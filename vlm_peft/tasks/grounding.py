@@ -47,27 +47,28 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
         key = next((name for name in ("image_id", "file_name") if name in columns), None)
         read_box = _from_corners if "raw_anns" in columns else list
 
-        def grouped(row: dict) -> Example:
-            return referring_example(row[column], [read_box(box or []) for box in row["bbox"]], _size(row), asked)
-
-        def single(row: dict) -> Example:
-            return referring_example([row[column]], [read_box(row["bbox"] or [])], _size(row), asked)
+        def of_boxes(row: dict) -> Example:
+            boxes, expressions = row["bbox"], row[column]
+            if key is None and not any(isinstance(each, list) for each in boxes or []):
+                boxes, expressions = [boxes], [expressions]
+            return referring_example(expressions, [read_box(box or []) for box in boxes], _size(row), asked)
 
         def sizes_only(rows: Iterable[dict], sizes: list[list[list[int]]]) -> dict[str, list]:
             return {"image_sizes": sizes}
 
-        if key is None:
-            return Task("grounding", [image_column], single, complete=sizes_only)
-        return Task("grounding", [image_column], grouped, lambda row: _picture_name(row[key]), complete=sizes_only)
+        group_key = None if key is None else (lambda row: _picture_name(row[key]))
+        return Task("grounding", [image_column], of_boxes, group_key, complete=sizes_only)
 
     column = text_column or "objects"
     require_columns(columns, image_column, column)
 
     def example(row: dict) -> Example:
-        return objects_example(row[column], _size(row), asked, absent=row["ask_also"], seed=str(row.get("id")))
+        return objects_example(
+            _objects(row[column]), _size(row), asked, absent=row["ask_also"], seed=_first_id(row.get("id"))
+        )
 
     def complete(rows: Iterable[dict], sizes: list[list[list[int]]]) -> dict[str, list]:
-        names = [(str(row.get("id")), _names(row[column])) for row in rows]
+        names = [(_first_id(row.get("id")), _names(_objects(row[column]))) for row in rows]
         return {"image_sizes": sizes, "ask_also": choose_absent(names)}
 
     return Task("grounding", [image_column], example, complete=complete)
@@ -223,6 +224,20 @@ def _label(text: object) -> str:
     if not label:
         raise ValueError(f"Expected the name of an object, or an expression for it, got {text!r}.")
     return label
+
+
+def _objects(cell):
+    """The objects of a row, or the different ones of a group's rows."""
+    if not (isinstance(cell, list) and any(isinstance(each, list) for each in cell)):
+        return cell
+    found: list = []
+    for each in cell:
+        found += [item for item in each or [] if item not in found]
+    return found
+
+
+def _first_id(row_id) -> str:
+    return str(row_id[0] if isinstance(row_id, list) else row_id)
 
 
 def _clean(text: object) -> str:

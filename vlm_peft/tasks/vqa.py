@@ -27,19 +27,22 @@ def vqa_task(columns: list[str], image_column: str, text_column: str | None, ins
         picture_ids = [name for name in PICTURE_ID_COLUMNS if name in columns][:1]
         id_column = "question_id" if "question_id" in columns else None
 
-        def grouped(row: dict) -> Example:
-            return vqa_example(members(row), instruction)
+        def example(row: dict) -> Example:
+            return vqa_example(members(row) if isinstance(row["question"], list) else [row], instruction)
 
-        def single(row: dict) -> Example:
-            return vqa_example([row], instruction)
-
-        if picture_ids:
-            return Task("vqa", [image_column], grouped, lambda row: row_key(row, picture_ids), id_column=id_column)
-        return Task("vqa", [image_column], single, id_column=id_column)
+        key = (lambda row: row_key(row, picture_ids)) if picture_ids else None
+        return Task("vqa", [image_column], example, key, id_column=id_column)
 
     column = text_column or "questions"
     require_columns(columns, image_column, column)
-    return Task("vqa", [image_column], lambda row: vqa_example(row[column], instruction))
+    return Task("vqa", [image_column], lambda row: vqa_example(_questions(row[column]), instruction))
+
+
+def _questions(cell):
+    """The questions of a row, or of all rows of a group."""
+    if isinstance(cell, list) and any(isinstance(each, list) for each in cell):
+        return [question for each in cell for question in each or []]
+    return cell
 
 
 def members(row: dict) -> list[dict]:
