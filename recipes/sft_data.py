@@ -16,7 +16,7 @@ from vlm_peft.data.mixture import fetch_from, first_images, mix
 from vlm_peft.data.rows import encode_rows
 from vlm_peft.data.splits import Split, encode_pictures, first_of_each, leave_out, load_split
 from vlm_peft.data.streaming import stack_pixels
-from vlm_peft.training_setup import sources, training_sources, training_stream
+from vlm_peft.training_setup import check_steps, sources, training_sources, training_stream
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         splits.append(_encoded(vision, split, model, processor))
     encoded = _encode(vision, training, processor, splits, 0)
     dataset = mix(encoded, [split.data.weight for split in splits], training.seed)
+    check_steps(len(dataset), training)
     texts = sum(dataset["num_branches"][:])
     described = f"Training on {len(dataset):,} rows with {texts:,} texts"
     if len(splits) > 1:

@@ -269,3 +269,46 @@ def test_ids_that_repeat_are_replaced_and_left_out_rows_take_no_other_with_them(
     # One picture's questions of one id are told apart, too.
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[3:])))
     assert [question.id for question in load_split(data, "test", processor).questions()] == ["1-0", "1-1"]
+
+
+# --- what would end a run later ---
+
+
+def save_captions(folder, captions: list) -> str:
+    lines = []
+    for number, caption in enumerate(captions):
+        save_picture(folder / f"{number}.png", number)
+        lines.append(json.dumps({"file_name": f"{number}.png", "caption": caption}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return str(folder)
+
+
+@pytest.mark.parametrize("caption", ["...", "🎉🎉", "?! -- ;", ["…", "!"]])
+def test_a_reference_without_a_word_is_named_before_training(tmp_path, processor, caption, capsys):
+    data = DataArguments(dataset_name=save_captions(tmp_path, ["a wall", "a door", caption, "猫"]))
+    split = load_split(data, "train", processor)
+    with pytest.raises(ValueError, match=r"(?s)1 of 4 rows of train cannot be scored.*row 2: .*with a word in it"):
+        leave_out(split)
+    leave_out(load_split(data, "train", processor), "skip")
+    assert "Left out 1 of 4 rows of train" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("captions", [["a wall"], ["a wall", "..."]])
+def test_a_blind_control_without_other_pictures_is_found_before_training(tmp_path, processor, captions):
+    data = DataArguments(dataset_name=save_captions(tmp_path, captions), blind_splits=["train"])
+    with pytest.raises(ValueError, match=r"blind control of train needs another picture .*its 1 rows have 1 in all"):
+        leave_out(load_split(data, "train", processor), "skip")
+
+
+def test_a_run_without_a_step_is_found_before_training(tmp_path):
+    from trl import SFTConfig
+
+    from vlm_peft.training_setup import check_steps
+
+    options = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 4, "bf16": False}
+    assert check_steps(9, SFTConfig(**options, num_train_epochs=2)) == 6
+    assert check_steps(9, SFTConfig(**options, num_train_epochs=2, dataloader_drop_last=True)) == 4
+    assert check_steps(9, SFTConfig(**options, max_steps=5)) == 5
+    for wrong in ({"dataloader_drop_last": True}, {"num_train_epochs": 0}, {"max_steps": 0}):
+        with pytest.raises(ValueError, match=r"The run has no step: 3 rows in batches of 4"):
+            check_steps(3, SFTConfig(**options, **wrong))

@@ -4,6 +4,7 @@ Stage: below the recipe, which trains with all of it, and the checks before a ru
 """
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,31 @@ def describe_layout(layout: Layout, rows: Any) -> str:
 def _not_loaded(named: dict[str, Any], error: OSError) -> str:
     # What transformers says when the Hub cannot be reached names no repository.
     return f"Cannot load the encoder {named['vision']} or the decoder {named['text']}. {error}"
+
+
+def check_steps(rows: int, training: SFTConfig) -> int:
+    """Optimizer steps of the run.
+
+    Args:
+        rows (`int`): Encoded rows to train on.
+        training (`SFTConfig`): Batches, epochs, steps.
+
+    Raises:
+        ValueError: When there is none.
+    """
+    each = training.train_batch_size * training.world_size
+    batches = rows // each if training.dataloader_drop_last else math.ceil(rows / each)
+    steps = training.max_steps
+    if steps < 0:
+        steps = math.ceil(training.num_train_epochs * math.ceil(batches / training.gradient_accumulation_steps))
+    if not batches or steps < 1:
+        raise ValueError(
+            f"The run has no step: {rows:,} rows in batches of {each}"
+            f"{', of which the last is dropped' if training.dataloader_drop_last else ''}, "
+            f"{training.num_train_epochs:g} epochs, max_steps {training.max_steps}. Lower "
+            "--per_device_train_batch_size, or raise --num_train_epochs or --max_steps."
+        )
+    return steps
 
 
 def build_trainer(

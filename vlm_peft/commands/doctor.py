@@ -59,6 +59,7 @@ from ..trainer import PrintedLines
 from ..training_setup import (
     bases,
     build_trainer,
+    check_steps,
     describe_layout,
     load_model,
     load_processor,
@@ -317,6 +318,7 @@ class Doctor:
         if not encoded or len(encoded) < len(self.train):
             return None
         with self.catching():
+            check_steps(sum(map(len, encoded)), self.training)
             return mix(encoded, [split.data.weight for split in self.train], self.training.seed)
         return None
 
@@ -645,10 +647,10 @@ class Doctor:
         """Optimizer steps of the run, and where the number comes from."""
         if self.training.max_steps > 0 or not isinstance(rows, Dataset):
             return self.training.max_steps, "(--max_steps)"
-        batches = math.ceil(len(rows) / self.training.train_batch_size)
-        each = max(1, math.ceil(batches / self.training.gradient_accumulation_steps))
         epochs = self.training.num_train_epochs
-        return math.ceil(epochs * each), f"({epochs:g} epochs of {len(rows):,} rows, {self.rows_a_step()} a step)"
+        return check_steps(
+            len(rows), self.training
+        ), f"({epochs:g} epochs of {len(rows):,} rows, {self.rows_a_step()} a step)"
 
     def count_texts(self) -> int:
         """Texts that are generated: every held-out question after training, and what else is asked for."""

@@ -15,9 +15,12 @@ from datasets import Dataset
 from ..adapters import base_model
 from ..arguments import DataArguments
 from ..feature_cache import build_feature_cache
-from ..tasks import Task, make_task
+from ..tasks import Example, Task, make_task
 from .pictures import Pictures
 from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
+
+# Tasks whose scores count the words of references.
+_SCORED_BY_WORDS = ("caption", "chat")
 
 
 @dataclass(frozen=True)
@@ -198,18 +201,24 @@ def encode_pictures(
 def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
     """Finds a held-out split's rows that cannot be scored: unreadable pictures, too many or too few, or no text.
 
+    Captions and chats are scored word by word: of their references at least one needs a letter or a digit.
+
     Args:
         split ([`Split`]): Its `left_out` is filled.
         on_bad_row (`str`): `"stop"` raises when there are any, `"skip"` scores the others; scores.json then says how
             many.
 
     Raises:
-        ValueError: As above, with the rows and the reasons; or when no row is left.
+        ValueError: As above, with the rows and the reasons; when no row is left; or when the blind control has no other
+            pictures to swap for a row's own.
     """
     for index, row in enumerate(split.texts):
         reasons = [split.unreadable[image] for image in split.pictures.of_row(index) if image in split.unreadable]
         try:
-            check_places(split.task.example(row), len(split.pictures.of_row(index)))
+            example = split.task.example(row)
+            check_places(example, len(split.pictures.of_row(index)))
+            if split.task.name in _SCORED_BY_WORDS:
+                check_words(example)
         except ValueError as error:
             reasons.append(str(error))
         if reasons:
@@ -227,7 +236,31 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
         )
     if count and PartialState().is_main_process:
         print(f"Left out {count} of {total} rows of {split.name}:{shown}", flush=True)  # noqa: T201
+    if split.is_blind:
+        _check_blind(split)
     return split
+
+
+def check_words(example: Example) -> None:
+    """Checks that each text to generate has a reference with a word in it.
+
+    Raises:
+        ValueError: With the references that have none.
+    """
+    for references in example.references:
+        if not any(map(str.isalnum, "".join(references))):
+            raise ValueError(f"Expected a reference with a word in it, got {references!r}.")
+
+
+def _check_blind(split: Split) -> None:
+    kept = [set(split.pictures.of_row(index)) for index in range(len(split.texts)) if index not in split.left_out]
+    together = set().union(*kept)
+    if any(own and own == together for own in kept):
+        raise ValueError(
+            f"The blind control of {split.name} needs another picture than a row's own, to swap them: its "
+            f"{len(kept)} rows have {len(together)} in all. Hold more rows out, or leave {split.stored_name} out of "
+            "--blind_splits."
+        )
 
 
 def row_name(row: dict) -> str:
