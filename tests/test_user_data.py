@@ -3,12 +3,17 @@
 import csv
 import io
 import json
+import os
+from pathlib import Path
 
+import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from PIL import PngImagePlugin
 
 from vlm_peft.arguments import DataArguments
+from vlm_peft.data.pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_size
 from vlm_peft.data.rows import bind_rows, find_unreadable, load_rows, picture_folder, resolve_paths
 from vlm_peft.data.splits import bind_task, leave_out, load_split
 from vlm_peft.data.streaming import load_stream, stream_rows
@@ -312,3 +317,80 @@ def test_a_run_without_a_step_is_found_before_training(tmp_path):
     for wrong in ({"dataloader_drop_last": True}, {"num_train_epochs": 0}, {"max_steps": 0}):
         with pytest.raises(ValueError, match=r"The run has no step: 3 rows in batches of 4"):
             check_steps(3, SFTConfig(**options, **wrong))
+
+
+# --- pictures ---
+
+
+def png(picture, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("size", [(1, 60_000), (20_000, 1), (1, 65), (130, 2)])
+def test_lines_are_refused_before_they_are_scaled(size, monkeypatch):
+    encoded = png(PILImage.new("RGB", size))
+    monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda self: pytest.fail("The picture was decoded."))
+    with pytest.raises(UnreadablePictureError, match=f"{size[0]} x {size[1]} pixels: .* more than 64 times the other"):
+        open_picture(encoded)
+
+
+@pytest.mark.parametrize(
+    ("kind", "top", "dtype"),
+    [
+        ("TIFF", 65535, np.int32),
+        ("TIFF", 255, np.int32),
+        ("TIFF", 1, np.float32),
+        ("TIFF", 255, np.float32),
+        ("TIFF", 65535, np.float32),
+        ("TIFF", 65535, np.uint16),
+        ("PNG", 65535, np.uint16),
+        ("PNG", 4095, np.uint16),
+        ("PNG", 255, np.uint8),
+    ],
+)
+def test_greys_of_any_depth_are_the_same_ramp(kind, top, dtype):
+    ramp = np.tile(np.linspace(0, 1, 64), (8, 1))
+    opened = open_picture(png(PILImage.fromarray((ramp * top).astype(dtype)), kind))
+    assert np.abs(np.asarray(opened)[:, :, 0] - ramp * 255).max() <= 1.5
+
+
+@pytest.mark.parametrize("values", [[-1.0, 1.0], [0.0, 1e6], [0.0, np.nan]])
+def test_greys_of_no_known_depth_are_refused_by_name(values):
+    encoded = png(PILImage.fromarray(np.array([values] * 2, dtype=np.float32)), "TIFF")
+    with pytest.raises(UnreadablePictureError, match=r"greys from .*: expected 0 to 1, 255, 4095 or 65535"):
+        open_picture(encoded)
+
+
+def test_long_texts_beside_good_pixels_are_passed_over():
+    notes = PngImagePlugin.PngInfo()
+    for number in range(2):
+        notes.add_text(f"prompt {number}", "x" * 1_100_000, zip=True)
+    assert open_picture(png(PILImage.new("RGB", (8, 6), (200, 30, 30)), pnginfo=notes)).getpixel((0, 0)) == (
+        200,
+        30,
+        30,
+    )
+
+
+@pytest.mark.parametrize("kind", ["EPS", "SGI", "TGA", "PCX", "IM"])
+def test_formats_are_those_of_a_list(kind, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("Ghostscript was called."))
+    with pytest.raises(UnreadablePictureError, match=r"expected one of (AVIF, )?BMP, .*JPEG.*PNG"):
+        open_picture(png(PILImage.new("RGB", (8, 6)), kind))
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    """A pipe that nobody writes to would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    for path, message in (
+        (tmp_path / "pipe.png", "no regular file"),
+        (tmp_path, "no regular file"),
+        (Path("/dev/zero"), "no regular file"),
+        (tmp_path / "loop.png", "symbolic links"),
+    ):
+        for read in (open_picture, picture_size, encoded_bytes):
+            with pytest.raises(UnreadablePictureError, match=message):
+                read(str(path))

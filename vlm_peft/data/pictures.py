@@ -6,6 +6,8 @@ Stage: data set -> raw pictures, in one flat order that rows, feature cache and 
 import base64
 import binascii
 import io
+import os
+import stat
 import warnings
 from bisect import bisect_right
 from functools import cached_property
@@ -16,12 +18,35 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
-from PIL import ExifTags, ImageOps
+from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Pictures with more pixels are refused before they are decoded (64 Mi pixels take 200 MB as RGB)."""
 
+MAX_ASPECT = 64
+"""Longer pictures are refused, too: scaled to an encoder's 1024 pixels on the short side they would be larger."""
+
+# Builds of Pillow may lack some.
+PILImage.init()
+FORMATS = tuple(
+    name
+    for name in ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in PILImage.OPEN
+)
+"""What is read; others hand files to programs outside (EPS), or are no pictures of pixels."""
+
+# Parts of a PNG beside its pixels; Pillow refuses the whole picture for a long one.
+_PNG_START, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_UPRIGHT = {
+    2: PILImage.Transpose.FLIP_LEFT_RIGHT,
+    3: PILImage.Transpose.ROTATE_180,
+    4: PILImage.Transpose.FLIP_TOP_BOTTOM,
+    5: PILImage.Transpose.TRANSPOSE,
+    6: PILImage.Transpose.ROTATE_270,
+    7: PILImage.Transpose.TRANSVERSE,
+    8: PILImage.Transpose.ROTATE_90,
+}
 # The first bytes of JPEG, PNG, GIF and RIFF (WebP) files in base64.
 _BASE64_STARTS = ("/9j/", "iVBOR", "R0lGOD", "UklGR")
 _ADDRESSES = ("http://", "https://", "s3://", "gs://")
@@ -46,19 +71,18 @@ def open_picture(value) -> PILImage.Image:
     """
     try:
         if isinstance(value, PILImage.Image):
+            _check_size(value)
             return _to_rgb(value)
-        with warnings.catch_warnings():
-            # Our own limit is lower and names the size.
-            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-            picture = PILImage.open(_as_file(value))
-        with picture:
-            width, height = picture.size
-            if width * height > MAX_PIXELS:
-                raise UnreadablePictureError(
-                    f"The picture has {width} x {height} = {width * height} pixels, more than the {MAX_PIXELS} "
-                    "allowed: scale it down first."
-                )
-            return _to_rgb(picture)
+        source = _as_file(value)
+        try:
+            return _decode(source)
+        except UnreadablePictureError:
+            raise
+        except ValueError:
+            encoded = encoded_bytes(value)
+            if not encoded.startswith(_PNG_START):
+                raise
+            return _decode(io.BytesIO(_without_notes(encoded)))
     except UnreadablePictureError:
         raise
     except PILImage.DecompressionBombError as error:
@@ -67,9 +91,50 @@ def open_picture(value) -> PILImage.Image:
         ) from error
     except MemoryError:
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadablePictureError(
+            f"Cannot read the picture: {error}; expected one of {', '.join(FORMATS)}."
+        ) from error
     except Exception as error:
         # Pillow's plugins let anything out on damaged files: OSError, SyntaxError, ValueError, struct.error, ...
         raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
+
+
+def _decode(source) -> PILImage.Image:
+    """What [`open_picture`] gives, of a path or a binary file object."""
+    with warnings.catch_warnings():
+        # Our own limit is lower and names the size.
+        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
+        picture = PILImage.open(source, formats=FORMATS)
+    with picture:
+        _check_size(picture)
+        return _to_rgb(picture)
+
+
+def _check_size(picture: PILImage.Image) -> None:
+    """Refuses what is too large or too long, before it is decoded or scaled."""
+    width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise UnreadablePictureError(
+            f"The picture has {width} x {height} = {width * height} pixels, more than the {MAX_PIXELS} "
+            "allowed: scale it down first."
+        )
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise UnreadablePictureError(
+            f"The picture has {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; cut it "
+            "into parts first."
+        )
+
+
+def _without_notes(encoded: bytes) -> bytes:
+    """A PNG without its texts and its colour profile."""
+    kept, place = [encoded[:8]], 8
+    while place < len(encoded):
+        end = place + 12 + int.from_bytes(encoded[place : place + 4], "big")
+        if encoded[place + 4 : place + 8] not in _PNG_NOTES:
+            kept.append(encoded[place:end])
+        place = end
+    return b"".join(kept)
 
 
 def _as_file(value):
@@ -78,14 +143,14 @@ def _as_file(value):
         if value.get("bytes") is not None:
             return io.BytesIO(value["bytes"])
         if value.get("path") is not None:
-            return value["path"]
+            return _regular_file(value["path"])
         raise UnreadablePictureError(
             f"Expected a picture as a dict with 'bytes' or 'path', got the keys {sorted(value)} without a value."
         )
     if isinstance(value, bytes):
         return io.BytesIO(value)
     if isinstance(value, Path):
-        return value
+        return _regular_file(value)
     if isinstance(value, str):
         if value.startswith(_ADDRESSES):
             raise UnreadablePictureError(
@@ -98,10 +163,23 @@ def _as_file(value):
                 return io.BytesIO(base64.b64decode("".join(value.rpartition(",")[2].split()), validate=True))
             except binascii.Error as error:
                 raise UnreadablePictureError(f"The text is no valid base64 picture: {error}") from error
-        return value
+        return _regular_file(value)
     raise UnreadablePictureError(
         f"Expected a picture, a path, bytes, base64 text or a dict, got {type(value).__name__}."
     )
+
+
+def _regular_file(path: str | Path) -> str | Path:
+    """The path of a file that can be read to its end: a pipe or a device might never have one."""
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
+    if not stat.S_ISREG(mode):
+        raise UnreadablePictureError(
+            f"Cannot read the picture: {path} is no regular file, but a folder, pipe or device."
+        )
+    return path
 
 
 def is_path(value: object) -> bool:
@@ -111,15 +189,32 @@ def is_path(value: object) -> bool:
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
     """RGB; upright; transparency on white, as a page would show it."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode in ("I;16", "I;16B", "I;16L"):
-        # Pillow clips 16-bit greys at 255, which turns scans white.
-        return PILImage.fromarray((np.asarray(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+    turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    if turn is not None:
+        picture = picture.transpose(turn)
+    if picture.mode.startswith("I") or picture.mode == "F":
+        return PILImage.fromarray(_to_bytes(np.asarray(picture))).convert("RGB")
+    if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         page = PILImage.new("RGBA", picture.size, "white")
         return PILImage.alpha_composite(page, picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _to_bytes(greys: np.ndarray) -> np.ndarray:
+    """Greys of more than 8 bits as bytes, which Pillow itself would clip to black or white.
+
+    Whole numbers are of 8, 12 or 16 bits, as the largest says; floats reach 1, 255 or 65535.
+    """
+    low, high = (float(greys.min()), float(greys.max())) if greys.size else (0.0, 0.0)
+    if not (low >= 0 and high <= 65535):
+        raise UnreadablePictureError(
+            f"The picture has greys from {low:g} to {high:g}: expected 0 to 1, 255, 4095 or 65535; scale them first."
+        )
+    if np.issubdtype(greys.dtype, np.floating):
+        factor = 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
+        return np.round(greys * factor).astype(np.uint8)
+    return (greys.astype(np.uint16) >> (0 if high <= 255 else 4 if high <= 4095 else 8)).astype(np.uint8)
 
 
 class Pictures:
@@ -233,7 +328,7 @@ def picture_size(value) -> list[int]:
         UnreadablePictureError: When there is no picture, or its header cannot be read.
     """
     try:
-        with PILImage.open(_as_file(value)) as picture:
+        with PILImage.open(_as_file(value), formats=FORMATS) as picture:
             width, height = picture.size
             # Orientations 5 to 8 of EXIF are lying ones.
             lying = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
