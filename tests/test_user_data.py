@@ -7,8 +7,9 @@ import os
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
-from datasets import ClassLabel, Dataset, Features, Image, List, Value
+from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
@@ -394,3 +395,135 @@ def test_only_regular_files_are_opened(tmp_path):
         for read in (open_picture, picture_size, encoded_bytes):
             with pytest.raises(UnreadablePictureError, match=message):
                 read(str(path))
+
+
+# --- files that are damaged, in other encodings, or of other shapes ---
+
+TEXTS = ["a café at night", "piñatas"]
+LINES = "".join(json.dumps({"image": "0.png", "caption": text}, ensure_ascii=False) + "\n" for text in TEXTS)
+CELLS = "image,caption\r\n" + "".join(f"0.png,{text}\r\n" for text in TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.csv", CELLS.encode("cp1252"), "line 2: the byte 0xe9 is no UTF-8 text: save the file as UTF-8"),
+        ("rows.jsonl", LINES.encode("cp1252"), "line 1: the byte 0xe9 is no UTF-8 text: save the file as UTF-8"),
+        ("rows.csv", CELLS.encode("utf-16"), "is text in UTF-16: save it as UTF-8"),
+        ("rows.csv", CELLS.replace(",", ";").encode(), "separates its cells by ';': expected ','"),
+        ("rows.csv", b"image,caption\n0.png,a wall, and a door\n", "line 2: expected 2 cells .*, found 3: put quotes"),
+        ("rows.csv", b"image,caption\n0.png\n", "line 2: expected 2 cells .*, found 1"),
+        ("rows.csv", b'image,caption\n0.png,"a wall\n', "line 2: unexpected end of data: repair the quotes"),
+        ("rows.csv", b"image,caption,caption\n0.png,a,b\n", "two columns 'caption': rename one"),
+        ("rows.csv", b"image,caption\n", "has no rows"),
+        ("rows.csv", b"", "is empty: expected a table"),
+        ("rows.json", b"  \n", "is empty: expected a table"),
+        ("rows.json", b"[]", "has no rows"),
+        ("rows.jsonl", b"{}\n{}\n", "has no columns"),
+        ("rows.jsonl", LINES.encode()[:-9], "line 2: no whole JSON object .*repair the line, or take it out"),
+        ("rows.json", b'[{"image": "0.png"}, {"ima', "line 1, column .*: no whole JSON"),
+        ("rows.json", b"[" * 100_000, "no whole JSON"),
+        ("rows.jsonl", b'"a wall"\n', "line 1: expected an object with columns, found"),
+        ("rows.jsonl", b'{"caption": ["a \\ud800 b"]}\n', "line 1, column 'caption': half of a character"),
+        ("rows.parquet", b"", "no whole parquet file; write or download it again"),
+        ("rows.parquet", b"PAR1 and more PAR1", "no whole parquet file; write or download it again"),
+    ],
+)
+def test_tables_that_cannot_be_read_are_named_in_a_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{name}.*{message}") as found:
+        load_rows(str(tmp_path / name), "train")
+    assert "\n" not in str(found.value)
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "ROWS.CSV", "rows.jsonl", "rows.json", "metadata.csv", "metadata.jsonl"])
+def test_marks_at_the_beginning_and_ends_of_lines_are_no_text(tmp_path, name):
+    save_picture(tmp_path / "0.png")
+    text = CELLS if name.lower().endswith("csv") else LINES.replace("\n", "\r\n\r\n")
+    text = text.replace("image", "file_name") if name.startswith("metadata") else text
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    rows = load_rows(str(tmp_path if name.startswith("metadata") else tmp_path / name), "train")
+    assert (rows["caption"][:], "image" in rows.column_names) == (TEXTS, True)
+
+
+def test_a_parquet_file_without_rows_or_with_a_broken_page_is_named(tmp_path):
+    Dataset.from_dict({"caption": []}, features=Features({"caption": Value("string")})).to_parquet(
+        tmp_path / "none.parquet"
+    )
+    with pytest.raises(ValueError, match=r"none.parquet has no rows"):
+        load_rows(str(tmp_path / "none.parquet"), "train")
+    Dataset.from_dict({"caption": [f"caption {number}" for number in range(999)]}).to_parquet(tmp_path / "torn.parquet")
+    content = bytearray((tmp_path / "torn.parquet").read_bytes())
+    content[4:400] = b"\xff" * 396
+    (tmp_path / "torn.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"torn.parquet cannot be read; repair it, or download it again"):
+        load_rows(str(tmp_path / "torn.parquet"), "train")
+
+
+def test_words_in_names_of_pictures_are_no_splits_but_folders_are(tmp_path):
+    """`red train.png` is no training picture."""
+    names = ["red train.png", "two test tubes.png", "cat.png"]
+    for name in names:
+        save_picture(tmp_path / "flat" / name)
+    lines = [json.dumps({"file_name": name, "caption": name}) for name in names]
+    (tmp_path / "flat" / "metadata.jsonl").write_text("\n".join(lines))
+    assert load_rows(str(tmp_path / "flat"), "train")["caption"][:] == names
+    for split in ("train", "test"):
+        save_captions(tmp_path / "parts" / split, [split, split])
+    assert load_rows(str(tmp_path / "parts"), "test")["caption"][:] == ["test"] * 2
+    with pytest.raises(ValueError, match="has no split 'validation'; it has train, test"):
+        load_rows(str(tmp_path / "parts"), "validation")
+
+
+def test_metadata_that_does_not_fit_its_folder_is_read_or_said(tmp_path, caplog):
+    save_captions(tmp_path / "more", ["a", "b"])
+    save_picture(tmp_path / "more" / "x.png")
+    save_picture(tmp_path / "more" / "y.png")
+    texts, _, task = bind(tmp_path / "more")
+    assert answers(texts, task) == [[["a"]], [["b"]]]
+    assert "2 pictures in" in caplog.text
+    assert "(for example x.png)" in caplog.text
+    save_captions(tmp_path / "less", ["a", "b"])
+    (tmp_path / "less" / "1.png").unlink()
+    _, pictures, _ = bind(tmp_path / "less")
+    assert list(find_unreadable(pictures)) == [1]
+    save_captions(tmp_path / "both", ["a"])
+    (tmp_path / "both" / "metadata.csv").write_text("file_name,caption\n0.png,b\n")
+    with pytest.raises(ValueError, match=r"has metadata.csv and metadata.jsonl: expected one of them"):
+        load_rows(str(tmp_path / "both"), "train")
+    save_picture(tmp_path / "column" / "0.png", 2)
+    (tmp_path / "column" / "metadata.jsonl").write_text('{"image": "0.png", "caption": "a"}')
+    assert bind(tmp_path / "column")[1].open(0).getpixel((0, 0))[0] == 60
+    (tmp_path / "column" / "metadata.jsonl").write_text('{"name": "0.png", "caption": "a"}')
+    with pytest.raises(
+        ValueError, match=r"metadata.jsonl, line 1: expected file_name, .*found the columns caption, name"
+    ):
+        load_rows(str(tmp_path / "column"), "train")
+
+
+def test_tables_are_preferred_to_the_pictures_beside_them(tmp_path):
+    for number in range(3):
+        save_picture(tmp_path / "pictures" / f"{number}.png", number)
+    (tmp_path / "train.jsonl").write_text('{"image": "pictures/2.png", "caption": "a"}')
+    texts, pictures, task = bind(tmp_path)
+    assert answers(texts, task) == [[["a"]]]
+    assert pictures.open(0).getpixel((0, 0))[0] == 60
+
+
+def test_columns_that_no_task_reads_are_not_touched(tmp_path):
+    broken = {"bytes": b"no picture and no sound", "path": None}
+    table = {
+        "image": [cell()] * 2,
+        "caption": ["a", "b"],
+        "mask": [broken] * 2,
+        "more": [[broken]] * 2,
+        "audio": [broken] * 2,
+    }
+    features = Features(
+        {"image": Image(), "caption": Value("string"), "mask": Image(), "more": List(Image()), "audio": Audio()}
+    )
+    arrow = pa.table({name: pa.array(cells, features.arrow_schema.field(name).type) for name, cells in table.items()})
+    Dataset(arrow.cast(features.arrow_schema)).to_parquet(tmp_path / "rows.parquet")
+    texts, pictures, task = bind(tmp_path / "rows.parquet")
+    assert answers(texts, task) == [[["a", "b"]]]
+    assert len(pictures) == 1

@@ -18,6 +18,7 @@ from datasets import (
     ClassLabel,
     Dataset,
     Features,
+    Json,
     List,
     Value,
     get_dataset_split_names,
@@ -25,6 +26,7 @@ from datasets import (
     load_dataset_builder,
 )
 from datasets.data_files import FILES_TO_IGNORE
+from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 
 from .. import processing_vision_qwen, shared_prefix
@@ -115,6 +117,9 @@ def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
         kind = type(builder).__module__.rpartition(".")[2]
         return kind, {part: list(paths) for part, paths in (builder.config.data_files or {}).items()}
     kind = max(tables, key=lambda kind: len(tables[kind]))
+    if len(tables) > 1:
+        others = [str(file.relative_to(path.absolute())) for each in tables if each != kind for file in tables[each]]
+        logger.warning("Of the tables in %s, those of the kind %s are read; not %s.", path, kind, ", ".join(others[:5]))
     for file in tables[kind] if kind == "parquet" else ():
         check_parquet(file)
     return kind, split_files(tables[kind], path.absolute())
@@ -130,7 +135,11 @@ def open_rows(name: str, split: str, revision: str | None = None, *, streaming: 
     where = locate(name, split, revision)
     if where["path"] == "tables" or "folder" in where:
         return open_tables(where["data_files"], split, folder=where.get("folder"), streaming=streaming)
-    rows = load_dataset(**where, split=split, streaming=streaming)
+    try:
+        rows = load_dataset(**where, split=split, streaming=streaming)
+    except DatasetGenerationError as error:
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name} cannot be read; repair it, or download it again: {cause}") from error
     # Before rows of a stream are chosen: afterwards pictures would come decoded all the same.
     return rows.decode(False) if streaming else rows
 
@@ -214,6 +223,15 @@ def name_classes(rows):
         return {name: _class_names(row[name], feature) for name, feature in found.items()}
 
     return rows.map(name_cells, features=features)
+
+
+def _is_decoded(feature) -> bool:
+    """Whether reading a cell would open a picture, a sound, a film, ..."""
+    if isinstance(feature, dict):
+        return any(map(_is_decoded, feature.values()))
+    if isinstance(feature, List):
+        return _is_decoded(feature.feature)
+    return hasattr(feature, "decode_example") and not isinstance(feature, Json)
 
 
 def _has_classes(feature) -> bool:
@@ -320,7 +338,10 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
     Returns:
         `tuple[Dataset, Pictures]`: As many text rows as picture rows, in the order in which the groups begin.
     """
-    texts = rows.remove_columns(task.image_columns)
+    # Of columns that no task reads, nothing is decoded: a broken mask ends no run, and audio needs no library.
+    texts = rows.remove_columns(
+        [name for name, feature in rows.features.items() if name in task.image_columns or _is_decoded(feature)]
+    )
     if task.image_columns:
         rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
     members = [[index] for index in range(len(texts))]

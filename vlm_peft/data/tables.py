@@ -8,6 +8,7 @@ import csv
 import inspect
 import io
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ from typing import Any
 import pyarrow.parquet as pq
 import xxhash
 from datasets import Dataset, Features, Image, IterableDataset, Json, List, ReadInstruction, Value, concatenate_datasets
+
+logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
 """Endings of the files that are read here."""
@@ -33,6 +36,8 @@ _SPLITS = {
 }
 _SHARD = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}.*\.\w+$")
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
+# Columns of an image folder that hold its pictures.
+_PICTURES = ("image", "images")
 _BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")
 # ['a', 'b'] is how Python writes a list, and no JSON.
 _PYTHON_LIST = re.compile(r"\[\s*['\"].*['\"]\s*,?\s*\]", re.DOTALL)
@@ -91,6 +96,7 @@ def open_tables(
     kind: dict[str, Any] = {}
     counts: dict[str, int] = {}
     digest = xxhash.xxh3_128(inspect.getsource(sys.modules[__name__]).encode())
+    named: set[str] = set()
     for name, paths in files.items():
         for path in paths:
             digest.update(f"{path}\n".encode())
@@ -99,18 +105,23 @@ def open_tables(
         for part, row in _rows(name, paths, folder):
             kind = _merge(kind, {column: _kind(value) for column, value in row.items()})
             counts[part] = counts.get(part, 0) + 1
+            named.update(each for column in _PICTURES for each in _flat(row.get(column)) if folder is not None and each)
+    if folder is not None:
+        _tell_unnamed(folder, named)
     counts = {name: count for name, count in counts.items() if count or len(files) > 1 or folder is None}
     missing = [part for part in split.split("+") if part.partition("[")[0] not in counts]
     if missing:
         raise ValueError(
             f"The data set {folder or _shown(files)} has no split {missing[0]!r}; it has {', '.join(counts)}."
         )
+    if not kind:
+        raise ValueError(f"{folder or _shown(files)} has no {'columns' if any(counts.values()) else 'rows'}.")
     features = Features({column: _feature(value) for column, value in kind.items()})
     if folder is not None and not streaming:
         features |= {
             name: Image() if feature == Value("string") else List(Image())
             for name, feature in features.items()
-            if name in _pictures(kind)
+            if name in _PICTURES
         }
     parts = []
     for each in ReadInstruction.from_spec(split).to_absolute(counts):
@@ -197,9 +208,17 @@ def _of_folder(row: dict, path: Path, place: str, folder: Path) -> tuple[str, di
     return split, found | {name: cell for name, cell in row.items() if name not in (*names, *found)}
 
 
-def _pictures(kind: dict) -> list[str]:
-    """Columns of an image folder that hold its pictures."""
-    return [name for name in kind if name in ("image", "images")]
+def _tell_unnamed(folder: Path, named: set[str]) -> None:
+    """Warns of pictures that no line of the metadata names."""
+    kinds = {Path(each).suffix.lower() for each in named}
+    others = [path for path in folder.rglob("*") if path.suffix.lower() in kinds and str(path) not in named]
+    if others:
+        logger.warning(
+            "%d pictures in %s have no line in its metadata and are left out (for example %s).",
+            len(others),
+            folder,
+            min(others).relative_to(folder),
+        )
 
 
 def _flat(cell) -> list:
@@ -354,7 +373,10 @@ def _whole_object(text: str) -> dict | None:
 
 def _parse(text: str) -> Any:
     """JSON with its numbers, true and false as they are written."""
-    return _words(json.loads(text, parse_int=str, parse_float=str, parse_constant=str))
+    try:
+        return _words(json.loads(text, parse_int=str, parse_float=str, parse_constant=str))
+    except RecursionError as error:
+        raise json.JSONDecodeError("too many lists in lists", text, 0) from error
 
 
 def _words(value):
