@@ -130,6 +130,15 @@ def test_turns_of_text_and_turns_of_parts_may_be_mixed(tmp_path):
     assert [task.example(row).prompt for row in stream] == prompts
 
 
+def test_mixed_columns_stay_text_in_groups(tmp_path):
+    save_picture(tmp_path / "0.png")
+    answers_of = ["0417", {"answer": "1.50"}, "null", [{"answer": "true"}]]
+    rows = [{"image": "0.png", "question": "?", "answers": each} for each in answers_of]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, _, task = bind(tmp_path / "rows.jsonl", "vqa")
+    assert answers(texts, task) == [[["0417"], ["1.50"], ["null"], ["true"]]]
+
+
 def test_boxes_and_pages_are_numbers_where_a_task_needs_them(tmp_path):
     save_picture(tmp_path / "0.png")
     (tmp_path / "rows.csv").write_text('image,answer,bbox\n0.png,a dot,"[1, 2.5, 10, 10]"\n')

@@ -6,6 +6,7 @@ columns say: an `image_id` that two sources count alike joins nothing.
 
 import logging
 from collections.abc import Hashable
+from itertools import repeat
 
 from datasets import Dataset
 
@@ -27,9 +28,9 @@ def group_rows(texts: Dataset, rows: Dataset, task: Task) -> list[list[int]]:
     known: dict[str, str | None] = {}
     groups: dict[Hashable, list[int]] = {}
     of_key: dict[str, set[Hashable]] = {}
-    for index in range(len(rows)):
+    keys = (task.group_key(row) for row in texts) if task.group_key is not None else repeat(None, len(rows))
+    for index, key in enumerate(keys):
         shown = tuple(picture_identity(cell, known) for cell in pictures.of_row_as_stored(index))
-        key = None if task.group_key is None else task.group_key(texts[index])
         # Rows without pictures and without a key have nothing in common.
         group = (key, shown) if shown or key is not None else index
         groups.setdefault(group, []).append(index)

@@ -208,7 +208,7 @@ def name_classes(rows):
     Args:
         rows (`Dataset` or `IterableDataset`): Any; without classes they are given back as they are.
     """
-    found = {name: feature for name, feature in (rows.features or {}).items() if _has_classes(feature)}
+    found = {name: feature for name, feature in (rows.features or {}).items() if _has(feature, ClassLabel)}
     if not found:
         return rows
     features = Features(rows.features | {name: _named_feature(feature) for name, feature in found.items()})
@@ -225,6 +225,21 @@ def name_classes(rows):
     return rows.map(name_cells, features=features)
 
 
+def _as_json(cell, feature):
+    """A cell for a column of mixed types: of a text that is JSON itself `datasets` would store what it says."""
+    if isinstance(feature, List) and isinstance(cell, list):
+        return [_as_json(each, feature.feature) for each in cell] if _has(feature, Json) else cell
+    if isinstance(feature, dict) and isinstance(cell, dict):
+        return {name: _as_json(each, feature[name]) for name, each in cell.items()}
+    return json.dumps(cell) if isinstance(feature, Json) and isinstance(cell, str) else cell
+
+
+def _has(feature, kind: type) -> bool:
+    if isinstance(feature, dict):
+        return any(_has(each, kind) for each in feature.values())
+    return _has(feature.feature, kind) if isinstance(feature, List) else isinstance(feature, kind)
+
+
 def _is_decoded(feature) -> bool:
     """Whether reading a cell would open a picture, a sound, a film, ..."""
     if isinstance(feature, dict):
@@ -232,12 +247,6 @@ def _is_decoded(feature) -> bool:
     if isinstance(feature, List):
         return _is_decoded(feature.feature)
     return hasattr(feature, "decode_example") and not isinstance(feature, Json)
-
-
-def _has_classes(feature) -> bool:
-    if isinstance(feature, dict):
-        return any(map(_has_classes, feature.values()))
-    return _has_classes(feature.feature) if isinstance(feature, List) else isinstance(feature, ClassLabel)
 
 
 def _named_feature(feature):
@@ -362,13 +371,16 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
             cells = texts[flat]
             ends = np.cumsum([len(members[place]) for place in places])[:-1]
             bounds = [0, *ends.tolist(), len(flat)]
+            cells = {name: _as_json(column, List(features[name])) for name, column in cells.items()}
             return {name: [column[start:stop] for start, stop in pairwise(bounds)] for name, column in cells.items()}
 
+        features = texts.features
         texts = texts.select([group[0] for group in members]).map(
             gather,
             batched=True,
             with_indices=True,
             remove_columns=texts.column_names,
+            features=Features({name: List(feature) for name, feature in features.items()}),
             new_fingerprint=Hasher.hash((texts._fingerprint, members)),
             desc="Grouping rows by their pictures",
         )
