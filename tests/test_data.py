@@ -128,7 +128,8 @@ def test_tables(tmp_path, name):
     else:
         (rows.to_parquet if name == "rows.parquet" else rows.to_json)(path)
     found = load_rows(str(path), "anything")
-    assert (found["image"][:], found["answer"][:]) == (["a.png", None], [2, 3] if name == "rows.parquet" else ["2", "3"])
+    answers = [2, 3] if name == "rows.parquet" else ["2", "3"]
+    assert (found["image"][:], found["answer"][:]) == (["a.png", None], answers)
 
 
 # --- bind_rows ---

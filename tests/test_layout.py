@@ -13,7 +13,17 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent == PACKAGE
 )
 LEVELS = [
-    {"attention", "cpu_choices", "data.pictures", "data.tables", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
+    {
+        "attention",
+        "cpu_choices",
+        "data.pictures",
+        "data.tables",
+        "hub.access",
+        "projector",
+        "skinny",
+        "tasks",
+        "vision_tower",
+    },
     {"arguments", "data.groups", "configuration_vision_qwen", "fused_lora", "hub.licences"},
     {"head", "shared_prefix", "turns"},
     {
