@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
+from hub_server import serve
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
@@ -536,3 +539,36 @@ def test_columns_that_no_task_reads_are_not_touched(tmp_path):
     texts, pictures, task = bind(tmp_path / "rows.parquet")
     assert answers(texts, task) == [[["a", "b"]]]
     assert len(pictures) == 1
+
+
+HUB = """
+from vlm_peft.data.rows import load_rows
+for name in ("me/csv", "me/json"):
+    print(name, *load_rows(name, "train")["digits"][:], *load_rows(name, "train+test[:1]")["digits"][:])
+try:
+    load_rows("me/csv", "val")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_tables_on_the_hub_are_text_too_and_are_found_again_offline(tmp_path):
+    with serve() as server:
+        table = {"README.md": b"", "train.csv": b"digits\n0417\n", "test.csv": b"digits\n0023\n0024\n"}
+        server.add("me/csv", table, kind="dataset")
+        lines = {"data/train.jsonl": b'{"digits": 12.50}\n', "data/test.jsonl": b'{"digits": "007"}\n'}
+        server.add("me/json", {"README.md": b""} | lines, kind="dataset")
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
+            "HF_ENDPOINT": server.url,
+            "HF_HUB_DISABLE_XET": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+        }
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", HUB], env=environment | more, capture_output=True, text=True, check=True
+            ).stdout
+            for more in ({}, {"HF_HUB_OFFLINE": "1"})
+        ]
+    assert printed[0].splitlines()[:2] == ["me/csv 0417 0417 0023", "me/json 12.50 12.50 007"]
+    assert "has no split 'val'; it has train, test" in printed[0]
+    assert printed[1].splitlines()[:2] == printed[0].splitlines()[:2]

@@ -12,6 +12,7 @@ import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from datasets import (
@@ -28,6 +29,7 @@ from datasets import (
 from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from huggingface_hub import HfFileSystem, constants, hf_hub_download, snapshot_download
 
 from .. import processing_vision_qwen, shared_prefix
 from ..hub.access import looks_local
@@ -47,13 +49,15 @@ _BUILDERS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "
 LAYOUT_COLUMNS = ("input_ids", "position_ids", "branch_ids", "shift_labels", "image_ids", "row", "num_branches")
 
 
-def locate(name: str, split: str, revision: str | None = None) -> dict:
+def locate(name: str, split: str, revision: str | None = None, *, streaming: bool = False) -> dict:
     """What `datasets.load_dataset` must be told to find a data set.
 
     Args:
         name (`str`): See [`load_rows`].
         split (`str`): As stored; checked.
         revision (`str`, *optional*): Of a Hub repository.
+        streaming (`bool`, *optional*, defaults to `False`): Tables of text on the Hub are not fetched but left to
+            `datasets`, which infers types.
 
     Raises:
         FileNotFoundError: When a local path does not exist.
@@ -83,7 +87,7 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         return {"path": "imagefolder", "folder": path.absolute(), "data_files": {"train": metadata}}
     if path.is_dir():
         kind, files = _folder_files(path)
-        if kind in ("csv", "json"):
+        if _are_tables(kind, files):
             return {"path": "tables", "data_files": {part: list(map(Path, paths)) for part, paths in files.items()}}
         where = {
             "path": kind,
@@ -91,11 +95,46 @@ def locate(name: str, split: str, revision: str | None = None) -> dict:
         }
     else:
         where = {"path": name}
+        tables = None if streaming else _tables_of_hub(name, revision)
+        if tables is not None:
+            return {"path": "tables", "data_files": tables}
     splits = get_dataset_split_names(**where, revision=revision)
     missing = [part for part in split.split("+") if part.partition("[")[0] not in splits]
     if missing:
         raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
+
+
+def _are_tables(kind: str, files: dict[str, list]) -> bool:
+    """Whether a builder's files are tables of text as they are, not compressed ones."""
+    return kind in ("csv", "json") and all(
+        Path(file).suffix.lower() in TABLES for paths in files.values() for file in paths
+    )
+
+
+def _tables_of_hub(name: str, revision: str | None) -> dict[str, list[Path]] | None:
+    """The tables of text of a data set on the Hub, fetched; `None` when it is made of something else."""
+    if constants.HF_HUB_OFFLINE:
+        try:
+            folder = snapshot_download(name, repo_type="dataset", revision=revision, local_files_only=True)
+        except FileNotFoundError:
+            return None
+        if not any(path.suffix.lower() in TABLES for path in Path(folder).rglob("*")):
+            return None
+        kind, files = _folder_files(Path(folder))
+        found = {str(part): list(map(Path, paths)) for part, paths in files.items()}
+        return found if _are_tables(kind, files) else None
+    builder = load_dataset_builder(name, revision=revision)
+    files = {str(part): list(paths) for part, paths in (builder.config.data_files or {}).items()}
+    if not files or not _are_tables(type(builder).__module__.rpartition(".")[2], files):
+        return None
+    return {part: list(map(_fetch, paths)) for part, paths in files.items()}
+
+
+def _fetch(address: str) -> Path:
+    """A file of the Hub on this disk, under its own name."""
+    place: Any = HfFileSystem().resolve_path(address)
+    return Path(hf_hub_download(place.repo_id, place.path_in_repo, repo_type="dataset", revision=place.revision))
 
 
 def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
@@ -115,7 +154,7 @@ def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
         # the rows that a folder of that name had before.
         builder = load_dataset_builder(str(path))
         kind = type(builder).__module__.rpartition(".")[2]
-        return kind, {part: list(paths) for part, paths in (builder.config.data_files or {}).items()}
+        return kind, {str(part): list(paths) for part, paths in (builder.config.data_files or {}).items()}
     kind = max(tables, key=lambda kind: len(tables[kind]))
     if len(tables) > 1:
         others = [str(file.relative_to(path.absolute())) for each in tables if each != kind for file in tables[each]]
@@ -132,7 +171,7 @@ def open_rows(name: str, split: str, revision: str | None = None, *, streaming: 
         name, split, revision: See [`locate`].
         streaming (`bool`, *optional*, defaults to `False`): An `IterableDataset` instead of a `Dataset`.
     """
-    where = locate(name, split, revision)
+    where = locate(name, split, revision, streaming=streaming)
     if where["path"] == "tables" or "folder" in where:
         return open_tables(where["data_files"], split, folder=where.get("folder"), streaming=streaming)
     try:
