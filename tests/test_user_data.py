@@ -184,6 +184,15 @@ def test_what_only_looks_like_a_list_is_refused_by_name(tmp_path, other):
         load_rows(str(tmp_path / "rows.csv"), "train")
 
 
+@pytest.mark.parametrize("task", ["caption", "vqa"])
+def test_lists_as_one_text_in_tables_with_types_are_refused(tmp_path, task):
+    row = {"image": "0.png", "caption": '["a", "b"]', "question": "?", "answer": '[{"answer": "a"}]'}
+    Dataset.from_list([row]).to_parquet(tmp_path / "rows.parquet")
+    texts, _, bound = bind(tmp_path / "rows.parquet", task)
+    with pytest.raises(ValueError, match="got a list as one text"):
+        bound.example(texts[0])
+
+
 def test_words_in_brackets_are_words(tmp_path):
     (tmp_path / "rows.csv").write_text("image,caption\n0.png,[music]\n1.png,[a] wall\n")
     assert load_rows(str(tmp_path / "rows.csv"), "train")["caption"][:] == ["[music]", "[a] wall"]

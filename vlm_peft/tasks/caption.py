@@ -1,6 +1,6 @@
 """Captions: one picture, one or several texts that describe it."""
 
-from .example import Example, Task, has_text, picture_turn, require_columns, row_key
+from .example import Example, Task, has_text, picture_turn, refuse_list, require_columns, row_key
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 """Names under which published data sets keep their captions; the first that a data set has is taken."""
@@ -41,6 +41,8 @@ def caption_example(captions: str | list | dict, instruction: str) -> Example:
     if not texts or not all(map(has_text, texts)):
         raise ValueError(f"Expected one or more captions with text, got {captions!r}.")
     texts = [text.strip() for text in texts]
+    for text in texts:
+        refuse_list(text)
     return Example(picture_turn(instruction), texts, [texts])
 
 

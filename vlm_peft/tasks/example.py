@@ -94,6 +94,22 @@ def to_text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
 
 
+def refuse_list(text: str) -> None:
+    """Refuses a list that a table holds as one text, which would be learnt with its brackets.
+
+    Raises:
+        ValueError: With the text.
+    """
+    if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
+        return
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return
+    if any(isinstance(each, str | dict) for each in found):
+        raise ValueError(f"Expected a text, or a column of lists, got a list as one text: {text[:60]}")
+
+
 def to_number(value: object) -> object:
     """A cell as a number where it is the text of one, as tables of text keep it; anything else stays, to be refused."""
     try:

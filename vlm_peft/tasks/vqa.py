@@ -1,6 +1,6 @@
 """Visual questions: one picture, several questions, each with its answers."""
 
-from .example import Example, Task, answered, has_text, picture_turn, require_columns, row_key, to_text
+from .example import Example, Task, answered, has_text, picture_turn, refuse_list, require_columns, row_key, to_text
 
 ANSWER_COLUMNS = ("answers", "multiple_choice_answer", "answer")
 """Names under which published data sets keep what was answered; at least one is needed."""
@@ -99,6 +99,8 @@ def _answers(item: dict) -> tuple[str, list[str]]:
     accepted = ["" if answer == "" else to_text(answer) for answer in given]
     if best is None or None in accepted:
         raise ValueError(f"Expected an answer with text to {item['question']!r}, got {chosen!r} and {given!r}.")
+    for answer in (best, *accepted):
+        refuse_list(answer or "")
     return best, [answer for answer in accepted if answer is not None] or [best]
 
 
