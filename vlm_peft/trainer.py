@@ -36,6 +36,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from .adapters import (
     PROJECTOR,
     base_model,
+    check_finite,
     is_pissa,
     load_pissa_from_lora,
     lora_state,
@@ -189,6 +190,9 @@ class VisionSFTTrainer(SFTTrainer):
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        trained: Any = self.model
+        weights = state_dict or {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        check_finite(weights.items(), f"Nothing is saved at step {self.state.global_step}")
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         if self._pissa_start is not None:
