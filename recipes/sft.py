@@ -73,11 +73,12 @@ def load_bases(run: Run):
     return load_model(run.vision, run.model, run.training.device)
 
 
-def make_trainer(run: Run, model, processor, data, held_out: dict):
+def make_trainer(run: Run, model, processor, data, held_out: dict, record: dict):
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from transformers import EarlyStoppingCallback
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table, unadapted_experts
+    from vlm_peft.checkpoints import RUN_FILE
     from vlm_peft.probe import probe
     from vlm_peft.trainer import StopOnSignal
     from vlm_peft.training_setup import build_trainer, describe_layout
@@ -97,6 +98,7 @@ def make_trainer(run: Run, model, processor, data, held_out: dict):
         eval_dataset=data.eval_dataset,
         callbacks=callbacks,
         score=make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
+        extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
     )
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")
@@ -235,14 +237,17 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
 
     from vlm_peft.arguments import parse_arguments
+    from vlm_peft.checkpoints import check_same_run, run_record
 
     vision_args, training_args, model_args = parse_arguments(
         arguments or ["--config", str(DEFAULT_CONFIG)], description=__doc__.splitlines()[0]
     )
     run = Run(vision_args, training_args, model_args)
     push = prepare_push(run)
-    checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
+    checkpoint = checkpoint_to_resume(training_args)
+    if checkpoint is not None:
+        check_same_run(checkpoint, run_record(vision_args, training_args, model_args))
 
     from accelerate import PartialState
     from sft_data import load_held_out, load_training
@@ -261,7 +266,10 @@ def main(arguments: list[str] | None = None) -> int:
             evaluate(run, model, processor, held_out, "-before")
 
     with run.phase("prepare training"):
-        trainer, signals, rows = make_trainer(run, model, processor, data, held_out)
+        record = run_record(vision_args, training_args, model_args, model.config, data.splits)
+        if checkpoint is not None:
+            check_same_run(checkpoint, record)
+        trainer, signals, rows = make_trainer(run, model, processor, data, held_out, record)
     with run.phase("train"):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.received is not None:
@@ -327,25 +335,32 @@ def checkpoint_to_resume(training_args) -> str | None:
     """`--resume_from_checkpoint true` means the newest complete one in `--output_dir`; a path means itself.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when there is none, or a file of it is missing or damaged.
+        FileExistsError: when a run begins beside the checkpoints of another.
     """
+    from vlm_peft.checkpoints import checkpoints_in, newest_whole, why_broken
+
     value = str(training_args.resume_from_checkpoint)
     if value.lower() in ("false", "none", ""):
+        others = checkpoints_in(training_args.output_dir)
+        if others:
+            raise FileExistsError(
+                f"--output_dir {training_args.output_dir} holds {others[0].name} of an earlier run: go on with "
+                "--resume_from_checkpoint true, choose another folder, or delete its checkpoints."
+            )
         return None
-    # The trainer writes this file last, so a folder without it was left half written.
-    complete = "trainer_state.json"
     if value.lower() != "true":
-        if not Path(value, complete).is_file():
-            raise FileNotFoundError(f"{value} is no checkpoint to resume from: expected a folder with {complete}.")
+        reason = why_broken(Path(value))
+        if reason is not None:
+            raise FileNotFoundError(f"{value} is no checkpoint to resume from: {reason}.")
         return value
-    found = Path(training_args.output_dir).glob(f"checkpoint-*/{complete}")
-    folders = sorted((file.parent for file in found), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    if not folders:
+    folder = newest_whole(training_args.output_dir)
+    if folder is None:
         raise FileNotFoundError(
             f"--resume_from_checkpoint true: {training_args.output_dir} has no complete checkpoint-* folder. Leave the "
             "option out to train from the beginning."
         )
-    return str(folders[-1])
+    return str(folder)
 
 
 def check_saved(run: Run, trainer) -> None:

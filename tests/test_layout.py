@@ -28,7 +28,7 @@ LEVELS = [
     {"captured", "cuda", "data.rows", "feature_cache", "probe"},
     {"beams"},
     {"data.splits", "generation", "loading", "trainer"},
-    {"data.leakage", "data.mixture"},
+    {"checkpoints", "data.leakage", "data.mixture"},
     {"data.streaming"},
     {"training_setup"},
     {"commands"},

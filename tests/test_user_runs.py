@@ -5,9 +5,12 @@ import math
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import sft
 import torch
+from conftest import flickr_rows, save_flickr
 from safetensors.torch import load_file, save_file
 
 from vlm_peft.loading import load_model
@@ -189,3 +192,138 @@ def test_part_of_a_full_save_is_refused(adapter, tmp_path):
     next(value for name, value in poisoned.items() if "mlp" in name).view(-1)[0] = math.inf
     save_file(poisoned, path, {"format": "pt"})
     assert "are NaN or infinite" in refusal(whole)
+
+
+# --- runs that go on ---
+
+OPTIONS = """\
+stored_split: test
+split_column: split
+vision_feature_layer: [-1]
+use_peft: true
+use_cpu: true
+lora_r: 2
+max_steps: 4
+per_device_train_batch_size: 4
+learning_rate: 0.01
+max_new_tokens: 4
+logging_steps: 1
+eval_strategy: "no"
+save_strategy: steps
+save_steps: 2
+report_to: none
+disable_tqdm: true
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory, flickr, bases) -> list[str]:
+    """Options of a run of four steps with a checkpoint every two, without its folder."""
+    config = tmp_path_factory.mktemp("options") / "config.yaml"
+    config.write_text(OPTIONS)
+    vision, text = map(str, bases)
+    named = ["--dataset_name", str(flickr), "--vision_model", vision, "--model_name_or_path", text]
+    return ["--config", str(config), *named]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments, tmp_path_factory) -> Path:
+    """The folder of a run that ended."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    assert sft.main([*arguments, "--output_dir", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def train(arguments, finished, tmp_path, caplog):
+    """Runs the recipe in a copy of the finished run's folder; its exit status."""
+    shutil.copytree(finished, tmp_path / "run")
+    caplog.set_level("INFO")
+    return lambda *overrides: sft.main([*arguments, "--output_dir", str(tmp_path / "run"), *map(str, overrides)])
+
+
+RESUME = ("--resume_from_checkpoint", "true")
+
+
+def steps(folder: Path) -> list[int]:
+    history = json.loads((folder / "log_history.json").read_text())
+    return [entry["step"] for entry in history if "loss" in entry]
+
+
+def test_a_finished_run_that_is_resumed_trains_nothing_saves_and_scores(train, finished, tmp_path, caplog):
+    shutil.rmtree(tmp_path / "run" / "eval")
+    (tmp_path / "run" / WEIGHTS).unlink()
+    assert train(*RESUME) == 0
+    assert "Trained to step 4 of 4 already: nothing is left to train." in caplog.text
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+    assert (tmp_path / "run/eval/test/scores.json").is_file()
+
+
+def test_more_steps_go_on_where_the_finished_run_ended(train, tmp_path):
+    assert train(*RESUME, "--max_steps", "5") == 0
+    assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_run_does_not_begin_beside_the_checkpoints_of_another(train):
+    with pytest.raises(FileExistsError, match="holds checkpoint-4 of an earlier run: go on with --resume"):
+        train()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--lora_r", "4"), "lora_r: 2 there, 4 here"),
+        (("--vision_feature_layer", "-2"), r"vision_feature_layer: \[-1\] there, \[-2\] here"),
+        (("--instruction", "Say it."), "instruction: None there, Say it. here"),
+        (("--seed", "7"), "seed: 42 there, 7 here"),
+        (("--gradient_accumulation_steps", "2"), "rows a step: 4 there, 8 here"),
+        (("--projector_learning_rate", "0.1"), "projector_learning_rate given: False there, True here"),
+    ],
+)
+def test_a_run_with_other_options_does_not_go_on(train, monkeypatch, options, said):
+    monkeypatch.setattr(sft, "load_bases", lambda run: pytest.fail("The bases were loaded first."))
+    with pytest.raises(ValueError, match=rf"checkpoint-4 is of another run \(.*{said}.*another --output_dir"):
+        train(*RESUME, *options)
+
+
+def test_a_run_on_other_data_or_bases_does_not_go_on(train, tmp_path, bases):
+    rows = flickr_rows()
+    rows["caption"][3][0] += "!"
+    with pytest.raises(ValueError, match=r"of another run \(training data: "):
+        train(*RESUME, "--dataset_name", save_flickr(tmp_path / "other", rows))
+    text = Path(shutil.copytree(bases[1], tmp_path / "text"))
+    state = load_file(text / "model.safetensors")
+    save_file({name: value + 0.01 for name, value in state.items()}, text / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"of another run \(decoder's weights: "):
+        train(*RESUME, "--model_name_or_path", text)
+
+
+@pytest.mark.parametrize(
+    ("name", "keep", "reason"),
+    [
+        ("trainer_state.json", 0.5, "trainer_state.json is damaged"),
+        ("trainer_state.json", 0.0, "trainer_state.json is damaged"),
+        ("optimizer.pt", None, "optimizer.pt is missing"),
+        ("optimizer.pt", 0.5, "optimizer.pt is damaged"),
+        ("scheduler.pt", 0.0, "scheduler.pt is damaged"),
+        ("rng_state.pth", None, "rng_state.pth is missing"),
+        (WEIGHTS, 0.5, f"{WEIGHTS} is missing or damaged"),
+    ],
+)
+def test_the_newest_whole_checkpoint_is_taken_and_it_is_said(train, tmp_path, caplog, name, keep, reason):
+    path = tmp_path / "run" / "checkpoint-4" / name
+    content = path.read_bytes()
+    path.unlink() if keep is None else path.write_bytes(content[: int(keep * len(content))])
+    asked = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path / "run"))
+    assert sft.checkpoint_to_resume(asked) == str(tmp_path / "run" / "checkpoint-2")
+    assert f"checkpoint-4 is passed over: {reason}." in caplog.text
+    asked.resume_from_checkpoint = str(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(FileNotFoundError, match=f"checkpoint-4 is no checkpoint to resume from: {re.escape(reason)}"):
+        sft.checkpoint_to_resume(asked)
+
+
+def test_a_run_goes_on_from_an_older_checkpoint_as_it_went(train, finished, tmp_path):
+    (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").write_text("")
+    assert train(*RESUME) == 0
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()

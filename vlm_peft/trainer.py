@@ -6,6 +6,7 @@ one readable line per log entry with tokens per second, and a checkpoint when th
 """
 
 import functools
+import logging
 import math
 import os
 import signal
@@ -48,6 +49,8 @@ from .configuration_vision_qwen import IGNORE_INDEX
 from .cuda import plain_decoder
 from .head import TILES, FrozenHeadLogProbs, with_row_gradients
 from .modeling_vision_qwen import VisionQwen
+
+logger = logging.getLogger(__name__)
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -175,6 +178,14 @@ class VisionSFTTrainer(SFTTrainer):
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
+
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """As the trainer's, which would train one more step of a run that is finished."""
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        if self.state.global_step < max_steps:
+            return trained
+        logger.info("Trained to step %d of %d already: nothing is left to train.", self.state.global_step, max_steps)
+        return num_train_epochs, 0
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         adapted: Any = self.model
