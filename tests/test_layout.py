@@ -13,7 +13,17 @@ MODULES = sorted(
     if path.name != "__init__.py" or path.parent == PACKAGE
 )
 LEVELS = [
-    {"attention", "cpu_choices", "data.pictures", "hub.access", "projector", "skinny", "tasks", "vision_tower"},
+    {
+        "attention",
+        "cpu_choices",
+        "data.pictures",
+        "hub.access",
+        "options",
+        "projector",
+        "skinny",
+        "tasks",
+        "vision_tower",
+    },
     {"arguments", "configuration_vision_qwen", "fused_lora", "hub.licences"},
     {"head", "shared_prefix", "turns"},
     {

@@ -327,3 +327,152 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went(train, finished, tmp_
     (tmp_path / "run" / "checkpoint-4" / "trainer_state.json").write_text("")
     assert train(*RESUME) == 0
     assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+
+
+# --- options ---
+
+
+def refused(tmp_path, *options: str, yaml: str = "") -> str:
+    """What the recipe says of options, as one line with exit status 2, before it loads anything."""
+    from console import run_script
+
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        "dataset_name: data\nvision_model: clip\nmodel_name_or_path: qwen3\nuse_peft: true\nuse_cpu: true\n"
+        f"report_to: none\noutput_dir: {tmp_path / 'out'}\n{yaml}"
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "Run", lambda *parsed: pytest.fail("These options were taken."))
+        said: list[str] = []
+        patch.setattr("sys.stderr", SimpleNamespace(write=said.append, flush=lambda: None))
+        assert run_script(lambda: sft.main(["--config", str(config), *options]), "sft.py") == 2
+    text = "".join(said).strip()
+    assert text.startswith("sft.py: ")
+    assert len(text.splitlines()) == 1
+    return text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "per_device_train_batch_size: 0",
+        "per_device_eval_batch_size: -1",
+        "gradient_accumulation_steps: -3",
+        "generation_batch_size: -1",
+        "generation_batch_size: 0",
+        "max_new_tokens: 0",
+        "num_beams: -2",
+        "eval_samples: -1",
+        "train_limit: 0",
+        "eval_limit: -5",
+        "image_size: 0",
+        "pooled_grid: [2, 0]",
+        "learning_rate: .inf",
+        "learning_rate: -1.0e-3",
+        "projector_learning_rate: .nan",
+        "loraplus_lr_ratio: 0",
+        "lora_dropout: 1.0",
+        "lora_dropout: -0.1",
+        "lora_r: 0",
+        "lora_alpha: -1",
+        "max_steps: 0",
+        "max_steps: -7",
+        "num_train_epochs: 0",
+        "num_train_epochs: .nan",
+        "max_length: 0",
+        "save_total_limit: 0",
+        "adam_beta2: 1.5",
+        "weight_decay: -1",
+        "early_stopping_patience: 0",
+        "slide_pages: some",
+        "feature_dtype: float8",
+        "on_bad_row: weep",
+        "task: banana",
+        "init_lora_weights: banana",
+        "report_to: [tensorboard, banana]",
+        "lr_scheduler_type: banana",
+        "save_strategy: sometimes",
+        "optim: banana",
+        "metric_for_best_model: eval_CIDEr\neval_strategy: epoch",
+        # Of another type.
+        "max_steps: 2.5",
+        "max_steps: true",
+        "lora_r: [4]",
+        "learning_rate: fast",
+        "instruction: Yes",
+        "text_column: 2024",
+        "output_dir: {a: b}",
+        "vision_feature_layer: last",
+        "vision_feature_layer: [-1.5]",
+        "eval_splits: {test: 1}",
+        "pack_rows: 3",
+        "mixture: {dataset_name: x}",
+        "mixture:\n- {weight: much}",
+        "mixture:\n- {eval_limit: 0}",
+        "mixture:\n- {task: banana}",
+        "train_split: null",
+        "lora_r: 4\nlora_r: 8",
+    ],
+)
+def test_an_option_that_cannot_be_is_named_before_anything_is_loaded(tmp_path, line):
+    name = re.findall(r"[a-z_]\w+", line)[0]
+    if line.startswith("mixture:\n"):
+        assert "Entry 1 of the mixture: " in refused(tmp_path, yaml=line)
+        name = re.findall(r"\{(\w+)", line)[0]
+    assert name in refused(tmp_path, yaml=line)
+
+
+def test_words_that_yaml_reads_otherwise_are_taken_as_meant(tmp_path):
+    from vlm_peft.arguments import parse_arguments
+
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        "dataset_name: data\nvision_model: clip\nmodel_name_or_path: qwen3\nuse_peft: true\nuse_cpu: true\n"
+        "report_to: none\nsave_strategy: no\neval_strategy: no\neval_splits: val\nblind_splits: val\n"
+        "vision_feature_layer: -2\nlearning_rate: 1e-4\nmax_steps: '2'\nlora_target_modules: q_proj\n"
+    )
+    vision, training, _ = parse_arguments(["--config", str(config)])
+    assert (training.save_strategy, training.eval_strategy, training.max_steps) == ("no", "no", 2)
+    assert (vision.eval_splits, vision.blind_splits, vision.vision_feature_layer) == (["val"], ["val"], [-2])
+    assert training.learning_rate == 1e-4
+    cleared, _, _ = parse_arguments(
+        ["--config", str(config), "--eval_splits", "none", "--blind_splits", "none", "--vision_feature_layer", "-1"]
+    )
+    assert (cleared.eval_splits, cleared.blind_splits, cleared.vision_feature_layer) == ([], [], [-1])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+            f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
+        ), "aliases stand for more than"),
+        ("a: &a [*a]\n", "aliases stand for more than"),
+        ("- 1\n", "expected lines such as"),
+        ("just words\n", "expected lines such as"),
+        ("", "expected lines such as"),
+        ("a: [1\n", "cannot be read as YAML options"),
+        ("[" * 5000, "cannot be read as YAML options"),
+        (b"a: \xff\xfe\n", "cannot be read as YAML options"),
+        ("a: !!python/object/apply:os.system [ls]\n", "cannot be read as YAML options"),
+        ("? [a, b]\n: 1\n", "cannot be read as YAML options"),
+    ],
+)  # fmt: skip
+def test_a_file_that_holds_no_options_is_refused_at_once(tmp_path, text, said):
+    from vlm_peft.arguments import parse_arguments
+
+    config = tmp_path / "options.yaml"
+    config.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(SystemExit) as caught:
+        parse_arguments(["--config", str(config)])
+    assert said in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    with pytest.raises(SystemExit, match="--config expects a YAML file"):
+        parse_arguments(["--config"])
+
+
+def test_an_encoder_in_the_place_of_the_decoder_is_said(bases):
+    from vlm_peft.joining import joint_config
+
+    with pytest.raises(ValueError, match="clip is a 'clip_text_model' model, which writes no text: expected a decoder"):
+        joint_config(bases[0], bases[0])

@@ -57,6 +57,9 @@ def lora_config(
         ValueError: When the targets include the head, hit no layer of a part, or the decoder is quantized and PiSSA
             needs its weights; or when a tied head or embedding should train whole beside rows of added turn tokens.
     """
+    if isinstance(target_modules, str) and target_modules.isidentifier():
+        # Of a list of one, TRL makes a text.
+        target_modules = [target_modules]
     if not isinstance(target_modules, str) or target_modules == "all-linear":
         names = None if target_modules in (None, "all-linear", ["all-linear"]) else list(target_modules)
         if names is not None and "lm_head" in names:
