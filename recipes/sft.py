@@ -40,6 +40,7 @@ class Run:
         self.vision, self.training, self.model = vision_args, training_args, model_args
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
+        self.unscored: list[str] = []
         self.is_main = PartialState().is_main_process
         quiet_progress(self.is_main)
 
@@ -149,22 +150,29 @@ def make_scorer(run: Run, processor, held_out: dict):
 
 def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None:
     """Scores held-out splits into `eval/<split><suffix>/` and prints a line each."""
+    from accelerate import PartialState
     from evaluation import evaluate_split
 
     model.eval()
     for name, split in splits.items():
-        summary = evaluate_split(
-            model,
-            processor,
-            split,
-            run.output_dir / "eval" / f"{name}{suffix}",
-            model_name=str(run.output_dir),
-            blind=suffix == "-blind",
-            batch_size=run.vision.generation_batch_size,
-            max_new_tokens=run.vision.max_new_tokens,
-            num_beams=run.vision.num_beams,
-            meteor=run.vision.meteor and not suffix,
-        )
+        try:
+            summary = evaluate_split(
+                model,
+                processor,
+                split,
+                run.output_dir / "eval" / f"{name}{suffix}",
+                model_name=str(run.output_dir),
+                blind=suffix == "-blind",
+                batch_size=run.vision.generation_batch_size,
+                max_new_tokens=run.vision.max_new_tokens,
+                num_beams=run.vision.num_beams,
+                meteor=run.vision.meteor and not suffix,
+            )
+        except ValueError as error:
+            # The other splits get their scores first.
+            run.unscored.append(f"{name + suffix}: {error}")
+            PartialState().wait_for_everyone()
+            continue
         if run.is_main:
             shown = "  ".join(f"{metric} {value:.3f}" for metric, value in summary["metrics"].items())
             run.say(f"{name + suffix:<20} n={summary['n']}  {shown}")
@@ -261,6 +269,9 @@ def main(arguments: list[str] | None = None) -> int:
     with run.phase("encode pictures"):
         held_out = load_held_out(vision_args, model, processor)
         data = load_training(vision_args, training_args, model, processor, held_out)
+    if run.is_main:
+        clear_results(run.output_dir)
+    PartialState().wait_for_everyone()
     if vision_args.score_before:
         with run.phase("score before"):
             evaluate(run, model, processor, held_out, "-before")
@@ -279,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 128 + signals.received
     with run.phase("save"):
-        trainer.save_model(training_args.output_dir)
+        save_whole(run, trainer)
         check_saved(run, trainer)
     # The other processes read what the first one writes.
     PartialState().wait_for_everyone()
@@ -290,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(run, trained, processor, held_out)
         blind = {name: split for name, split in held_out.items() if split.is_blind}
         evaluate(run, trained, processor, blind, "-blind")
+    if run.unscored:
+        raise ValueError(f"The adapter is saved in {run.output_dir}, but not all is scored. {'; '.join(run.unscored)}")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started
         # A token on the command line is nobody else's business.
@@ -305,6 +318,39 @@ def main(arguments: list[str] | None = None) -> int:
 
             run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
     return 0
+
+
+def clear_results(folder: Path) -> None:
+    """Removes what an earlier run scored and showed here, and drafts of processes that are gone.
+
+    New weights must never lie beside an old card, nor new predictions beside old scores.
+    """
+    from vlm_peft.drafts import sweep
+
+    shown = [folder / name for name in ("run_summary.json", "log_history.json", "report.html")]
+    if any(path.is_file() for path in shown):
+        shown.append(folder / "README.md")
+    for pattern in ("eval/*/predictions.jsonl", "eval/*/scores.json", "eval/*/pictures/*.webp"):
+        shown += folder.glob(pattern)
+    for path in shown:
+        path.unlink(missing_ok=True)
+    for place in (folder, *folder.glob("eval/*")):
+        sweep(place)
+
+
+def save_whole(run: Run, trainer) -> None:
+    """Saves the adapter folder aside and moves its files here; last comes the one without which it is none."""
+    from vlm_peft.drafts import draft_of
+
+    draft = draft_of(run.output_dir / "adapter")
+    trainer.save_model(str(draft))
+    if not run.is_main:
+        return
+    last = "adapter_config.json"
+    (run.output_dir / last).unlink(missing_ok=True)
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
+        path.replace(run.output_dir / path.name)
+    draft.rmdir()
 
 
 def prepare_push(run: Run) -> dict | None:

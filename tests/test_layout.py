@@ -16,6 +16,7 @@ LEVELS = [
     {
         "attention",
         "cpu_choices",
+        "drafts",
         "data.pictures",
         "hub.access",
         "options",

@@ -2,8 +2,10 @@
 
 import json
 import math
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -476,3 +478,229 @@ def test_an_encoder_in_the_place_of_the_decoder_is_said(bases):
 
     with pytest.raises(ValueError, match="clip is a 'clip_text_model' model, which writes no text: expected a decoder"):
         joint_config(bases[0], bases[0])
+
+
+# --- folders that hold one run only ---
+
+
+@pytest.fixture
+def dead_process() -> int:
+    """The number of a process that is gone."""
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def test_results_of_an_earlier_run_go_before_the_run_writes(train, tmp_path, monkeypatch, dead_process):
+    run = tmp_path / "run"
+    for path in run.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    left = run / f".README.md.{dead_process}.tmp"
+    left.write_text("half")
+    (run / "eval" / "notes.txt").write_text("The user's own.")
+    monkeypatch.setattr(sft, "make_trainer", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train()
+    names = {path.name for path in run.rglob("*") if path.is_file()}
+    gone = {"README.md", "report.html", "run_summary.json", "log_history.json", "scores.json", "predictions.jsonl"}
+    assert not names & {*gone, left.name}
+    assert {WEIGHTS, "notes.txt"} <= names
+
+
+def test_a_readme_that_is_no_card_stays(tmp_path):
+    (tmp_path / "README.md").write_text("Mine.")
+    (tmp_path / "eval").mkdir()
+    sft.clear_results(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "Mine."
+
+
+def test_a_save_that_is_killed_leaves_a_whole_adapter_or_none(bases, tmp_path):
+    from test_lifecycle import load_bases, make_trainer
+
+    from vlm_peft import VisionQwen
+
+    folder = tmp_path / "run"
+    run = SimpleNamespace(output_dir=folder, is_main=True)
+    trainer = make_trainer(folder, load_bases(bases), {})
+    sft.save_whole(run, trainer)
+    before = load_file(folder / WEIGHTS)
+    assert not list(folder.glob(".*"))
+    for value in trainer.model.parameters():
+        if value.requires_grad:
+            value.data += 1
+    move, files = Path.replace, len(list(folder.glob("*.*")))
+    for survived in range(files):
+        moved: list[Path] = []
+
+        def replace(path, target, moved=moved, survived=survived):
+            if len(moved) == survived:
+                raise KeyboardInterrupt
+            moved.append(target)
+            return move(path, target)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Path, "replace", replace)
+            with pytest.raises(KeyboardInterrupt):
+                sft.save_whole(run, trainer)
+        with pytest.raises(FileNotFoundError, match=r"no adapter folder: adapter_config\.json missing"):
+            VisionQwen.from_adapter(folder)
+    sft.save_whole(run, trainer)
+    VisionQwen.from_adapter(folder)
+    after = load_file(folder / WEIGHTS)
+    assert all(torch.equal(after[name], value + 1) for name, value in before.items())
+
+
+def test_predictions_are_kept_when_they_cannot_be_scored_and_the_row_is_named(tmp_path, monkeypatch):
+    import evaluation
+
+    from vlm_peft.data.splits import Question
+
+    references = {"seven": ["a dog"], "eight": ["...!"], "nine": ["a cat"]}
+    questions = [Question(name, [], [index], texts, {}) for index, (name, texts) in enumerate(references.items())]
+    split = SimpleNamespace(
+        name="test",
+        data=SimpleNamespace(dataset_name="data"),
+        task=SimpleNamespace(name="caption"),
+        fetch_images=None,
+        left_out=[],
+        texts=questions,
+        questions=lambda: questions,
+    )
+    monkeypatch.setattr(
+        evaluation, "generate_texts", lambda model, processor, prompts, *_, **__: ["a dog"] * len(prompts)
+    )
+    (tmp_path / "scores.json").write_text("of an earlier run")
+    with pytest.raises(ValueError, match=r"predictions\.jsonl: row eight cannot be scored: .*a word in it"):
+        evaluation.evaluate_split(None, None, split, tmp_path, tokenizer="treebank-python")
+    kept = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [(row["id"], row["prediction"]) for row in kept] == [(name, "a dog") for name in references]
+    assert not (tmp_path / "scores.json").exists()
+
+
+def test_a_split_that_cannot_be_scored_costs_no_other_its_scores(tmp_path, monkeypatch):
+    import evaluation
+
+    said: list[str] = []
+    vision = SimpleNamespace(generation_batch_size=1, max_new_tokens=1, num_beams=1, meteor=False)
+    run = SimpleNamespace(output_dir=tmp_path, vision=vision, is_main=True, unscored=[], say=said.append)
+
+    def evaluate_split(model, processor, split, folder, **arguments):
+        if split == "bad":
+            raise ValueError("row 7 cannot be scored")
+        return {"metrics": {"CIDEr": 0.5}, "n": 3}
+
+    monkeypatch.setattr(evaluation, "evaluate_split", evaluate_split)
+    sft.evaluate(run, torch.nn.Linear(1, 1), None, {"a": "good", "b": "bad", "c": "good"})
+    assert [line.split()[0] for line in said] == ["a", "c"]
+    assert run.unscored == ["b: row 7 cannot be scored"]
+
+
+def test_drafts_of_killed_processes_are_swept_and_those_of_others_are_not(tmp_path, dead_process):
+    from vlm_peft.commands.export import _new_folder
+    from vlm_peft.drafts import draft_of, sweep
+
+    host = draft_of(Path("x")).name.removeprefix(".x.").rpartition("-")[0]
+    dead = [tmp_path / f".out.{host}-{dead_process}.tmp", tmp_path / f".out.{dead_process}.tmp"]
+    others = [tmp_path / f".out.elsewhere-{dead_process}.tmp", draft_of(tmp_path / "out2"), tmp_path / ".out.tmp"]
+    others.append(tmp_path / f".other.{host}-{dead_process}.tmp")
+    for folder in (*dead, *others):
+        folder.mkdir()
+        (folder / "half").write_text("")
+    with _new_folder(tmp_path / "out") as partial:
+        (partial / "whole").write_text("")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *(path.name for path in others)}
+    sweep(tmp_path)
+    assert not others.pop().exists()
+    assert all(path.is_dir() for path in others)
+    sweep(tmp_path / "missing")
+
+
+def test_pictures_that_were_being_encoded_leave_nothing_behind(bases, flickr, tmp_path):
+    from vlm_peft import VisionQwen, VisionQwenProcessor, feature_cache
+    from vlm_peft.arguments import DataArguments
+    from vlm_peft.data.splits import encode_pictures, load_split
+
+    model = VisionQwen.from_vision_text_pretrained(*bases).requires_grad_(False)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(*bases, model.config)
+    data = DataArguments(dataset_name=str(flickr), stored_split="test", split_column="split")
+    split = load_split(data, "test", processor)
+    child = os.fork()
+    if child == 0:
+        try:
+            feature_cache._encode_batch = lambda *arguments, **others: os.kill(os.getpid(), signal.SIGKILL)
+            encode_pictures(split, model, processor, feature_cache=True, directory=str(tmp_path))
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+    assert len(list(tmp_path.iterdir())) == 1
+    encode_pictures(split, model, processor, feature_cache=True, directory=str(tmp_path))
+    (file,) = tmp_path.iterdir()
+    assert file.suffix == ".arrow"
+
+
+# --- the checkpoint that is kept ---
+
+
+@pytest.mark.parametrize(
+    ("scores", "losses", "kept"),
+    [
+        ([0.0, 0.0, 0.0], [3.0, 2.0, 1.0], 6),
+        ([0.0, 0.0, 0.0], [3.0, 1.0, 2.0], 4),
+        ([0.0, 0.0, 0.0], [1.0, 1.0, 1.0], 6),
+        ([0.2, 0.5, 0.2], [1.0, 3.0, 0.5], 4),
+        ([0.5, 0.2, 0.5], [1.0, 3.0, 2.0], 2),
+    ],
+)
+def test_of_equal_scores_the_loss_decides_and_then_the_later_step(bases, tmp_path, caplog, scores, losses, kept):
+    from test_lifecycle import encoded_rows, load_bases, make_trainer
+
+    caplog.set_level("INFO")
+    model = load_bases(bases)
+    trainer = make_trainer(
+        tmp_path,
+        model,
+        {},
+        trainer={"eval_dataset": encoded_rows(model)[0]},
+        eval_strategy="steps",
+        eval_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_CIDEr",
+        greater_is_better=True,
+    )
+
+    def evaluate(*arguments, **others):
+        score, loss = (values[trainer.state.global_step // 2 - 1] for values in (scores, losses))
+        trainer.log({"eval_CIDEr": score, "eval_loss": loss})
+        return {"eval_CIDEr": score, "eval_loss": loss}
+
+    trainer.evaluate = evaluate
+    trainer.train()
+    assert trainer.state.best_global_step == kept
+    assert Path(trainer.state.best_model_checkpoint).name == f"checkpoint-{kept}"
+    saved = load_file(tmp_path / f"checkpoint-{kept}" / WEIGHTS)
+    trainer.save_model()
+    assert all(torch.equal(value, saved[name]) for name, value in load_file(tmp_path / WEIGHTS).items())
+    assert f"Kept step {kept}: eval_CIDEr {max(scores)} is the best" in caplog.text
+
+
+def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(bases, tmp_path, monkeypatch):
+    from test_lifecycle import load_bases, make_trainer
+
+    from vlm_peft.checkpoints import newest_whole
+
+    trainer = make_trainer(tmp_path, load_bases(bases), {}, save_total_limit=1)
+    write = torch.save
+
+    def save(value, path, *arguments, **others):
+        if "checkpoint-4" in str(path):
+            raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+        return write(value, path, *arguments, **others)
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(OSError, match=r"step 4 cannot be written to .*GB free .*--resume_from_checkpoint true"):
+        trainer.train()
+    assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"

@@ -9,6 +9,7 @@ import functools
 import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils.other import TrainableTokensWrapper
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -194,7 +196,41 @@ class VisionSFTTrainer(SFTTrainer):
         else:
             self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """As the trainer's, which keeps the first of equals: the loss decides, then the later step."""
+        name = str(self.args.metric_for_best_model)
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        is_better = super()._determine_best_metric(metrics, trial)
+        if is_better or value is None or value != self.state.best_metric:
+            return is_better
+        losses: dict = {entry["step"]: entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry}
+        before, now = losses.get(self.state.best_global_step), metrics.get("eval_loss")
+        if before is not None and now is not None and now > before:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            said = str(error)
+            if not isinstance(error, SafetensorError) and "inline_container" not in said and "StreamWriter" not in said:
+                raise
+            free = shutil.disk_usage(Path(str(self.args.output_dir)).absolute().parent).free
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}, whose "
+                f"disk has {free / 1e9:.2f} GB free ({' '.join(said.split())[:200]}): make room, and go on from the "
+                "last whole one with --resume_from_checkpoint true."
+            ) from error
+
     def _load_best_model(self) -> None:
+        logger.info(
+            "Kept step %s: %s %s is the best of all evaluations.",
+            self.state.best_global_step,
+            self.args.metric_for_best_model,
+            self.state.best_metric,
+        )
         if self._pissa_start is None:
             super()._load_best_model()
         else:
