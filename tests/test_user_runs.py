@@ -1,5 +1,6 @@
 """What users do to runs and their folders: each ends well, or in one line that names what is wrong."""
 
+import io
 import json
 import math
 import os
@@ -704,3 +705,74 @@ def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(bases, tmp_path
     with pytest.raises(OSError, match=r"step 4 cannot be written to .*GB free .*--resume_from_checkpoint true"):
         trainer.train()
     assert newest_whole(tmp_path) == tmp_path / "checkpoint-2"
+
+
+# --- questions ---
+
+
+@pytest.fixture(scope="module")
+def loaded(adapter):
+    """Model and processor of an adapter whose decoder has 512 positions."""
+    return load_model(adapter)
+
+
+LONG = "why " * 200
+
+
+def test_an_over_long_question_is_refused_in_every_door(adapter, loaded, flickr, tmp_path, monkeypatch, capsys):
+    import run as eval_run
+    from console import run_script
+    from PIL import Image
+
+    from vlm_peft import __main__
+    from vlm_peft.commands.chat import Conversation
+    from vlm_peft.commands.web_demo import PictureAnswers
+    from vlm_peft.tasks import TaskSettings
+
+    said = r"has 8\d\d tokens, and its answer may take 6, more than the 512 that the decoder takes"
+    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    assert __main__.main(["caption", str(adapter), str(tmp_path / "a.png"), "--question", LONG]) == 2
+    assert re.search(said, capsys.readouterr().err)
+    with pytest.raises(ValueError, match=said):
+        Conversation(*loaded, 6).ask(LONG)
+    with pytest.raises(ValueError, match=said):
+        list(PictureAnswers(*loaded, TaskSettings(max_new_tokens=6))(tmp_path / "a.png", LONG))
+    data = ["--dataset", str(flickr), "--stored_split", "test", "--split_column", "split", "--split", "test"]
+    arguments = ["--model", str(adapter), *data, "--output_dir", str(tmp_path / "scores"), "--instruction", LONG]
+    assert run_script(lambda: eval_run.main(arguments), "run.py") == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert not list(tmp_path.glob("scores/*"))
+
+
+def test_a_question_that_just_fits_is_answered(loaded):
+    from vlm_peft.generation import check_length
+
+    check_length(loaded[0], 506, 6)
+    with pytest.raises(ValueError, match="has 507 tokens, and its answer may take 6"):
+        check_length(loaded[0], 507, 6)
+
+
+def test_bytes_that_are_no_text_are_named_and_the_chat_goes_on(loaded, monkeypatch, capsys):
+    from vlm_peft.commands import chat as chatting
+
+    asked: list[str] = []
+    conversation = SimpleNamespace(ask=lambda text, streamer: asked.append(text))
+    stdin = SimpleNamespace(isatty=lambda: False, buffer=io.BytesIO(b"what?\nca\xf1on\n\xff\xfe\n\xc3\xb1\n\nlast"))
+    monkeypatch.setattr("sys.stdin", stdin)
+    chatting.chat(conversation, loaded[1], "Describe.")
+    assert asked == ["what?", "ñ", "Describe.", "last"]
+    errors = capsys.readouterr().err.splitlines()
+    assert errors == [
+        "The line is no UTF-8 text: byte 0xf1 after 2 characters.",
+        "The line is no UTF-8 text: byte 0xff after 0 characters.",
+    ]
+
+
+@pytest.mark.parametrize("option", ["question", "instruction"])
+def test_an_option_that_is_no_text_is_named(option):
+    from vlm_peft.commands.caption import ask
+    from vlm_peft.tasks import TaskSettings
+
+    with pytest.raises(ValueError, match=f"The {option} is no UTF-8 text: byte 0xe9 after 3 characters"):
+        ask(TaskSettings(), **{option: os.fsdecode(b"caf\xe9")})
