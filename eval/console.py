@@ -51,6 +51,12 @@ def run_script(main: Callable[[], int], name: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
+    except SystemExit as error:
+        # Python would print the message, too, but end with 1, which is for faults.
+        if isinstance(error.code, str):
+            print(error.code, file=sys.stderr)
+            return 2
+        raise
     except (OSError, ValueError) as error:
         raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
         if isinstance(error, ValueError) and not raised_in.is_relative_to(ROOT):

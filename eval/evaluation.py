@@ -51,8 +51,13 @@ def evaluate_split(
         progress: Shows a progress bar.
 
     Raises:
-        ValueError: for a blind control of a single row, which has no other picture.
+        ValueError: for a blind control of a single row, which has no other picture, or a row that cannot be scored:
+            its predictions are written all the same.
     """
+    files = [Path(output_dir) / name for name in ("predictions.jsonl", "scores.json")]
+    if PartialState().is_main_process:
+        for file in files:
+            file.unlink(missing_ok=True)
     questions = list(split.questions())
     rows = generate_rows(
         model,
@@ -68,7 +73,15 @@ def evaluate_split(
     summary: dict[str, Any] = {}
     if PartialState().is_main_process:
         options = {"tokenizer": tokenizer, "meteor": meteor, "spice": spice} if split.task.name == "caption" else {}
-        scores = score_rows(split.task.name, rows, **options)
+        # What took hours to generate is kept, whatever becomes of its scores.
+        write_predictions(files[0], rows)
+        try:
+            scores = score_rows(split.task.name, rows, **options)
+        except ValueError as error:
+            raise ValueError(
+                f"{files[0]}{_culprit(split.task.name, rows, options)} cannot be scored: {error}; mend the file and "
+                "score it with eval/score.py."
+            ) from error
         if clip_model is not None and split.task.name == "caption":
             _add_clip_scores(scores, clip_model, split, questions, rows)
         if split.left_out:
@@ -82,11 +95,22 @@ def evaluate_split(
             "split": split.name,
             "decoding": {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "blind": blind},
         }
-        write_predictions(Path(output_dir) / "predictions.jsonl", rows, scores.per_row)
-        write_scores(Path(output_dir) / "scores.json", scores, **described)
+        write_predictions(files[0], rows, scores.per_row)
+        write_scores(files[1], scores, **described)
         summary = score_summary(scores, **described)
     PartialState().wait_for_everyone()
     return summary
+
+
+def _culprit(task: str, rows: list[Row], options: dict[str, Any]) -> str:
+    """Names the first row that alone cannot be scored, either."""
+    alone = options | {"meteor": False, "spice": False} if options else {}
+    for row in rows:
+        try:
+            score_rows(task, [row], **alone)
+        except ValueError:
+            return f": row {row['id']}"
+    return ""
 
 
 class _OwnPictures(Sequence):

@@ -40,6 +40,7 @@ class Run:
         self.vision, self.training, self.model = vision_args, training_args, model_args
         self.output_dir = Path(training_args.output_dir)
         self.seconds: dict[str, float] = {}
+        self.unscored: list[str] = []
         self.is_main = PartialState().is_main_process
         quiet_progress(self.is_main)
 
@@ -73,11 +74,12 @@ def load_bases(run: Run):
     return load_model(run.vision, run.model, run.training.device)
 
 
-def make_trainer(run: Run, model, processor, data, held_out: dict):
+def make_trainer(run: Run, model, processor, data, held_out: dict, record: dict):
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from transformers import EarlyStoppingCallback
 
     from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table, unadapted_experts
+    from vlm_peft.checkpoints import RUN_FILE
     from vlm_peft.probe import probe
     from vlm_peft.trainer import StopOnSignal
     from vlm_peft.training_setup import build_trainer, describe_layout
@@ -97,6 +99,7 @@ def make_trainer(run: Run, model, processor, data, held_out: dict):
         eval_dataset=data.eval_dataset,
         callbacks=callbacks,
         score=make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
+        extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
     )
     rows = trainable_table(trainer.model)
     run.say("\n" + format_trainable_table(rows) + "\n")
@@ -147,22 +150,29 @@ def make_scorer(run: Run, processor, held_out: dict):
 
 def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None:
     """Scores held-out splits into `eval/<split><suffix>/` and prints a line each."""
+    from accelerate import PartialState
     from evaluation import evaluate_split
 
     model.eval()
     for name, split in splits.items():
-        summary = evaluate_split(
-            model,
-            processor,
-            split,
-            run.output_dir / "eval" / f"{name}{suffix}",
-            model_name=str(run.output_dir),
-            blind=suffix == "-blind",
-            batch_size=run.vision.generation_batch_size,
-            max_new_tokens=run.vision.max_new_tokens,
-            num_beams=run.vision.num_beams,
-            meteor=run.vision.meteor and not suffix,
-        )
+        try:
+            summary = evaluate_split(
+                model,
+                processor,
+                split,
+                run.output_dir / "eval" / f"{name}{suffix}",
+                model_name=str(run.output_dir),
+                blind=suffix == "-blind",
+                batch_size=run.vision.generation_batch_size,
+                max_new_tokens=run.vision.max_new_tokens,
+                num_beams=run.vision.num_beams,
+                meteor=run.vision.meteor and not suffix,
+            )
+        except ValueError as error:
+            # The other splits get their scores first.
+            run.unscored.append(f"{name + suffix}: {error}")
+            PartialState().wait_for_everyone()
+            continue
         if run.is_main:
             shown = "  ".join(f"{metric} {value:.3f}" for metric, value in summary["metrics"].items())
             run.say(f"{name + suffix:<20} n={summary['n']}  {shown}")
@@ -235,14 +245,17 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
 
     from vlm_peft.arguments import parse_arguments
+    from vlm_peft.checkpoints import check_same_run, run_record
 
     vision_args, training_args, model_args = parse_arguments(
         arguments or ["--config", str(DEFAULT_CONFIG)], description=__doc__.splitlines()[0]
     )
     run = Run(vision_args, training_args, model_args)
     push = prepare_push(run)
-    checkpoint = checkpoint_to_resume(training_args)
     logging.basicConfig(level=logging.INFO if run.is_main else logging.WARNING, format="%(message)s")
+    checkpoint = checkpoint_to_resume(training_args)
+    if checkpoint is not None:
+        check_same_run(checkpoint, run_record(vision_args, training_args, model_args))
 
     from accelerate import PartialState
     from sft_data import load_held_out, load_training
@@ -256,12 +269,18 @@ def main(arguments: list[str] | None = None) -> int:
     with run.phase("encode pictures"):
         held_out = load_held_out(vision_args, model, processor)
         data = load_training(vision_args, training_args, model, processor, held_out)
+    if run.is_main:
+        clear_results(run.output_dir)
+    PartialState().wait_for_everyone()
     if vision_args.score_before:
         with run.phase("score before"):
             evaluate(run, model, processor, held_out, "-before")
 
     with run.phase("prepare training"):
-        trainer, signals, rows = make_trainer(run, model, processor, data, held_out)
+        record = run_record(vision_args, training_args, model_args, model.config, data.splits)
+        if checkpoint is not None:
+            check_same_run(checkpoint, record)
+        trainer, signals, rows = make_trainer(run, model, processor, data, held_out, record)
     with run.phase("train"):
         trainer.train(resume_from_checkpoint=checkpoint)
     if signals.received is not None:
@@ -271,7 +290,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 128 + signals.received
     with run.phase("save"):
-        trainer.save_model(training_args.output_dir)
+        save_whole(run, trainer)
         check_saved(run, trainer)
     # The other processes read what the first one writes.
     PartialState().wait_for_everyone()
@@ -282,6 +301,8 @@ def main(arguments: list[str] | None = None) -> int:
         evaluate(run, trained, processor, held_out)
         blind = {name: split for name, split in held_out.items() if split.is_blind}
         evaluate(run, trained, processor, blind, "-blind")
+    if run.unscored:
+        raise ValueError(f"The adapter is saved in {run.output_dir}, but not all is scored. {'; '.join(run.unscored)}")
     if run.is_main:
         run.seconds["total"] = time.monotonic() - started
         # A token on the command line is nobody else's business.
@@ -297,6 +318,39 @@ def main(arguments: list[str] | None = None) -> int:
 
             run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
     return 0
+
+
+def clear_results(folder: Path) -> None:
+    """Removes what an earlier run scored and showed here, and drafts of processes that are gone.
+
+    New weights must never lie beside an old card, nor new predictions beside old scores.
+    """
+    from vlm_peft.drafts import sweep
+
+    shown = [folder / name for name in ("run_summary.json", "log_history.json", "report.html")]
+    if any(path.is_file() for path in shown):
+        shown.append(folder / "README.md")
+    for pattern in ("eval/*/predictions.jsonl", "eval/*/scores.json", "eval/*/pictures/*.webp"):
+        shown += folder.glob(pattern)
+    for path in shown:
+        path.unlink(missing_ok=True)
+    for place in (folder, *folder.glob("eval/*")):
+        sweep(place)
+
+
+def save_whole(run: Run, trainer) -> None:
+    """Saves the adapter folder aside and moves its files here; last comes the one without which it is none."""
+    from vlm_peft.drafts import draft_of
+
+    draft = draft_of(run.output_dir / "adapter")
+    trainer.save_model(str(draft))
+    if not run.is_main:
+        return
+    last = "adapter_config.json"
+    (run.output_dir / last).unlink(missing_ok=True)
+    for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
+        path.replace(run.output_dir / path.name)
+    draft.rmdir()
 
 
 def prepare_push(run: Run) -> dict | None:
@@ -327,25 +381,32 @@ def checkpoint_to_resume(training_args) -> str | None:
     """`--resume_from_checkpoint true` means the newest complete one in `--output_dir`; a path means itself.
 
     Raises:
-        FileNotFoundError: when there is none.
+        FileNotFoundError: when there is none, or a file of it is missing or damaged.
+        FileExistsError: when a run begins beside the checkpoints of another.
     """
+    from vlm_peft.checkpoints import checkpoints_in, newest_whole, why_broken
+
     value = str(training_args.resume_from_checkpoint)
     if value.lower() in ("false", "none", ""):
+        others = checkpoints_in(training_args.output_dir)
+        if others:
+            raise FileExistsError(
+                f"--output_dir {training_args.output_dir} holds {others[0].name} of an earlier run: go on with "
+                "--resume_from_checkpoint true, choose another folder, or delete its checkpoints."
+            )
         return None
-    # The trainer writes this file last, so a folder without it was left half written.
-    complete = "trainer_state.json"
     if value.lower() != "true":
-        if not Path(value, complete).is_file():
-            raise FileNotFoundError(f"{value} is no checkpoint to resume from: expected a folder with {complete}.")
+        reason = why_broken(Path(value))
+        if reason is not None:
+            raise FileNotFoundError(f"{value} is no checkpoint to resume from: {reason}.")
         return value
-    found = Path(training_args.output_dir).glob(f"checkpoint-*/{complete}")
-    folders = sorted((file.parent for file in found), key=lambda folder: int(folder.name.rpartition("-")[2]))
-    if not folders:
+    folder = newest_whole(training_args.output_dir)
+    if folder is None:
         raise FileNotFoundError(
             f"--resume_from_checkpoint true: {training_args.output_dir} has no complete checkpoint-* folder. Leave the "
             "option out to train from the beginning."
         )
-    return str(folders[-1])
+    return str(folder)
 
 
 def check_saved(run: Run, trainer) -> None:

@@ -1,8 +1,10 @@
 """Every YAML file under recipes/ is read by the parser that will read it, where an unknown key is an error."""
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT
+from safetensors.torch import save_file
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 LAUNCH = [path for path in RECIPES if path.parent.name == "accelerate"]
@@ -112,8 +114,11 @@ def test_resume_names_what_is_missing_and_takes_the_newest_complete_checkpoint(t
     for step, complete in ((9, True), (100, True), (200, False)):
         folder = tmp_path / f"checkpoint-{step}"
         folder.mkdir()
+        save_file({"weight": torch.zeros(1)}, folder / "adapter_model.safetensors")
+        for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+            torch.save({}, folder / name)
         if complete:
-            (folder / "trainer_state.json").write_text("{}")
+            (folder / "trainer_state.json").write_text('{"global_step": 9}')
     assert ask("true") == str(tmp_path / "checkpoint-100")
     assert ask(str(tmp_path / "checkpoint-9")) == str(tmp_path / "checkpoint-9")
     with pytest.raises(FileNotFoundError, match=r"trainer_state\.json"):

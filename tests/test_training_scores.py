@@ -55,7 +55,8 @@ def test_scores_are_logged_and_choose_the_best_checkpoint(train, capsys):
     evaluations = [entry for entry in history if "eval_loss" in entry]
     assert [entry["step"] for entry in evaluations] == [2, 4, 6]
     assert all({"eval_CIDEr", "eval_Bleu_4", "eval_ROUGE_L"} <= set(entry) for entry in evaluations)
-    best = max(evaluations, key=lambda entry: entry["eval_CIDEr"])
+    # Of equals, the one with the lower loss, and then the later one.
+    best = max(evaluations, key=lambda entry: (entry["eval_CIDEr"], -entry["eval_loss"], entry["step"]))
     state = json.loads((folder / "checkpoint-6" / "trainer_state.json").read_text())
     assert state["best_metric"] == best["eval_CIDEr"]
     assert state["best_model_checkpoint"].endswith(f"checkpoint-{best['step']}")

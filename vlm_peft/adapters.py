@@ -9,7 +9,8 @@ nothing that would have to be unpickled.
 import json
 import math
 import re
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,9 @@ def lora_config(
         ValueError: When the targets include the head, hit no layer of a part, or the decoder is quantized and PiSSA
             needs its weights; or when a tied head or embedding should train whole beside rows of added turn tokens.
     """
+    if isinstance(target_modules, str) and target_modules.isidentifier():
+        # Of a list of one, TRL makes a text.
+        target_modules = [target_modules]
     if not isinstance(target_modules, str) or target_modules == "all-linear":
         names = None if target_modules in (None, "all-linear", ["all-linear"]) else list(target_modules)
         if names is not None and "lm_head" in names:
@@ -340,8 +344,9 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: When a file of the adapter, or a base's folder, is missing; names it.
-        ValueError: When the folder is no adapter of a VisionQwen, a file is damaged, the bases are not those it was
-            trained on, or it should be merged into quantized weights.
+        ValueError: When the folder is no adapter of a VisionQwen, a file is damaged, its tensors are not those that
+            its configuration asks for or not finite, the bases are not those it was trained on, or it should be merged
+            into quantized weights.
     """
     if merge and arguments.get("quantization_config") is not None:
         raise ValueError(
@@ -354,7 +359,8 @@ def load_adapter(
             raise FileNotFoundError(f"The adapter folder {name_or_path} is not there.")
         folder = pull_model(str(name_or_path), revision=revision)
     _check_adapter_files(folder)
-    config = VisionQwenConfig.from_pretrained(folder)
+    with reading(folder / "config.json"):
+        config = VisionQwenConfig.from_pretrained(folder)
     if text is None and config.text_name_or_path is None:
         raise ValueError(
             f"The adapter {folder} was trained on a decoder that was drawn at random, not loaded: save that decoder "
@@ -378,7 +384,11 @@ def load_adapter(
     )
     add_turn_rows(model)
     _check_bases(config, model.config, folder)
-    adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+    with reading(folder / "adapter_config.json and adapter_model.safetensors"), warnings.catch_warnings():
+        # What it warns of is refused below, by name.
+        warnings.filterwarnings("ignore", message="Found missing adapter keys|Some weights of PeftModel")
+        adapted = PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable, ignore_mismatched_sizes=True)
+    _check_tensors(adapted, folder)
     if merge:
         return adapted.merge_and_unload().eval()
     if is_trainable:
@@ -425,25 +435,108 @@ def _check_adapter_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} is no adapter folder: {', '.join(missing)} missing; it holds {', '.join(found) or 'nothing'}."
         )
-    configs = {}
-    for name in ("adapter_config.json", "config.json"):
-        try:
-            configs[name] = json.loads((folder / name).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{folder / name} is damaged ({error}): copy or download it again.") from error
+    configs = {name: read_object(folder / name) for name in ("adapter_config.json", "config.json")}
     model_type = configs["config.json"].get("model_type")
     if model_type != VisionQwenConfig.model_type:
         raise ValueError(f"{folder} is an adapter of a {model_type!r} model, expected {VisionQwenConfig.model_type!r}.")
+    kind = configs["adapter_config.json"].get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{folder / 'adapter_config.json'}: peft_type is {kind!r}, expected 'LORA'.")
     weights = folder / "adapter_model.safetensors"
     try:
-        with safe_open(weights, framework="pt") as file:
-            names = list(file.keys())
+        state = load_file(weights)
     except SafetensorError as error:
         raise ValueError(f"{weights} is damaged ({error}): copy or download it again.") from error
+    names = list(state)
     # peft only warns, and would leave a projector at its random start.
     if not any(f".{PROJECTOR}." in name for name in names):
         raise ValueError(
             f"{weights} holds no projector among its {len(names)} tensors: it was saved by another program."
+        )
+    check_finite(state.items(), str(weights))
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Makes whatever a library says about the content of a file one line that names the file.
+
+    Args:
+        path (`Path`): What the block reads.
+
+    Raises:
+        ValueError: For any error but those of the file system and of libraries that are not installed.
+    """
+    try:
+        yield
+    except (OSError, ImportError):
+        raise
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        said = said if len(said) <= 300 else f"{said[:300]}..."
+        raise ValueError(
+            f"{path} cannot be used, damaged or of another program ({type(error).__name__}: {said}): copy or download "
+            "it again."
+        ) from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: When it holds something else; names the file.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: expected a JSON object, got a {type(found).__name__}.")
+    return found
+
+
+def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Refuses weights that are no numbers.
+
+    Args:
+        tensors (`Iterable[tuple[str, torch.Tensor]]`): Names and weights.
+        where (`str`): Put before the message.
+
+    Raises:
+        ValueError: For NaN or infinity; names the first tensor and counts the others.
+    """
+    broken = [
+        (name, value) for name, value in tensors if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
+    if broken:
+        name, value = broken[0]
+        others = f", and {len(broken) - 1} more tensors" if len(broken) > 1 else ""
+        raise ValueError(
+            f"{where}: {int((~value.isfinite()).sum()):,} of {value.numel():,} weights of {name} are NaN or infinite"
+            f"{others}: take an earlier checkpoint, or train again with a lower learning rate."
+        )
+
+
+def _check_tensors(model: PeftModel, folder: Path) -> None:
+    """Compares names and shapes in the file with those that the configuration asks for: peft loads what fits."""
+    weights = folder / "adapter_model.safetensors"
+    with safe_open(weights, framework="pt") as file:
+        found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+    asked = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {name: tuple(value.shape) for name, value in asked.items()}
+    for names, said in (
+        (expected.keys() - found.keys(), "are missing"),
+        (found.keys() - expected.keys(), "belong to no layer that adapter_config.json names"),
+    ):
+        if names:
+            raise ValueError(
+                f"{weights} does not fit adapter_config.json and the bases: {len(names)} tensors {said}, {min(names)} "
+                f"the first; expected {len(expected)}, got {len(found)}."
+            )
+    wrong = sorted(name for name, shape in expected.items() if found[name] != shape)
+    if wrong:
+        raise ValueError(
+            f"{weights} does not fit adapter_config.json and the bases: {wrong[0]} has the shape "
+            f"{found[wrong[0]]}, expected {expected[wrong[0]]} ({len(wrong)} of {len(expected)} tensors differ)."
         )
 
 

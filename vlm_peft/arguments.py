@@ -4,9 +4,11 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 """
 
 import difflib
+import os
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from .options import check_ranges, name_choice, read_config, typed
 from .tasks import TASKS
 
 
@@ -158,6 +160,10 @@ _GPU_DEFAULTS = {
 """What is fastest on CUDA; a configuration file and the command line override each. What trains stays in float32."""
 
 
+_LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+"""What every evaluation logs."""
+
+
 def data_sources(arguments: VisionArguments) -> list[DataArguments]:
     """The data sets of a run: the entries of `mixture`, or the one that the options name.
 
@@ -175,7 +181,12 @@ def data_sources(arguments: VisionArguments) -> list[DataArguments]:
         unknown = [name for name in entry if name not in names]
         if unknown:
             raise ValueError(f"Entry {number} of the mixture: unknown option {_with_hints(unknown, names)}.")
-        sources.append(replace(common, **entry))
+        try:
+            source = replace(common, **typed(entry, [DataArguments]))
+            check_ranges(source)
+        except ValueError as error:
+            raise ValueError(f"Entry {number} of the mixture: {error}") from error
+        sources.append(source)
     if not sources:
         raise ValueError("The mixture is empty: expected at least one data set.")
     return sources
@@ -190,28 +201,41 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         description (`str`, *optional*): First line of `--help`.
 
     Raises:
-        SystemExit: For an unknown key, naming the nearest known one, or a missing one.
+        SystemExit: For an unknown key, naming the nearest known one, or a missing one, and for a value of another kind
+            or out of its range.
+        OSError: When the file cannot be read.
     """
     from trl import ModelConfig, SFTConfig, TrlParser
-    from yaml import YAMLError
 
     types: Any = (VisionArguments, SFTConfig, ModelConfig)
     # The usage that argparse makes of 250 options would push its message off the screen.
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
+    given = list(arguments)
+    config: dict[str, Any] = {}
 
     def parse(**defaults) -> tuple:
         parser = TrlParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
         # TRL's own default, 0.05, costs time in every layer.
         parser.set_defaults(lora_dropout=0.0, **defaults)
-        return parser.parse_args_and_config(arguments, return_remaining_strings=True)
+        unknown = parser.set_defaults_with_config(**config)
+        *found, others = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
+        return *found, unknown + others
 
     try:
+        if "--config" in given:
+            place = given.index("--config")
+            if place + 1 == len(given):
+                raise ValueError("--config expects a YAML file.")
+            config = typed(read_config(given[place + 1]), types)
+            del given[place : place + 2]
+            os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
         *parsed, unknown = parse()
         if parsed[1].device.type == "cuda":
             *parsed, unknown = parse(**_GPU_DEFAULTS)
-    except (ValueError, YAMLError) as error:
+    except (ValueError, TypeError) as error:
         # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), or a broken file.
-        raise SystemExit(f"{program}: {error}") from error
+        said = name_choice(error, types) if isinstance(error, ValueError) else str(error)
+        raise SystemExit(f"{program}: {' '.join(said.split())}") from error
     if unknown:
         known = sorted({each.name for kind in types for each in fields(kind)})
         keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
@@ -220,12 +244,19 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
     for options in (vision_args, model_args):
         for each in fields(options):
             # On the command line there is no other way to take back what the file says.
-            if each.default is None and getattr(options, each.name) in ("none", "null"):
+            value = getattr(options, each.name)
+            if each.default is None and value in ("none", "null", ["none"], ["null"]):
                 setattr(options, each.name, None)
+            elif value in (["none"], ["null"]):
+                setattr(options, each.name, [])
     try:
+        check_ranges(*parsed)
+        _check_reports(training_args)
         sources = data_sources(vision_args)
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
+    if all(source.train_split is None for source in sources):
+        raise SystemExit(f"{program}: --train_split is null: expected at least one data set to train on.")
     if vision_args.streaming and training_args.max_steps <= 0:
         raise SystemExit(f"{program}: --streaming: the length of a stream is not known, so --max_steps is needed.")
     if not model_args.use_peft:
@@ -235,6 +266,9 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
             f"{program}: --early_stopping_patience needs --load_best_model_at_end true, --metric_for_best_model, and "
             "--eval_strategy and --save_strategy of the same steps."
         )
+    best = str(training_args.metric_for_best_model or "loss").removeprefix("eval_")
+    if training_args.eval_strategy != "no" and best not in _LOGGED and not vision_args.eval_samples:
+        raise SystemExit(f"{program}: --metric_for_best_model {best} is a score, so --eval_samples is needed.")
     for name, value in (
         ("dataset_name", next((None for source in sources if source.dataset_name is None), "given")),
         ("vision_model", vision_args.vision_model),
@@ -243,6 +277,21 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         if value is None:
             raise SystemExit(f"{program}: --{name} is missing; give it on the command line or in the --config file.")
     return vision_args, training_args, model_args
+
+
+def _check_reports(training_args: Any) -> None:
+    """Refuses names in `--report_to` that are none, or whose program is not installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in training_args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to is {name!r}, expected none, all or some of {known}.")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to names {name}, which is not installed: install it, or give none.")
 
 
 def _with_hints(names: list[str], known: list[str]) -> str:

@@ -26,6 +26,7 @@ from datasets.config import HF_DATASETS_CACHE
 
 from .configuration_vision_qwen import VisionQwenConfig
 from .data.pictures import Pictures, UnreadablePictureError
+from .drafts import draft_of, sweep
 from .modeling_vision_qwen import VisionQwen
 
 logger = logging.getLogger(__name__)
@@ -224,13 +225,16 @@ def _check_disk(directory: Path, needed: int) -> None:
 def _encode_shard(
     model: VisionQwen, image_processor, pictures: Pictures, shard: range, file: Path, dtype: str, batch_size: int
 ) -> None:
-    """Encodes one shard. `datasets` writes to a temporary name in the same folder and renames what is finished."""
+    """Encodes one shard in a folder of this process, and gives it its name when it is whole."""
     # Pillow and NumPy give the interpreter free while they work.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     prepare = partial(_prepare, image_processor=image_processor, pictures=pictures)
     # An encoder on the CPU has all cores to itself: threads beside its own make it wait (190 pictures/s for 228).
     ahead = 0 if model.model.vision_tower.device.type == "cpu" else 1
     prepared = _prepare_batches(threads, prepare, shard, batch_size, ahead)
+    sweep(file.parent)
+    draft = draft_of(file)
+    draft.mkdir()
     try:
         Dataset.from_dict({"index": list(shard)}).map(
             partial(_encode_batch, model=model, prepared=prepared, dtype=dtype),
@@ -238,13 +242,15 @@ def _encode_shard(
             batch_size=batch_size,
             remove_columns=["index"],
             features=_FEATURES,
-            cache_file_name=str(file),
+            cache_file_name=str(draft / file.name),
             new_fingerprint=file.stem,
             load_from_cache_file=False,
             desc=f"Encoding pictures {shard.start} to {shard.stop - 1}",
         )
+        (draft / file.name).replace(file)
     finally:
         threads.shutdown(cancel_futures=True)
+        shutil.rmtree(draft, ignore_errors=True)
 
 
 def _prepare(index: int, image_processor, pictures: Pictures) -> torch.Tensor | str:

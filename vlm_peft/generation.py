@@ -5,6 +5,7 @@ Stage: trained model -> `list[str]`; called by evaluation and by the command lin
 
 from collections import Counter
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -56,13 +57,15 @@ def generate_texts(
         `list[str]`: Texts without special tokens, stripped.
 
     Raises:
-        ValueError: When beams are to be drawn, or the temperature is not above 0.
+        ValueError: When beams are to be drawn, the temperature is not above 0, or a prompt is too long.
     """
     if temperature is not None and (num_beams > 1 or temperature <= 0):
         raise ValueError(
             f"Sampling expects a temperature above 0 and 1 beam, got temperature {temperature} and {num_beams} beams."
         )
     encoded = [processor.encode_prompt(prompt) for prompt in prompts]
+    for ids in encoded:
+        check_length(model, len(ids), max_new_tokens)
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
     for ids, pictures in zip(encoded, map(tuple, image_ids), strict=True):
@@ -116,6 +119,26 @@ def generate_texts(
         bar.update(len(chosen))
     bar.close()
     return texts
+
+
+def check_length(model: VisionQwen | PeftModel, length: int, max_new_tokens: int) -> None:
+    """Refuses a prompt that leaves its answer no place among the decoder's positions.
+
+    Args:
+        model ([`VisionQwen`] or `PeftModel`): Whose decoder names them; some have no limit.
+        length (`int`): Tokens of the prompt, those of its pictures included.
+        max_new_tokens (`int`): Of its answer at most.
+
+    Raises:
+        ValueError: With both lengths.
+    """
+    text_config: Any = base_model(model).config.text_config
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ValueError(
+            f"The question, with its pictures and the turns before it, has {length:,} tokens, and its answer may take "
+            f"{max_new_tokens:,}, more than the {longest:,} that the decoder takes. Shorten it, or start over."
+        )
 
 
 def _prefill(

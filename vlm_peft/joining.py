@@ -17,7 +17,14 @@ import torch
 import xxhash
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
@@ -112,6 +119,9 @@ def joint_config(
     """Configuration of the model that [`join_pretrained`] would make of the same arguments; reads no weights.
 
     Its revisions are where the safetensors are: see [`~vlm_peft.hub.weights.safetensors_revision`].
+
+    Raises:
+        ValueError: When `text` is no decoder.
     """
     vision_revision = safetensors_revision(vision, vision_revision)
     vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
@@ -120,6 +130,11 @@ def joint_config(
         text_revision = safetensors_revision(text, text_revision)
         with _safetensors_only(text):
             text_config = AutoConfig.from_pretrained(text, revision=text_revision).get_text_config(decoder=True)
+    if type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{text} is a {text_config.model_type!r} model, which writes no text: expected a decoder, such as "
+            "Qwen/Qwen3-0.6B-Base."
+        )
     return VisionQwenConfig(
         vision_config=vision_config.to_dict(),
         text_config=text_config.to_dict(),

@@ -11,12 +11,13 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from .adapters import is_adapter_folder, load_adapter
+from .adapters import check_finite, is_adapter_folder, load_adapter, read_object, reading
 from .configuration_vision_qwen import VisionQwenConfig
 from .hub.access import looks_local
 from .hub.models import HubError, pull_model
 from .modeling_vision_qwen import VisionQwen
 from .processing_vision_qwen import VisionQwenProcessor
+from .tasks.example import picture_turn
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
@@ -64,7 +65,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: When a file of the adapter, or a base, is missing.
-        ValueError: When the folder holds neither, or the bases are not those that the adapter was trained on.
+        ValueError: When the folder holds neither, a file of it is damaged or asks for what the model cannot do, or the
+            bases are not those that the adapter was trained on.
     """
     try:
         if is_adapter_folder(folder):
@@ -77,15 +79,35 @@ def load_model(
             )
         else:
             model = _load_full_save(folder, dtype)
-        processor = VisionQwenProcessor.from_pretrained(folder)
+        with reading(folder / "processor_config.json, tokenizer.json or chat_template.jinja"):
+            processor = VisionQwenProcessor.from_pretrained(folder)
+        _check_processor(processor, model, folder)
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"A file of {folder} is damaged ({error}): copy or download it again.") from error
     return model.eval().requires_grad_(False).to(device), processor
 
 
+def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -> None:
+    """Asks about one picture: the template is a program of others, and the numbers beside it are theirs, too."""
+    config = model.config
+    with reading(folder / "chat_template.jinja"):
+        ids = processor.encode_prompt(picture_turn("Describe."))
+    counts = {
+        "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
+        "the id of the image token": (processor.image_token_id, config.image_token_id),
+        "image tokens of a question about one picture": (ids.count(config.image_token_id), config.num_image_tokens),
+    }
+    for name, (found, expected) in counts.items():
+        if found != expected:
+            raise ValueError(
+                f"The processor of {folder} does not fit its model: {name} is {found}, expected {expected}: "
+                "processor_config.json, tokenizer.json or chat_template.jinja is of another model."
+            )
+
+
 def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
     config = folder / "config.json"
-    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type") if config.is_file() else None
+    kind = read_object(config).get("model_type") if config.is_file() else None
     if kind != VisionQwenConfig.model_type:
         held = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(held[:10] + ["..."] * (len(held) > 10)) or "nothing"
@@ -93,7 +115,15 @@ def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
             f"{folder} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
             f"{VisionQwenConfig.model_type} model; it holds {shown}."
         )
-    return VisionQwen.from_pretrained(folder, dtype=dtype)
+    with reading(folder):
+        model, report = VisionQwen.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{folder} is no whole save: {len(report['missing_keys'])} weights are missing, "
+            f"{min(report['missing_keys'])} the first."
+        )
+    check_finite(model.named_parameters(), str(folder))
+    return model
 
 
 def default_device() -> torch.device:

@@ -6,8 +6,10 @@ one readable line per log entry with tokens per second, and a checkpoint when th
 """
 
 import functools
+import logging
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from peft.utils.other import TrainableTokensWrapper
+from safetensors import SafetensorError
 from transformers import (
     PreTrainedModel,
     PrinterCallback,
@@ -36,6 +39,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from .adapters import (
     PROJECTOR,
     base_model,
+    check_finite,
     is_pissa,
     load_pissa_from_lora,
     lora_state,
@@ -47,6 +51,8 @@ from .configuration_vision_qwen import IGNORE_INDEX
 from .cuda import plain_decoder
 from .head import TILES, FrozenHeadLogProbs, with_row_gradients
 from .modeling_vision_qwen import VisionQwen
+
+logger = logging.getLogger(__name__)
 
 
 class VisionSFTTrainer(SFTTrainer):
@@ -175,6 +181,14 @@ class VisionSFTTrainer(SFTTrainer):
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output
 
+    def _init_training_state(self, max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs):
+        """As the trainer's, which would train one more step of a run that is finished."""
+        trained = super()._init_training_state(max_steps, num_update_steps_per_epoch, num_train_epochs, *args, **kwargs)
+        if self.state.global_step < max_steps:
+            return trained
+        logger.info("Trained to step %d of %d already: nothing is left to train.", self.state.global_step, max_steps)
+        return num_train_epochs, 0
+
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         adapted: Any = self.model
         if self._pissa_start is None:
@@ -182,13 +196,50 @@ class VisionSFTTrainer(SFTTrainer):
         else:
             self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
 
+    def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
+        """As the trainer's, which keeps the first of equals: the loss decides, then the later step."""
+        name = str(self.args.metric_for_best_model)
+        value = metrics.get(name if name.startswith("eval_") else f"eval_{name}")
+        is_better = super()._determine_best_metric(metrics, trial)
+        if is_better or value is None or value != self.state.best_metric:
+            return is_better
+        losses: dict = {entry["step"]: entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry}
+        before, now = losses.get(self.state.best_global_step), metrics.get("eval_loss")
+        if before is not None and now is not None and now > before:
+            return False
+        self.state.best_global_step = self.state.global_step
+        return True
+
+    def _save_checkpoint(self, model, trial) -> None:
+        try:
+            super()._save_checkpoint(model, trial)
+        except (RuntimeError, SafetensorError) as error:
+            said = str(error)
+            if not isinstance(error, SafetensorError) and "inline_container" not in said and "StreamWriter" not in said:
+                raise
+            free = shutil.disk_usage(Path(str(self.args.output_dir)).absolute().parent).free
+            raise OSError(
+                f"The checkpoint of step {self.state.global_step} cannot be written to {self.args.output_dir}, whose "
+                f"disk has {free / 1e9:.2f} GB free ({' '.join(said.split())[:200]}): make room, and go on from the "
+                "last whole one with --resume_from_checkpoint true."
+            ) from error
+
     def _load_best_model(self) -> None:
+        logger.info(
+            "Kept step %s: %s %s is the best of all evaluations.",
+            self.state.best_global_step,
+            self.args.metric_for_best_model,
+            self.state.best_metric,
+        )
         if self._pissa_start is None:
             super()._load_best_model()
         else:
             self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        trained: Any = self.model
+        weights = state_dict or {name: value for name, value in trained.named_parameters() if value.requires_grad}
+        check_finite(weights.items(), f"Nothing is saved at step {self.state.global_step}")
         super()._save(output_dir, state_dict)
         folder = Path(output_dir if output_dir is not None else str(self.args.output_dir))
         if self._pissa_start is not None:

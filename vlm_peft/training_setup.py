@@ -244,6 +244,7 @@ def build_trainer(
     eval_dataset: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
     score: Callable[[VisionQwen | PeftModel], dict[str, float]] | None = None,
+    extra_files: dict[str, str] | None = None,
 ) -> VisionSFTTrainer:
     """LoRA and projector as the options say, and the trainer of both with its collator.
 
@@ -253,7 +254,8 @@ def build_trainer(
         model, processor: Of [`load_model`].
         train_dataset, eval_dataset (`Dataset` or `IterableDataset`): Encoded rows.
         fetch_images (`Callable`): Picture numbers of both -> model inputs.
-        callbacks, score: Of [`~vlm_peft.trainer.VisionSFTTrainer`].
+        callbacks, score, extra_files: Of [`~vlm_peft.trainer.VisionSFTTrainer`]; the task's settings are added to the
+            files.
 
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have.
@@ -303,7 +305,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
         callbacks=list(callbacks),
-        extra_files={TASK_FILE: settings.to_json()},
+        extra_files={TASK_FILE: settings.to_json(), **(extra_files or {})},
         projector_learning_rate=vision.projector_learning_rate,
         vision_learning_rate=vision.vision_learning_rate,
         loraplus_lr_ratio=vision.loraplus_lr_ratio,

@@ -27,13 +27,37 @@ def ask(settings: TaskSettings, question: str | None = None, instruction: str | 
         settings ([`~vlm_peft.tasks.TaskSettings`]): Of the model.
         question (`str`, *optional*): A question instead of the wish for a caption.
         instruction (`str`, *optional*): Instead of the one in `settings`.
+
+    Raises:
+        ValueError: For bytes that are no text.
     """
+    for name, text in (("The question", question), ("The instruction", instruction)):
+        check_text(text or "", name)
     asks_for_captions = settings.task == "caption"
     if question is None:
         return instruction or (settings.instruction if asks_for_captions else None) or INSTRUCTION
     # The other tasks say their instruction after each question; a caption's would be a second question.
     instruction = instruction or (None if asks_for_captions else settings.instruction)
     return f"{question} {instruction}" if instruction else question
+
+
+def check_text(text: str, name: str) -> str:
+    """The text, which a tokenizer must be able to encode.
+
+    Args:
+        text (`str`): From a command line or a terminal, where bytes that are no UTF-8 become lone surrogates.
+        name (`str`): Put before the message.
+
+    Raises:
+        ValueError: For such a byte; names it and its place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is no UTF-8 text: byte {ord(text[error.start]) & 0xFF:#04x} after {error.start} characters."
+        ) from error
+    return text
 
 
 def find_pictures(inputs: Iterable[str], stdin: BinaryIO) -> list[str] | Iterator[str]:

@@ -16,9 +16,11 @@ from transformers import TextStreamer
 
 from ..adapters import base_model
 from ..data.pictures import open_picture
+from ..generation import check_length
 from ..modeling_vision_qwen import VisionQwen
 from ..processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
+from .caption import check_text
 
 COMMANDS = "/image PATH adds a picture; /reset forgets pictures and turns; /quit ends."
 
@@ -68,12 +70,7 @@ class Conversation:
         """
         messages = [*self._messages, *picture_turn(text, pictures=self._new_pictures)]
         input_ids = torch.tensor([self._processor.encode_prompt(messages)], device=self._model.device)
-        longest = self._model.config.text_config.max_position_embeddings
-        if input_ids.shape[1] + self._max_new_tokens > longest:
-            raise ValueError(
-                f"The conversation has {input_ids.shape[1]} tokens and its answer may take {self._max_new_tokens}, "
-                f"more than the {longest} that the decoder takes: start over."
-            )
+        check_length(self._model, input_ids.shape[1], self._max_new_tokens)
         images = {"image_features": torch.cat(self._features)} if self._features else {}
         with torch.inference_mode():
             generated = self._model.generate(
@@ -109,9 +106,12 @@ def chat(conversation: Conversation, processor: VisionQwenProcessor, opening: st
     streamer = TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
     while True:
         try:
-            line = input("> " if is_terminal else "").strip()
+            line = _read_line(is_terminal).strip()
         except EOFError:
             return
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            continue
         command, _, path = line.partition(" ")
         path = path.strip().strip("'\"")
         try:
@@ -127,6 +127,25 @@ def chat(conversation: Conversation, processor: VisionQwenProcessor, opening: st
                 conversation.ask(line or opening, streamer)
         except ValueError as error:
             print(error, file=sys.stderr)
+
+
+def _read_line(is_terminal: bool) -> str:
+    """The next line of standard input.
+
+    Raises:
+        EOFError: At its end.
+        ValueError: For a line that is no text; the next one can be read.
+    """
+    if is_terminal:
+        try:
+            return check_text(input("> "), "The line")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"The line is no UTF-8 text: byte {error.object[error.start]:#04x}.") from error
+    # As text, one wrong byte would take the lines around it with it.
+    line = sys.stdin.buffer.readline()
+    if not line:
+        raise EOFError
+    return check_text(line.decode("utf-8", "surrogateescape"), "The line")
 
 
 def _load_line_editing() -> None:

@@ -3,7 +3,6 @@
 Stage: before joining; called by the command line. Imports no torch: the process that unpickles is `unpickle.py`.
 """
 
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import get_token, snapshot_download
 
+from ..drafts import draft_of, sweep
 from ..hub.access import is_hub_id, looks_local, one_line_errors
 from .unpickle import REFUSED
 
@@ -45,7 +45,8 @@ def convert_base(name: str | Path, output: str | Path, *, revision: str | None =
         raise ValueError(f"{name} has safetensors already: there is nothing to convert.")
     if not any((source / file).is_file() for file in (_PICKLED[0], _PICKLED[2])):
         raise FileNotFoundError(f"{name} has neither {_PICKLED[0]} nor {_PICKLED[2]}: there is nothing to convert.")
-    draft = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    sweep(output.parent, output.name)
+    draft = draft_of(output)
     draft.mkdir(parents=True)
     try:
         _unpickle(source, draft, name)

@@ -13,7 +13,6 @@ no need of the encoder's own checkpoint.
 # mypy: disable-error-code="union-attr, arg-type, operator, return-value"
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
@@ -41,6 +40,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from ..adapters import base_model, is_adapter_folder
 from ..configuration_vision_qwen import VisionQwenConfig
+from ..drafts import draft_of, sweep
 from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
 from ..loading import load_model
@@ -205,7 +205,8 @@ def _check_output(output: str | Path) -> Path:
 @contextmanager
 def _new_folder(output: Path) -> Iterator[Path]:
     """A folder beside `output` that takes its name at the end, or is removed when something goes wrong before."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    sweep(output.parent, output.name)
+    partial = draft_of(output)
     partial.mkdir(parents=True)
     try:
         yield partial

@@ -143,7 +143,7 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
             raise gradio.Error("Choose a picture first.", print_exception=False)
         try:
             yield from answers(picture, question)
-        except UnreadablePictureError as error:
+        except (UnreadablePictureError, ValueError) as error:
             raise gradio.Error(str(error), print_exception=False) from error
 
     def describe(picture: str | None):

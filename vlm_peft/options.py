@@ -1,0 +1,259 @@
+"""Options: what a YAML file says, typed as the options are, and the ranges of all of them, also of those used last.
+
+Stage: below `arguments`; nothing is loaded before these checks.
+"""
+
+import enum
+import math
+import re
+import types
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+_LARGEST_FILE = 10_000  # values, aliases counted as often as they are used
+
+_AT_LEAST = {
+    "train_limit": 1,
+    "eval_limit": 1,
+    "image_size": 1,
+    "pixel_shuffle_factor": 1,
+    "pooled_grid": 1,
+    "num_image_queries": 1,
+    "num_resampler_layers": 1,
+    "eval_samples": 0,
+    "early_stopping_patience": 1,
+    "generation_batch_size": 1,
+    "max_new_tokens": 1,
+    "num_beams": 1,
+    "projector_learning_rate": 0,
+    "vision_learning_rate": 0,
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "learning_rate": 0,
+    "weight_decay": 0,
+    "adam_epsilon": 0,
+    "max_grad_norm": 0,
+    "warmup_steps": 0,
+    "save_total_limit": 1,
+    "max_length": 1,
+    "dataloader_num_workers": 0,
+    "dataloader_prefetch_factor": 1,
+    "dataset_num_proc": 1,
+    "seed": 0,
+    "data_seed": 0,
+    "lora_r": 1,
+}
+_ABOVE_ZERO = (
+    "weight",
+    "loraplus_lr_ratio",
+    "num_train_epochs",
+    "logging_steps",
+    "save_steps",
+    "eval_steps",
+    "lora_alpha",
+)
+_BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+_INIT_LORA = re.compile("pissa(_niter_[1-9][0-9]*)?|gaussian|orthogonal")
+
+
+def read_config(path: str) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Args:
+        path (`str`): Of the file.
+
+    Raises:
+        OSError: When it cannot be read.
+        ValueError: When it is no YAML, no mapping, names a key twice, or its aliases stand for too much.
+    """
+    try:
+        found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as YAML options: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ValueError(f"{path}: expected lines such as 'learning_rate: 1.0e-4', got a {type(found).__name__}.")
+    if _size(found, {}) > _LARGEST_FILE:
+        raise ValueError(f"{path}: its aliases stand for more than {_LARGEST_FILE:,} values: write them out.")
+    return found
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML would take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        twice = sorted({name for name in names if names.count(name) > 1} - {"<<"})
+        if twice:
+            raise ValueError(f"{twice[0]!r} is given twice")
+        return super().construct_mapping(node, deep)
+
+
+def _size(value: Any, known: dict[int, float]) -> float:
+    """Values in a tree with its aliases written out; infinite for one that holds itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts: Iterable = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
+
+
+def typed(values: dict[str, Any], kinds: Iterable[type]) -> dict[str, Any]:
+    """Values of a YAML file as the options' types want them: one word is a list of one, and `no` is a word.
+
+    Args:
+        values (`dict`): Names and values; names that are no option are left alone.
+        kinds (`Iterable[type]`): Dataclasses of the options.
+
+    Raises:
+        ValueError: For a value of another kind; names the option.
+    """
+    found = dict(values)
+    for kind in kinds:
+        hints = get_type_hints(kind)
+        for each in fields(kind):
+            if each.name in found:
+                found[each.name] = _typed(each, hints[each.name], found[each.name])
+    return found
+
+
+def _typed(option: Field, hint: Any, value: Any) -> Any:
+    members = _members(hint)
+    kinds = {get_origin(member) or member for member in members}
+    name = option.name
+    if value is None:
+        # An empty list is what a list is without its words.
+        is_list = option.default is MISSING and option.default_factory is not MISSING and list in kinds
+        return [] if is_list else value
+    if Any in kinds:
+        return value
+    if value is False and name.endswith("_strategy"):
+        return "no"
+    if list in kinds and not isinstance(value, dict) and not (str in kinds and isinstance(value, str)):
+        (element,) = next(get_args(member) or (str,) for member in members if (get_origin(member) or member) is list)
+        given = value if isinstance(value, list) else [value]
+        return [_scalar(name, {get_origin(element) or element}, each) for each in given]
+    if isinstance(value, dict):
+        if dict not in kinds:
+            raise ValueError(f"{name}: expected {_said(kinds)}, got a mapping.")
+        return value
+    if isinstance(value, list):
+        raise ValueError(f"{name}: expected {_said(kinds)}, got a list.")
+    return _scalar(name, kinds, value)
+
+
+def _scalar(name: str, kinds: set, value: Any) -> Any:
+    """One value; text that stands for a number is left to the parser of the command line."""
+    if dict in kinds:
+        return value
+    if isinstance(value, bool):
+        if bool in kinds:
+            return value
+    elif isinstance(value, int):
+        if int in kinds or float in kinds:
+            return value
+    elif isinstance(value, float):
+        if float in kinds or (int in kinds and value.is_integer()):
+            return value if float in kinds else int(value)
+    elif isinstance(value, str):
+        if str in kinds or bool in kinds or _is_number(value, kinds):
+            return value
+    if str in kinds and isinstance(value, bool | int | float):
+        raise ValueError(f"{name}: YAML reads this as {value!r}, and text is expected: put it into quotes.")
+    raise ValueError(f"{name}: expected {_said(kinds)}, got {value!r}.")
+
+
+def _is_number(text: str, kinds: set) -> bool:
+    try:
+        int(text) if float not in kinds else float(text)
+    except ValueError:
+        return False
+    return int in kinds or float in kinds
+
+
+def _members(hint: Any) -> list[Any]:
+    """Of a union, its members without None."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return [member for each in get_args(hint) for member in _members(each) if member is not type(None)]
+    return [hint]
+
+
+def _said(kinds: set) -> str:
+    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    return " or ".join(words[kind] for kind in words if kind in kinds) or "something else"
+
+
+def name_choice(error: ValueError, kinds: Iterable[type]) -> str:
+    """What an enumeration says of an unknown word, with the options that it belongs to.
+
+    Args:
+        error (`ValueError`): Of a dataclass of options.
+        kinds (`Iterable[type]`): All of these dataclasses.
+    """
+    said = str(error)
+    unknown = re.match(r"'?(.*?)'? is not a valid (\w+)", said)
+    if unknown is None:
+        return said
+    names = [
+        each.name
+        for kind in kinds
+        for each in fields(kind)
+        if any(getattr(member, "__name__", "") == unknown[2] for member in _members(get_type_hints(kind)[each.name]))
+    ]
+    members: list = [
+        member
+        for kind in kinds
+        for hint in get_type_hints(kind).values()
+        for member in _members(hint)
+        if isinstance(member, type) and issubclass(member, enum.Enum) and member.__name__ == unknown[2]
+    ]
+    choices = ", ".join(str(each.value) for each in members[0]) if members else ""
+    return f"{' or '.join(dict.fromkeys(names)) or unknown[2]} is {unknown[1]!r}" + (
+        f", expected one of {choices}." if choices else ", which is not known."
+    )
+
+
+def check_ranges(*options: Any) -> None:
+    """Ranges and choices of all options, whenever they are used.
+
+    Args:
+        *options: Dataclasses of options.
+
+    Raises:
+        ValueError: For the first that is out of its range; names it.
+    """
+    for kind in options:
+        for each in fields(kind):
+            value = getattr(kind, each.name)
+            for one in value if isinstance(value, list) else [value]:
+                _check(each, one)
+
+
+def _check(option: Field, value: Any) -> None:
+    name = option.name
+    choices = option.metadata.get("choices")
+    if choices and value not in choices and value != option.default:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
+    if name == "init_lora_weights" and value is not None and not _INIT_LORA.fullmatch(value):
+        raise ValueError(f"{name} is {value!r}, expected pissa, pissa_niter_4, ..., gaussian or orthogonal.")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    expected = None
+    if not math.isfinite(value):
+        expected = "a finite number"
+    elif name in _AT_LEAST and value < _AT_LEAST[name]:
+        expected = f"at least {_AT_LEAST[name]}"
+    elif name in _ABOVE_ZERO and value <= 0:
+        expected = "more than 0"
+    elif name in _BELOW_ONE and not 0 <= value < 1:
+        expected = "at least 0 and below 1"
+    elif name == "max_steps" and (value == 0 or value < -1):
+        expected = "at least 1, or -1 for --num_train_epochs"
+    if expected is not None:
+        raise ValueError(f"{name} is {value}, expected {expected}.")
