@@ -138,11 +138,15 @@ def sequence_length(lengths: list[int], batch_size: int) -> int:
 
 @contextmanager
 def plain_decoder(model: VisionQwen | PeftModel) -> Iterator[None]:
-    """Runs the block without compiled layers and with SDPA in place of FlexAttention: for texts of growing length."""
+    """Runs the block without compiled layers, and with SDPA (or eager attention) in place of FlexAttention.
+
+    For texts of growing length, each of which would be compiled.
+    """
     base = base_model(model)
     attention = base.model.language_model.config._attn_implementation
     if attention == "flex_attention":
-        base.set_attn_implementation({"text_config": "sdpa"})
+        plain = "sdpa" if type(base.model.language_model)._supports_sdpa else "eager"
+        base.set_attn_implementation({"text_config": plain})
     try:
         with torch.compiler.set_stance("force_eager"):
             yield
