@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 from .configuration_vision_qwen import IGNORE_INDEX
-from .shared_prefix import PADDING_SEGMENT
+from .shared_prefix import FLEX_BLOCK, PADDING_SEGMENT
 
 
 def pack_best_fit(lengths: list[int], capacity: int) -> list[list[int]]:
@@ -129,7 +129,7 @@ class SharedPrefixCollator:
             bins = [[index] for index in range(len(rows))]
         width = max(sum(lengths[row] for row in members) for members in bins)
         if self.sequence_length is not None:
-            width = self.sequence_length if width <= self.sequence_length else width + -width % 128
+            width = self.sequence_length if width <= self.sequence_length else width + -width % FLEX_BLOCK
 
         shape = (len(bins), width)
         input_ids = torch.full(shape, self.pad_token_id)

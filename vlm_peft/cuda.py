@@ -15,9 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .adapters import base_model
 from .modeling_vision_qwen import VisionQwen
-
-_BLOCK = 128
-"""FlexAttention's block: sequences are a multiple of it, or its gradients are not to be trusted (pytorch#153799)."""
+from .shared_prefix import FLEX_BLOCK
 
 
 def decoder_layers(model: VisionQwen | PeftModel) -> list[nn.Module]:
@@ -133,7 +131,7 @@ def sequence_length(lengths: list[int], batch_size: int) -> int:
     deviation = math.sqrt(sum((length - mean) ** 2 for length in lengths) / len(lengths))
     longest = sum(sorted(lengths, reverse=True)[:count])
     tokens = min(math.ceil(count * mean + 3 * math.sqrt(count) * deviation), longest)
-    return tokens + -tokens % _BLOCK
+    return tokens + -tokens % FLEX_BLOCK
 
 
 @contextmanager

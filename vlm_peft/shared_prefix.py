@@ -24,8 +24,9 @@ from .configuration_vision_qwen import IGNORE_INDEX
 PADDING_SEGMENT = -1
 """Row and branch of padding positions."""
 
-_BLOCK = 128
-"""Side of a block of FlexAttention; sequences should be a multiple of it long."""
+FLEX_BLOCK = 128
+"""Side of a block of FlexAttention; in training sequences are a multiple of it long, or its gradients are not to be
+trusted (pytorch#153799)."""
 
 
 @dataclass(frozen=True)
@@ -233,18 +234,20 @@ def block_mask_from_segments(
             seen = seen & (position_ids[batch, key] > position_ids[batch, query] - window)
         return seen
 
-    num_blocks = -(-length // _BLOCK)
+    num_blocks = -(-length // FLEX_BLOCK)
     # Positions beyond the end, in the last block only, are seen by nobody.
-    spare = num_blocks * _BLOCK - length
-    last = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, _BLOCK).amax(-1)[:, :, None]
-    first = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, _BLOCK).amin(-1)[:, :, None]
-    start = torch.arange(num_blocks, device=until.device)[:, None] * _BLOCK  # of a block of queries
+    spare = num_blocks * FLEX_BLOCK - length
+    last = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, FLEX_BLOCK).amax(-1)[:, :, None]
+    first = nn.functional.pad(until, (0, spare)).view(batch_size, 1, num_blocks, FLEX_BLOCK).amin(-1)[:, :, None]
+    start = torch.arange(num_blocks, device=until.device)[:, None] * FLEX_BLOCK  # of a block of queries
     earlier = start > start.T
-    is_full = earlier & (first >= start + _BLOCK)  # (B, 1, query blocks, key blocks)
+    is_full = earlier & (first >= start + FLEX_BLOCK)  # (B, 1, query blocks, key blocks)
     is_seen = (earlier & (last > start)) | (start == start.T)
     if position_ids is not None and window is not None:
         low, high = (
-            nn.functional.pad(sign * position_ids, (0, spare), value=-(2**31)).view(batch_size, 1, num_blocks, _BLOCK)
+            nn.functional.pad(sign * position_ids, (0, spare), value=-(2**31)).view(
+                batch_size, 1, num_blocks, FLEX_BLOCK
+            )
             for sign in (-1, 1)
         )
         lowest, highest = -low.amax(-1), high.amax(-1)  # positions in a block, (B, 1, blocks)
@@ -252,7 +255,11 @@ def block_mask_from_segments(
         is_seen &= (lowest[..., None] - highest[:, :, None] < window) | (start == start.T)
     is_partial = is_seen & ~is_full
     return BlockMask.from_kv_blocks(
-        *_in_order(is_partial), *_in_order(is_full), BLOCK_SIZE=_BLOCK, mask_mod=visible, seq_lengths=(length, length)
+        *_in_order(is_partial),
+        *_in_order(is_full),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=visible,
+        seq_lengths=(length, length),
     )
 
 

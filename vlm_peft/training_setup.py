@@ -32,6 +32,7 @@ from .joining import joint_config
 from .modeling_vision_qwen import VisionQwen
 from .probe import Layout, probe
 from .processing_vision_qwen import VisionQwenProcessor
+from .shared_prefix import FLEX_BLOCK
 from .tasks import TASK_FILE, TaskSettings
 from .trainer import VisionSFTTrainer, prepare_training_arguments
 
@@ -333,6 +334,6 @@ def build_trainer(
 def _sequence_length(train_dataset: Any, training: SFTConfig) -> int:
     """Of all batches of a run; the rows of a stream are not known, and each batch is a multiple of 128 tokens long."""
     if isinstance(train_dataset, IterableDataset):
-        return 128
+        return FLEX_BLOCK
     lengths = [len(ids) for ids in train_dataset["input_ids"]]
     return sequence_length(lengths, training.per_device_train_batch_size)
