@@ -45,7 +45,7 @@ from throughput_report import command_line, compare_losses, device_text, section
 from throughput_sides import OURS, PEER  # noqa: E402
 
 LOSS_TOLERANCE = 1e-4
-"""Relative; fp32 sums in another order, and features stored in float16, stay below it."""
+"""Relative, a step; fp32 sums in another order, and features stored in float16, stay below it."""
 
 BEAMS = 3
 
@@ -142,8 +142,8 @@ def train_in_turns(sides: list[Side], preset: Preset, turns: int, profile: bool)
             add_shares(results[side.name]["shares"], side.ask("turn", preset.warm_up_steps, 3, True), 1)
     for side in sides:
         results[side.name] |= side.ask("stop")
-        positions = results[side.name]["tokens"]
-        results[side.name]["positions"] = (positions[-1] - positions[0]) / (len(positions) - 1)
+        (first, before), (last, after) = (results[side.name]["tokens"][place] for place in (0, -1))
+        results[side.name]["positions"] = (after - before) / (last - first)
         results[side.name]["seconds"] = statistics.median(results[side.name]["turns"])
     return results
 
@@ -252,6 +252,7 @@ def measure(preset: Preset, switches: list[str], with_generation: bool, keep: Ca
                 finally:
                     for side in sides:
                         side.kill()
+            result["fp32_losses"] = losses
             result["loss_steps"] = min(len(values) for values in losses.values())
             result["loss_difference"] = compare_losses(losses, LOSS_TOLERANCE)
         if with_generation:

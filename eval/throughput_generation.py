@@ -30,6 +30,9 @@ def run_generation(
     try:
         logging.disable(logging.WARNING)
         connection.recv()
+        if dtype == "fp32":
+            # Texts are compared, so convolutions must not round their inputs to TF32.
+            torch.backends.cudnn.allow_tf32 = False
         ways = (_peer_ways if side == PEER else _our_ways)(preset, dtype, folder, paths, tokenizer)
         connection.send(None)
         while (command := connection.recv()) is not None:

@@ -115,7 +115,7 @@ class Turns(TrainerCallback):
         self._is_profiled = False
         self._start = 0.0
         self.losses: list[float] = []
-        self.tokens: list[int] = []
+        self.tokens: list[tuple[int, int]] = []
 
     def _wait(self, control) -> None:
         if self._is_cuda:
@@ -149,10 +149,10 @@ class Turns(TrainerCallback):
             self._wait(control)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
-        """Keeps each step's loss and the tokens so far."""
+        """Keeps the loss that is logged, and the step with the tokens so far."""
         if logs and "loss" in logs:
             self.losses.append(logs["loss"])
-            self.tokens.append(int(logs["num_tokens"]))
+            self.tokens.append((state.global_step, int(logs["num_tokens"])))
 
 
 def forget_peak(is_cuda: bool) -> None:

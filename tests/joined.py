@@ -16,6 +16,7 @@ from trl import ModelConfig, SFTConfig
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.arguments import VisionArguments
 from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.cuda import plain_decoder
 from vlm_peft.generation import generate_texts
 from vlm_peft.trainer import VisionSFTTrainer
 from vlm_peft.training_setup import build_trainer
@@ -55,9 +56,11 @@ def encode(processor: VisionQwenProcessor) -> list[dict]:
 
 
 def largest_difference(
-    model: VisionQwen, processor: VisionQwenProcessor, features: torch.Tensor, *, sharing: bool
+    model: VisionQwen, processor: VisionQwenProcessor, features: torch.Tensor, *, sharing: bool, **layout
 ) -> float:
     """Of the loss and of every gradient, rows laid out and packed against every text alone; all in fp32.
+
+    `layout` replaces the collator's arguments.
 
     Of each gradient as a share of its largest value, or of a twentieth of the largest of all: that of an attention's
     key bias is zero but for rounding.
@@ -65,12 +68,13 @@ def largest_difference(
     collate = SharedPrefixCollator(
         processor.tokenizer.pad_token_id,
         lambda ids: {"image_features": features[ids]},
-        max_length=400,
-        packing=True,
-        sharing=sharing,
+        **{"max_length": 400, "packing": True, "sharing": sharing, **layout},
     )
-    together = model(**collate(encode(processor))).loss
-    found, alone = gradients(model, together), separate_loss(model, processor, features)
+    batch = {name: value.to(model.device) for name, value in collate(encode(processor)).items()}
+    together = model(**batch).loss
+    found = gradients(model, together)
+    with plain_decoder(model):
+        alone = separate_loss(model, processor, features)
     expected = gradients(model, alone)
     assert found.keys() == expected.keys()
     assert len(found) > 10
@@ -84,14 +88,14 @@ def largest_difference(
 
 def separate_loss(model: VisionQwen, processor: VisionQwenProcessor, features: torch.Tensor) -> torch.Tensor:
     """Mean over the labels of all texts, each run alone."""
-    total, count = torch.zeros(()), 0
+    total, count = torch.zeros((), device=model.device), 0
     for picture, (prompt, texts) in enumerate(ROWS):
         for text in texts:
             row = processor.encode_row(ask(prompt), [text])
             labels = torch.tensor([row.shift_labels])
-            output = model(
-                input_ids=torch.tensor([row.input_ids]), image_features=features[[picture]], shift_labels=labels
-            )
+            inputs = {"input_ids": torch.tensor([row.input_ids]), "image_features": features[[picture]]}
+            inputs |= {"shift_labels": labels}
+            output = model(**{name: value.to(model.device) for name, value in inputs.items()})
             labelled = int((labels != -100).sum())
             total, count = total + output.loss * labelled, count + labelled
     return total / count
@@ -99,7 +103,7 @@ def separate_loss(model: VisionQwen, processor: VisionQwenProcessor, features: t
 
 def gradients(model: VisionQwen, loss: torch.Tensor) -> dict[str, torch.Tensor]:
     model.zero_grad(set_to_none=True)
-    loss.backward(retain_graph=True)
+    loss.backward()
     found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
     model.zero_grad(set_to_none=True)
     return found

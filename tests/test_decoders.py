@@ -69,6 +69,22 @@ def test_loss_and_every_gradient_equal_separate_samples(pair):
     assert difference < (RELATIVE if pair.sharing else 10 * RELATIVE)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "name", ["Qwen2, sliding windows", "Mistral, sliding windows", "Ministral", "Gemma 3", "GPT-OSS", "SmolLM3"]
+)
+def test_flex_attention_of_each_kind_of_layer_equals_separate_samples(name, bases, tmp_path):
+    """On CUDA, windows and all; their kernels sum in another order, and take no heads narrower than 16."""
+    text = save_decoder(name, tmp_path, head_dim=16)
+    model = VisionQwen.from_vision_text_pretrained(bases[0], text)
+    model.model.vision_tower.requires_grad_(False)
+    processor = VisionQwenProcessor.from_vision_text_pretrained(bases[0], text, model.config)
+    features = joined.make_features(model)
+    model.cuda().set_attn_implementation({"text_config": "flex_attention"})
+    layout = {"packing": False, "sequence_length": 384, "image_token_id": model.config.image_token_id}
+    assert joined.largest_difference(model, processor, features, sharing=True, **layout) < 1e-4
+
+
 def test_three_steps_move_what_trains_and_reload(pair, trained):
     losses = [entry["loss"] for entry in trained.trainer.state.log_history if "loss" in entry]
     assert len(losses) == 3
