@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from coco_caption.caption_scores import score_captions
-from coco_caption.java_process import package_folder
 from test_caption_tokenizer import needs_java, put_fake_java
+
+from vlm_peft.metrics.captions import score_captions
+from vlm_peft.metrics.java_process import package_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -12,8 +12,8 @@ from tiny_decoders import DECODERS, ONE_TEXT_A_SEQUENCE, REFUSED, WITHOUT_PLACEH
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.commands.export import check_llava, export_llava, export_merged
-from vlm_peft.probe import probe
+from vlm_peft.adapters.export import check_llava, export_llava, export_merged
+from vlm_peft.data.probe import probe
 
 RELATIVE = 1e-5
 # The placeholder of these lies outside the vocabulary, as SmolLM2's does.
