@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
@@ -107,6 +108,8 @@ def test_help_loads_neither_torch_nor_transformers(program, command):
     ("argv", "orig_argv", "expected"),
     [
         (["/usr/bin/vlm-peft", "caption"], ["python", "/usr/bin/vlm-peft", "caption"], True),
+        ([str(ROOT / "eval" / "score.py")], ["python", "eval/score.py"], True),
+        (["elsewhere/eval/score.py"], ["python", "elsewhere/eval/score.py"], False),
         (["-m", "--help"], ["python", "-X", "utf8", "-m", "vlm_peft", "--help"], True),
         (["-m", "vlm_peft"], ["python", "-m", "mine.train", "vlm_peft"], False),
         (["train.py", "-m", "vlm_peft"], ["python", "train.py", "-m", "vlm_peft"], False),

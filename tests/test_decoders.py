@@ -20,7 +20,7 @@ RELATIVE = 1e-5
 OUTSIDE = {"Llama", "GPT-2", "Gemma 3", "LFM2"}
 # Stock Llava cannot tie their heads.
 WITHOUT_LLAVA = {"GPT-2", "OPT", "BLOOM"}
-# Exported as Llava here, which takes half a second each; `eval/joinable.py` exports all others, too.
+# Exported as Llava here, which takes half a second each; `joinable.py` exports all others, too.
 LLAVA = {"Qwen3-MoE", "Qwen3.5", "Llama", "Gemma 3", "Phi-3", "GPT-NeoX", "GPT-OSS", "Falcon-H1"}
 
 

@@ -187,6 +187,24 @@ def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
         console.run_script(theirs, "run.py")
 
 
+def test_an_error_inside_a_library_that_lies_beside_the_scripts_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    """`make` puts `.venv` into the clone."""
+    library = tmp_path / ".venv" / "lib" / "site-packages"
+    monkeypatch.setattr(console, "_LIBRARIES", {library})
+    for folder, is_ours in ((library, False), (tmp_path / "eval", True)):
+        folder.mkdir(parents=True)
+        code = compile("def fail():\n    raise ValueError('here')\n", str(folder / "code.py"), "exec")
+        (folder / "code.py").write_text("")
+        names: dict = {}
+        exec(code, names)
+        if is_ours:
+            assert console.run_script(names["fail"], "run.py") == 2
+            assert capsys.readouterr().err == "run.py: here\n"
+        else:
+            with pytest.raises(ValueError, match="here"):
+                console.run_script(names["fail"], "run.py")
+
+
 def test_help_is_quick():
     command = [sys.executable, "-X", "importtime", ROOT / "eval" / "run.py", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from eval import report as script
 from vlm_peft.commands.score import METRICS
 from vlm_peft.evaluation.records import write_predictions, write_scores
 from vlm_peft.evaluation.task_scores import Scores, score_rows
@@ -307,7 +308,7 @@ def test_missing_parts_are_named_and_left_out(tmp_path):
 
 
 def test_bad_inputs_are_named(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert script.main([str(tmp_path)]) == 2
     assert "nothing to report" in capsys.readouterr().err
     (tmp_path / "run_summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"run_summary.json: expected JSON"):

@@ -202,7 +202,7 @@ def score_files(options: argparse.Namespace) -> dict[str, Any]:
     """Score what the options name.
 
     Returns:
-        `files`, from each file's name to what `predictions.score_summary` returns, and `comparisons`, a list.
+        `files`, from each file's name to what `records.score_summary` returns, and `comparisons`, a list.
 
     Raises:
         ValueError: if a file or a metric is not what it should be, or files to compare are not for the same rows.

@@ -1,9 +1,10 @@
-"""Generate for the rows of a split, score, and write predictions.jsonl and scores.json; for run.py and recipes/sft.py.
+"""Generate for the rows of a split, score, and write predictions.jsonl and scores.json; for recipes and eval/run.py.
 
 The blind control asks the same questions about the wrong pictures: each row gets the pictures of the row half the split
 away. What a model scores there it owes to the language alone.
 """
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,9 @@ def _culprit(task: str, rows: list[Row], options: dict[str, Any]) -> str:
     alone = options | {"meteor": False, "spice": False} if options else {}
     for row in rows:
         try:
-            score_rows(task, [row], **alone)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # What they say of one row alone is nobody's score.
+                score_rows(task, [row], **alone)
         except ValueError:
             return f": row {row['id']}"
     return ""

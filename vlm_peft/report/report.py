@@ -9,7 +9,7 @@ It reads what the run wrote, all of it optional; what is missing is named in the
 - `log_history.json`, the trainer's list of log entries; used are `step`, `loss`, `eval_loss` and what was scored in
   training (`eval_CIDEr`, or `eval_test_CIDEr` for one of several sets);
 - `eval/<split>/scores.json`, with `eval/<split>-before` and `eval/<split>-blind` beside it, see
-  predictions.score_summary; splits of several tasks are shown task by task;
+  records.score_summary; splits of several tasks are shown task by task;
 - `eval/<split>/predictions.jsonl` with each line's scores, for the gallery of the 12 best and 12 worst rows;
 - `eval/<split>/pictures/*.webp`, the gallery's thumbnails, see gallery.save_gallery_pictures.
 """
@@ -89,7 +89,7 @@ def _read_json(path: Path, kind: type) -> Any:
 
 
 def _read_scores(output_dir: Path) -> dict[str, dict[str, dict[str, Any]]]:
-    """Return split -> condition -> scores.json; conditions in the order of `report_html.CONDITIONS`."""
+    """Return split -> condition -> scores.json; conditions in the order of `pages.CONDITIONS`."""
     found: dict[str, dict[str, dict[str, Any]]] = {}
     for path in sorted(output_dir.glob("eval/*/scores.json")):
         split, dash, condition = path.parent.name.rpartition("-")

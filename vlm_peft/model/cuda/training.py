@@ -1,6 +1,6 @@
 """What only a GPU needs: compiled decoder layers, FlexAttention and one shape for all batches of a run.
 
-Stage: between the adapted model and its trainer; called by `training_setup`.
+Stage: between the adapted model and its trainer; called by `training.setup`.
 """
 
 import math
