@@ -190,7 +190,7 @@ def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
 def test_an_error_inside_a_library_that_lies_beside_the_scripts_keeps_its_traceback(tmp_path, monkeypatch, capsys):
     """`make` puts `.venv` into the clone."""
     library = tmp_path / ".venv" / "lib" / "site-packages"
-    monkeypatch.setattr(console, "_LIBRARIES", {library})
+    monkeypatch.setattr(console, "LIBRARIES", {library})
     for folder, is_ours in ((library, False), (tmp_path / "eval", True)):
         folder.mkdir(parents=True)
         code = compile("def fail():\n    raise ValueError('here')\n", str(folder / "code.py"), "exec")

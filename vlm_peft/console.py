@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-_LIBRARIES = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+LIBRARIES = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
+"""Where what Python and pip installed lies."""
 
 
 def quiet_imports() -> None:
@@ -70,7 +71,7 @@ def run_script(main: Callable[[], int], name: str) -> int:
 def _is_ours(error: Exception) -> bool:
     """Whether the package or a script raised an error, and no library: those may lie in `.venv` beside the scripts."""
     raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    is_library = any(raised_in.is_relative_to(folder) for folder in _LIBRARIES)
+    is_library = any(raised_in.is_relative_to(folder) for folder in LIBRARIES)
     return raised_in.is_relative_to(_PACKAGE) or (raised_in.is_file() and not is_library)
 
 
