@@ -5,7 +5,7 @@
     accelerate launch recipes/sft.py --config ... --learning_rate 1e-4          # the command line overrides the file
 
 LoRA on the decoder and a full projector are trained; the adapter folder, held-out scores and report.html go to
-`--output_dir`. Options are those of `vlm_peft.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
+`--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
 """
 
 import json
@@ -22,13 +22,9 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-ROOT = Path(__file__).resolve().parents[1]
-# Recipes share the evaluation's modules; eval/ is a folder of scripts and no package.
-sys.path.append(str(ROOT / "eval"))
+from vlm_peft.console import quiet_imports, quiet_progress, run_script
 
-from console import quiet_imports, quiet_progress, run_script  # noqa: E402
-
-DEFAULT_CONFIG = ROOT / "recipes" / "configs" / "demo.yaml"
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "configs" / "demo.yaml"
 
 
 class Run:
@@ -47,7 +43,7 @@ class Run:
     @property
     def loading(self) -> dict:
         """How the bases are loaded: before training, and again when the saved adapter is checked and scored."""
-        from vlm_peft.training_setup import loading_arguments
+        from vlm_peft.training.setup import loading_arguments
 
         return loading_arguments(self.model)
 
@@ -66,7 +62,7 @@ class Run:
 
 def load_bases(run: Run):
     """Encoder + decoder + fresh projector, with their processor."""
-    from vlm_peft.training_setup import load_model
+    from vlm_peft.training.setup import load_model
 
     if run.vision.lora_vision and run.vision.feature_cache:
         run.vision.feature_cache = False
@@ -78,11 +74,11 @@ def make_trainer(run: Run, model, processor, data, held_out: dict, record: dict)
     """The trainer with its collator, after the table of what trains was printed and checked."""
     from transformers import EarlyStoppingCallback
 
-    from vlm_peft.adapters import check_trainable, format_trainable_table, trainable_table, unadapted_experts
-    from vlm_peft.checkpoints import RUN_FILE
-    from vlm_peft.probe import probe
-    from vlm_peft.trainer import StopOnSignal
-    from vlm_peft.training_setup import build_trainer, describe_layout
+    from vlm_peft.adapters.lora import check_trainable, format_trainable_table, trainable_table, unadapted_experts
+    from vlm_peft.data.probe import probe
+    from vlm_peft.training.checkpoints import RUN_FILE
+    from vlm_peft.training.setup import build_trainer, describe_layout
+    from vlm_peft.training.trainer import StopOnSignal
 
     signals = StopOnSignal()
     callbacks: list = [signals]
@@ -115,10 +111,10 @@ def make_trainer(run: Run, model, processor, data, held_out: dict, record: dict)
 def make_scorer(run: Run, processor, held_out: dict):
     """What scores the model during training: the same questions at every evaluation, shared by all processes."""
     from accelerate import PartialState
-    from evaluation import generate_rows, sample_table
-    from task_scores import score_rows
 
     from vlm_peft.data.splits import first_of_each
+    from vlm_peft.evaluation.evaluate import generate_rows, sample_table
+    from vlm_peft.evaluation.task_scores import score_rows
 
     watched = []
     for split in first_of_each(held_out.values()):
@@ -151,7 +147,8 @@ def make_scorer(run: Run, processor, held_out: dict):
 def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None:
     """Scores held-out splits into `eval/<split><suffix>/` and prints a line each."""
     from accelerate import PartialState
-    from evaluation import evaluate_split
+
+    from vlm_peft.evaluation.evaluate import evaluate_split
 
     model.eval()
     for name, split in splits.items():
@@ -182,15 +179,14 @@ def write_report(run: Run, trainer, rows, data, splits: dict, command: str) -> P
     """Writes run_summary.json, log_history.json, the gallery's pictures, README.md and report.html."""
     from dataclasses import asdict
 
-    from gallery import choose_gallery, save_gallery_pictures
-    from model_card import write_model_card
-    from predictions import write_text
-    from report import build_report
-
     from vlm_peft import __version__
-    from vlm_peft.adapters import base_model
-    from vlm_peft.arguments import data_sources
     from vlm_peft.data.splits import content_hash
+    from vlm_peft.evaluation.records import write_text
+    from vlm_peft.model.modeling_vision_qwen import base_model
+    from vlm_peft.report.gallery import choose_gallery, save_gallery_pictures
+    from vlm_peft.report.model_card import write_model_card
+    from vlm_peft.report.report import build_report
+    from vlm_peft.training.arguments import data_sources
 
     config = base_model(trainer.model).config
     used = data_sources(run.vision)
@@ -244,8 +240,8 @@ def main(arguments: list[str] | None = None) -> int:
     quiet_imports()
     arguments = list(sys.argv[1:] if arguments is None else arguments)
 
-    from vlm_peft.arguments import parse_arguments
-    from vlm_peft.checkpoints import check_same_run, run_record
+    from vlm_peft.training.arguments import parse_arguments
+    from vlm_peft.training.checkpoints import check_same_run, run_record
 
     vision_args, training_args, model_args = parse_arguments(
         arguments or ["--config", str(DEFAULT_CONFIG)], description=__doc__.splitlines()[0]
@@ -258,10 +254,10 @@ def main(arguments: list[str] | None = None) -> int:
         check_same_run(checkpoint, run_record(vision_args, training_args, model_args))
 
     from accelerate import PartialState
-    from sft_data import load_held_out, load_training
     from transformers import set_seed
 
     from vlm_peft import VisionQwen, VisionQwenProcessor
+    from vlm_peft.training.data import load_held_out, load_training
 
     set_seed(training_args.seed)
     with run.phase("load models"):
@@ -362,7 +358,7 @@ def prepare_push(run: Run) -> dict | None:
     if not run.training.push_to_hub:
         return None
     from vlm_peft.hub.models import check_push
-    from vlm_peft.training_setup import local
+    from vlm_peft.training.setup import local
 
     # The trainer would push each save by itself, with a card that describes a text model.
     run.training.push_to_hub = False
@@ -384,7 +380,7 @@ def checkpoint_to_resume(training_args) -> str | None:
         FileNotFoundError: when there is none, or a file of it is missing or damaged.
         FileExistsError: when a run begins beside the checkpoints of another.
     """
-    from vlm_peft.checkpoints import checkpoints_in, newest_whole, why_broken
+    from vlm_peft.training.checkpoints import checkpoints_in, newest_whole, why_broken
 
     value = str(training_args.resume_from_checkpoint)
     if value.lower() in ("false", "none", ""):
@@ -418,8 +414,8 @@ def check_saved(run: Run, trainer) -> None:
     import torch
 
     from vlm_peft import VisionQwen
-    from vlm_peft.adapters import is_pissa
-    from vlm_peft.cuda import plain_decoder
+    from vlm_peft.adapters.pissa import is_pissa
+    from vlm_peft.model.cuda.training import plain_decoder
 
     if not run.is_main:
         return

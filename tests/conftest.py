@@ -4,7 +4,6 @@ import atexit
 import os
 import shutil
 import socket
-import sys
 import tempfile
 from pathlib import Path
 
@@ -28,8 +27,6 @@ from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor
 torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "eval"))
-sys.path.append(str(ROOT / "recipes"))
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
@@ -199,7 +196,8 @@ def adapter(tmp_path_factory, bases) -> Path:
     """An untrained adapter folder, drawn at random so that it says something else about each picture; read only."""
     from peft import get_peft_model
 
-    from vlm_peft.adapters import lora_config, save_composite_config
+    from vlm_peft.adapters.folder import save_composite_config
+    from vlm_peft.adapters.lora import lora_config
     from vlm_peft.tasks import TASK_FILE, TaskSettings
 
     torch.manual_seed(0)

@@ -14,12 +14,12 @@ from peft import PeftModel
 from trl import ModelConfig, SFTConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.arguments import VisionArguments
-from vlm_peft.collator import SharedPrefixCollator
-from vlm_peft.cuda import plain_decoder
-from vlm_peft.generation import generate_texts
-from vlm_peft.trainer import VisionSFTTrainer
-from vlm_peft.training_setup import build_trainer
+from vlm_peft.data.collator import SharedPrefixCollator
+from vlm_peft.evaluation.generation import generate_texts
+from vlm_peft.model.cuda.training import plain_decoder
+from vlm_peft.training.arguments import VisionArguments
+from vlm_peft.training.setup import build_trainer
+from vlm_peft.training.trainer import VisionSFTTrainer
 
 PICTURES = 3
 NEW_TOKENS = 5

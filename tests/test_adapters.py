@@ -15,15 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, Qwen3Config, Qwen3ForCausalLM
 
 from vlm_peft import VisionQwen
-from vlm_peft.adapters import (
-    TrainableRow,
-    check_trainable,
-    format_trainable_table,
-    is_adapter_folder,
-    lora_config,
-    save_composite_config,
-    trainable_table,
-)
+from vlm_peft.adapters.folder import is_adapter_folder, save_composite_config
+from vlm_peft.adapters.lora import TrainableRow, check_trainable, format_trainable_table, lora_config, trainable_table
 
 IMAGE = 259
 

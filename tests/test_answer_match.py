@@ -3,7 +3,8 @@
 import random
 
 import pytest
-from answer_match import anls, edit_distance, exact_match, page_scores, split_pages, token_f1
+
+from vlm_peft.metrics.answers import anls, edit_distance, exact_match, page_scores, split_pages, token_f1
 
 
 @pytest.mark.parametrize(

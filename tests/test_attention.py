@@ -4,7 +4,7 @@ import torch
 from conftest import make_config
 
 from vlm_peft import VisionQwen
-from vlm_peft.shared_prefix import attention_mask_from_segments
+from vlm_peft.model.shared_prefix import attention_mask_from_segments
 
 
 def attend(model, implementation, autocast):
@@ -24,7 +24,7 @@ def test_without_autocast_it_is_plain_sdpa_bit_for_bit():
 
 
 def test_under_autocast_attention_runs_in_float32(monkeypatch):
-    import vlm_peft.attention as attention
+    import vlm_peft.model.attention as attention
 
     seen = []
     original = attention.sdpa_attention_forward

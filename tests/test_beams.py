@@ -8,9 +8,10 @@ from conftest import make_config, make_processor
 from torch import nn
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor
 
-from vlm_peft import VisionQwen, beams
-from vlm_peft.beams import beam_search, make_search
-from vlm_peft.generation import generate_texts
+from vlm_peft import VisionQwen
+from vlm_peft.evaluation import beams
+from vlm_peft.evaluation.beams import beam_search, make_search
+from vlm_peft.evaluation.generation import generate_texts
 
 PROMPTS = torch.tensor(
     [

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_score import clip_scores
 from conftest import ROOT
 from hub_server import HubServer, Repo, serve
 from huggingface_hub import constants, hf_hub_download
@@ -23,13 +22,15 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 from vlm_peft import VisionQwen, __main__
-from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.commands.convert import convert_base
-from vlm_peft.commands.unpickle import NotTensorsError, convert_weights
+from vlm_peft.adapters.folder import save_composite_config
+from vlm_peft.adapters.lora import lora_config
 from vlm_peft.hub import weights
 from vlm_peft.hub.access import HubError
+from vlm_peft.hub.convert import convert_base
+from vlm_peft.hub.unpickle import NotTensorsError, convert_weights
 from vlm_peft.hub.weights import CONVERSION_BOT, CONVERSION_TITLE, safetensors_revision
-from vlm_peft.joining import joint_config
+from vlm_peft.metrics.clip_score import clip_scores
+from vlm_peft.model.joining import joint_config
 
 NAMES = ("tiny/clip", "tiny/qwen3")
 TEMPLATE = "/{repo_id}/resolve/{revision}/{filename}"

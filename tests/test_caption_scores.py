@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import pytest
-from coco_caption.caption_scores import score_captions
-from coco_caption.java_process import package_folder
 from test_caption_tokenizer import needs_java, put_fake_java
+
+from vlm_peft.metrics.captions import score_captions
+from vlm_peft.metrics.java_process import package_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -176,11 +177,11 @@ print(json.dumps(scores))
 """
     folder = ROOT / "eval" / "coco_caption"
     before = {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "PYTHONPATH"))}
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     result = subprocess.run(
         [sys.executable, "-c", program],
         cwd=tmp_path,
-        env=environment | {"HF_HOME": str(tmp_path / "hf")},
+        env=environment | {"HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=300,

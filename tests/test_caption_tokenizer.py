@@ -5,8 +5,9 @@ import stat
 from pathlib import Path
 
 import pytest
-from coco_caption.caption_tokenizer import normalise, tokenize
-from coco_caption.java_process import package_folder
+
+from vlm_peft.metrics.caption_tokenizer import normalise, tokenize
+from vlm_peft.metrics.java_process import package_folder
 
 needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java: PATH has no program java")
 SAMPLE = Path(__file__).parent / "data" / "tokenizer_sample.txt"

@@ -5,8 +5,8 @@ import torch
 from conftest import make_config
 
 from vlm_peft import VisionQwen
-from vlm_peft.captured import CapturedGreedy
-from vlm_peft.greedy import greedy, make_argmax
+from vlm_peft.model.cuda.generation import CapturedGreedy
+from vlm_peft.model.greedy import greedy, make_argmax
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

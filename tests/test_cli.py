@@ -14,19 +14,20 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import ROOT
 from PIL import Image
 from transformers.generation.streamers import BaseStreamer
 
 import vlm_peft
 from vlm_peft import VisionQwen, __main__
-from vlm_peft.adapters import base_model
+from vlm_peft.adapters.loading import load_model
 from vlm_peft.commands import caption as captioning
 from vlm_peft.commands.caption import ask, caption_pictures, find_pictures
 from vlm_peft.commands.chat import Conversation
 from vlm_peft.data.pictures import open_picture
-from vlm_peft.generation import generate_texts
+from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.hub import models as hub
-from vlm_peft.loading import load_model
+from vlm_peft.model.modeling_vision_qwen import base_model
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 from vlm_peft.tasks.example import picture_turn
 
@@ -107,6 +108,8 @@ def test_help_loads_neither_torch_nor_transformers(program, command):
     ("argv", "orig_argv", "expected"),
     [
         (["/usr/bin/vlm-peft", "caption"], ["python", "/usr/bin/vlm-peft", "caption"], True),
+        ([str(ROOT / "eval" / "score.py")], ["python", "eval/score.py"], True),
+        (["elsewhere/eval/score.py"], ["python", "elsewhere/eval/score.py"], False),
         (["-m", "--help"], ["python", "-X", "utf8", "-m", "vlm_peft", "--help"], True),
         (["-m", "vlm_peft"], ["python", "-m", "mine.train", "vlm_peft"], False),
         (["train.py", "-m", "vlm_peft"], ["python", "train.py", "-m", "vlm_peft"], False),

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_score import clip_scores
 from datasets import load_dataset
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+
+from vlm_peft.metrics.clip_score import clip_scores
 
 DEMO = Path(__file__).resolve().parents[1] / "recipes" / "demo"
 CLIP = DEMO / "clip"

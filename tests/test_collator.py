@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.data.collator import SharedPrefixCollator
 
 ROWS = [
     {

@@ -21,7 +21,7 @@ def test_both_kinds_are_found():
 
 
 def parse(*arguments: str):
-    from vlm_peft.arguments import parse_arguments
+    from vlm_peft.training.arguments import parse_arguments
 
     # Without a GPU, bf16 is only taken for the CPU.
     return parse_arguments([*map(str, arguments), "--use_cpu", "true"])
@@ -82,7 +82,7 @@ def test_wrong_value_is_one_line_without_a_list_of_all_options(capsys):
 
 
 def test_paths_are_found_from_anywhere_and_missing_ones_named(tmp_path, monkeypatch):
-    from vlm_peft.training_setup import local
+    from vlm_peft.training.setup import local
 
     monkeypatch.chdir(tmp_path)
     assert local("recipes/configs", "dataset_name") == str(ROOT / "recipes/configs")
@@ -102,7 +102,7 @@ def test_command_line_overrides_the_file(tmp_path):
 def test_resume_names_what_is_missing_and_takes_the_newest_complete_checkpoint(tmp_path):
     from types import SimpleNamespace
 
-    from sft import checkpoint_to_resume
+    from recipes.sft import checkpoint_to_resume
 
     def ask(value):
         return checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))

@@ -6,8 +6,8 @@ import time
 import pytest
 import torch
 
-from vlm_peft import cpu_choices
-from vlm_peft.cpu_choices import fastest
+from vlm_peft.model.cpu import choices as cpu_choices
+from vlm_peft.model.cpu.choices import fastest
 
 
 class Ways(dict):

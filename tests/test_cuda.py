@@ -7,7 +7,7 @@ from conftest import make_config
 from tiny_decoders import save_decoder
 
 from vlm_peft import VisionQwen
-from vlm_peft.cuda import decoder_layers, plain_decoder, sequence_length
+from vlm_peft.model.cuda.training import decoder_layers, plain_decoder, sequence_length
 
 
 def test_nearly_every_batch_fits_into_the_sequence():

@@ -12,15 +12,15 @@ from tiny_decoders import DECODERS, ONE_TEXT_A_SEQUENCE, REFUSED, WITHOUT_PLACEH
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.commands.export import check_llava, export_llava, export_merged
-from vlm_peft.probe import probe
+from vlm_peft.adapters.export import check_llava, export_llava, export_merged
+from vlm_peft.data.probe import probe
 
 RELATIVE = 1e-5
 # The placeholder of these lies outside the vocabulary, as SmolLM2's does.
 OUTSIDE = {"Llama", "GPT-2", "Gemma 3", "LFM2"}
 # Stock Llava cannot tie their heads.
 WITHOUT_LLAVA = {"GPT-2", "OPT", "BLOOM"}
-# Exported as Llava here, which takes half a second each; `eval/joinable.py` exports all others, too.
+# Exported as Llava here, which takes half a second each; `joinable.py` exports all others, too.
 LLAVA = {"Qwen3-MoE", "Qwen3.5", "Llama", "Gemma 3", "Phi-3", "GPT-NeoX", "GPT-OSS", "Falcon-H1"}
 
 

@@ -5,9 +5,10 @@ import io
 import random
 
 import pytest
-from detection_scores import LabelledBox, average_precision, parse_boxes, score_boxes
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from vlm_peft.metrics.boxes import LabelledBox, average_precision, parse_boxes, score_boxes
 
 
 def text_of(boxes: list[LabelledBox]) -> str:

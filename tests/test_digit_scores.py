@@ -1,7 +1,8 @@
 """Digits read from a picture, on hand-worked cases."""
 
 import pytest
-from digit_scores import digit_accuracy, digits_match
+
+from vlm_peft.metrics.digits import digit_accuracy, digits_match
 
 
 @pytest.mark.parametrize(

@@ -15,11 +15,12 @@ from safetensors.torch import load_file
 from tiny_decoders import save_decoder
 
 from vlm_peft import __main__ as command
-from vlm_peft import training_setup
-from vlm_peft.adapters import lora_config, lora_state, save_pissa_as_lora
-from vlm_peft.arguments import parse_arguments
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.adapters.pissa import lora_state, save_pissa_as_lora
 from vlm_peft.commands import doctor
 from vlm_peft.data.rows import load_rows
+from vlm_peft.training import setup as training_setup
+from vlm_peft.training.arguments import parse_arguments
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_pa
 
 
 def test_a_decoder_that_mixes_texts_is_told_with_its_cost_and_trains(options, capsys, tmp_path):
-    import sft
+    from recipes import sft
 
     options |= {"model_name_or_path": save_decoder("LFM2", tmp_path / "lfm2"), "max_steps": 2}
     status, problems, printed = examine(options, capsys)
@@ -119,8 +120,8 @@ def test_a_decoder_that_mixes_texts_is_told_with_its_cost_and_trains(options, ca
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "unheard_of"])
 def test_attention_that_cannot_keep_texts_apart_is_one_line_in_the_recipe(options, capsys, implementation):
-    import sft
-    from console import run_script
+    from recipes import sft
+    from vlm_peft.console import run_script
 
     options["attn_implementation"] = implementation
     assert run_script(lambda: sft.main(listed(options)), "sft.py") == 2
@@ -131,7 +132,7 @@ def test_attention_that_cannot_keep_texts_apart_is_one_line_in_the_recipe(option
 
 
 def test_the_saved_adapter_is_as_large_as_predicted(options, capsys):
-    import sft
+    from recipes import sft
 
     # Of a small adapter, the names in the file's header would be most.
     options |= {"lora_r": 256, "max_steps": 1}

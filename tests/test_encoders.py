@@ -26,12 +26,14 @@ from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLVisionCon
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor, joining, vision_tower
-from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.arguments import parse_arguments
-from vlm_peft.commands.export import check_llava, export_llava
-from vlm_peft.feature_cache import encoder_key
-from vlm_peft.training_setup import load_model, load_processor
+from vlm_peft import VisionQwen, VisionQwenConfig, VisionQwenProcessor
+from vlm_peft.adapters.export import check_llava, export_llava
+from vlm_peft.adapters.folder import save_composite_config
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.data.feature_cache import encoder_key
+from vlm_peft.model import joining, vision_tower
+from vlm_peft.training.arguments import parse_arguments
+from vlm_peft.training.setup import load_model, load_processor
 
 # Kernels may add up in another order in a batch of another size.
 RELATIVE = 1e-5

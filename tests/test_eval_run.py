@@ -1,18 +1,16 @@
 """eval/run.py in this process, on an untrained adapter whose projector and LoRA are drawn at random."""
 
 import json
-import os
 import subprocess
 import sys
 
-import console
 import pytest
-import run as run_py
 import torch
 from conftest import ROOT, flickr_rows, save_flickr
 
-from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.loading import find_model
+from vlm_peft import VisionQwen, VisionQwenProcessor, console
+from vlm_peft.adapters.loading import find_model
+from vlm_peft.commands import evaluate as run_py
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 
 
@@ -74,7 +72,7 @@ def test_blind_swaps_the_pictures(evaluate):
 
 
 def test_swapping_gives_every_row_as_many_wrong_pictures():
-    from evaluation import _swapped
+    from vlm_peft.evaluation.evaluate import _swapped
 
     assert _swapped([[0], [1], [2], [3]]) == [[2], [3], [0], [1]]
     # Two questions about one picture, a row of text alone, and decks of which one has a length of its own.
@@ -189,10 +187,29 @@ def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
         console.run_script(theirs, "run.py")
 
 
+def test_an_error_inside_a_library_that_lies_beside_the_scripts_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+    """`make` puts `.venv` into the clone."""
+    library = tmp_path / ".venv" / "lib" / "site-packages"
+    monkeypatch.setattr(console, "LIBRARIES", {library})
+    for folder, is_ours in ((library, False), (tmp_path / "eval", True)):
+        folder.mkdir(parents=True)
+        code = compile("def fail():\n    raise ValueError('here')\n", str(folder / "code.py"), "exec")
+        (folder / "code.py").write_text("")
+        names: dict = {}
+        exec(code, names)
+        if is_ours:
+            assert console.run_script(names["fail"], "run.py") == 2
+            assert capsys.readouterr().err == "run.py: here\n"
+        else:
+            with pytest.raises(ValueError, match="here"):
+                console.run_script(names["fail"], "run.py")
+
+
 def test_help_is_quick():
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'eval')!r}); import run\n"
-    code += "try: run.parse_arguments(['--help'])\nexcept SystemExit: assert 'torch' not in sys.modules, 'torch'"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ), check=True
-    )
+    command = [sys.executable, "-X", "importtime", ROOT / "eval" / "run.py", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "usage: run.py" in done.stdout
     assert "--num_beams" in done.stdout
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "vlm_peft.commands.evaluate" in loaded
+    assert not loaded & {"torch", "transformers"}

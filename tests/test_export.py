@@ -34,9 +34,10 @@ from transformers import (
 )
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.adapters import lora_config, save_composite_config
-from vlm_peft.commands import export
-from vlm_peft.commands.export import check_llava, export_llava, export_merged
+from vlm_peft.adapters import export
+from vlm_peft.adapters.export import check_llava, export_llava, export_merged
+from vlm_peft.adapters.folder import save_composite_config
+from vlm_peft.adapters.lora import lora_config
 
 # What stock Llava has fields for.
 JOINTS = {

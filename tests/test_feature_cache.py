@@ -14,9 +14,10 @@ from conftest import make_config, make_processor
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
-from vlm_peft import VisionQwen, feature_cache
+from vlm_peft import VisionQwen
+from vlm_peft.data import feature_cache
+from vlm_peft.data.feature_cache import build_feature_cache, encoder_key
 from vlm_peft.data.pictures import Pictures
-from vlm_peft.feature_cache import build_feature_cache, encoder_key
 
 
 def encode(colour: tuple[int, int, int]) -> bytes:

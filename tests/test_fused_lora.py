@@ -11,8 +11,8 @@ from torch import nn
 from transformers import Qwen3Config, Qwen3Model
 
 from vlm_peft import VisionQwen
-from vlm_peft.adapters import lora_config
-from vlm_peft.fused_lora import FusedLinear, fuse_lora, unfuse_lora
+from vlm_peft.adapters.fused_lora import FusedLinear, fuse_lora, unfuse_lora
+from vlm_peft.adapters.lora import lora_config
 
 MODES = {"alone": {"stack": False}, "stacked": {}, "wide": {"wide": True}}
 

@@ -9,10 +9,10 @@ from conftest import make_config, make_processor
 from peft import get_peft_model
 
 from vlm_peft import VisionQwen
-from vlm_peft.adapters import lora_config
-from vlm_peft.generation import generate_texts
-from vlm_peft.modeling_vision_qwen import VisionQwenModel
-from vlm_peft.probe import probe
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.data.probe import probe
+from vlm_peft.evaluation.generation import generate_texts
+from vlm_peft.model.modeling_vision_qwen import VisionQwenModel
 
 PICTURE = {"type": "image"}
 
@@ -186,7 +186,7 @@ def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, 
         )[0]
         for prompt, ids in zip(prompts, images, strict=True)
     ]
-    monkeypatch.setattr("vlm_peft.generation._common_prefix", lambda sequences: [])
+    monkeypatch.setattr("vlm_peft.evaluation.generation._common_prefix", lambda sequences: [])
     plain, tokens_read = texts(batch_size)
     monkeypatch.undo()
     monkeypatch.setattr(VisionQwenModel, "forward", counted)

@@ -7,7 +7,7 @@ from torch import nn
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor
 
 from vlm_peft import VisionQwen
-from vlm_peft.greedy import ScreenedArgmax, greedy, make_argmax, make_sampler
+from vlm_peft.model.greedy import ScreenedArgmax, greedy, make_argmax, make_sampler
 
 PROMPTS = torch.tensor([[256, 65, 66, 67], *([first, first + 1, 66, 67 + first % 3] for first in range(68, 79))])
 MASK = (PROMPTS != 256).long()
@@ -78,7 +78,7 @@ def test_negative_logits_and_banned_tokens():
 @pytest.mark.parametrize("faster", ["plain", "screened"])
 def test_large_heads_on_a_cpu_are_screened_where_that_is_faster(monkeypatch, faster):
     ways = {}
-    monkeypatch.setattr("vlm_peft.greedy.fastest", lambda task, candidates: ways.update(candidates) or faster)
+    monkeypatch.setattr("vlm_peft.model.greedy.fastest", lambda task, candidates: ways.update(candidates) or faster)
     small = VisionQwen(make_config())
     assert not isinstance(make_argmax(small), ScreenedArgmax)
     assert not ways
@@ -92,7 +92,7 @@ def test_large_heads_on_a_cpu_are_screened_where_that_is_faster(monkeypatch, fas
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_tokens_are_drawn_with_their_probabilities(temperature, monkeypatch):
     """Chi-square over 20,000 draws of tokens in three tiles: of 263 degrees of freedom, a thousandth lies above 339."""
-    monkeypatch.setattr("vlm_peft.greedy._SAMPLED_TILE", 100)
+    monkeypatch.setattr("vlm_peft.model.greedy._SAMPLED_TILE", 100)
     model = VisionQwen(make_config())
     hidden = 0.5 * torch.randn(1, 16)
     logits = (hidden @ model.lm_head.weight.detach().T)[0]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from trl.kernels import ChunkedLogProbFunction
 
-from vlm_peft import head
-from vlm_peft.head import FrozenHeadLogProbs, Tiles
+from vlm_peft.model import head
+from vlm_peft.model.head import FrozenHeadLogProbs, Tiles
 
 
 def score(function, hidden, *arguments):

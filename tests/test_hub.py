@@ -18,15 +18,16 @@ import torch
 from conftest import ROOT, make_processor
 from datasets import Dataset, Image
 from hub_server import serve
-from model_card import write_model_card
 from peft import get_peft_model
 from PIL import Image as PILImage
 from yaml import safe_load
 
 from vlm_peft import VisionQwen
-from vlm_peft.adapters import lora_config, save_composite_config
+from vlm_peft.adapters.folder import save_composite_config
+from vlm_peft.adapters.lora import lora_config
 from vlm_peft.hub.datasets import content_hash
 from vlm_peft.hub.models import LOADED_FILES, HubError, pull_model, push_adapter
+from vlm_peft.report.model_card import write_model_card
 
 OWNER = "hf_ownerTokenThatNobodyMaySee00000001"
 GUEST = "hf_guestTokenThatNobodyMaySee00000002"

@@ -5,11 +5,11 @@ import json
 import re
 import sys
 
-import inspect_data
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+from vlm_peft.commands import inspect as inspect_data
 from vlm_peft.data.rows import lay_out_row
 from vlm_peft.tasks import make_task
 

@@ -32,10 +32,10 @@ from transformers import (
 from trl import SFTConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.adapters import lora_config
-from vlm_peft.collator import SharedPrefixCollator
-from vlm_peft.commands.export import export_llava, export_merged
-from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
+from vlm_peft.adapters.export import export_llava, export_merged
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.data.collator import SharedPrefixCollator
+from vlm_peft.training.trainer import VisionSFTTrainer, prepare_training_arguments
 
 IMAGE = 259
 STEPS = 6

@@ -3,13 +3,13 @@
 import json
 
 import pytest
-from gallery import picture_path
 from huggingface_hub import ModelCard
-from model_card import write_model_card
 from PIL import Image
 from yaml import safe_load
 
 from vlm_peft.hub.licences import common_licence, licence_line, stated_licence
+from vlm_peft.report.gallery import picture_path
+from vlm_peft.report.model_card import write_model_card
 
 SUMMARY = {
     "title": "run",

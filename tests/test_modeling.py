@@ -187,7 +187,7 @@ def test_logits_at_label_positions_equal_full_logits(model):
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_pixel_shuffle_joins_neighbouring_patches(factor):
-    from vlm_peft.projector import pixel_shuffle
+    from vlm_peft.model.projector import pixel_shuffle
 
     grid = torch.arange(16.0).reshape(1, 16, 1)
     folded = pixel_shuffle(grid, factor)

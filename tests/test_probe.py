@@ -10,12 +10,13 @@ from test_greedy import MASK, PROMPTS
 from tiny_decoders import decoder_config
 from transformers import MambaConfig
 
-from vlm_peft import VisionQwen, probe
-from vlm_peft.collator import SharedPrefixCollator, separate_branches
-from vlm_peft.greedy import ScreenedArgmax, greedy, make_argmax
-from vlm_peft.probe import Layout
-from vlm_peft.shared_prefix import attention_mask_from_segments, decoder_mask, lay_out
-from vlm_peft.training_setup import describe_layout
+from vlm_peft import VisionQwen
+from vlm_peft.data import probe
+from vlm_peft.data.collator import SharedPrefixCollator, separate_branches
+from vlm_peft.data.probe import Layout
+from vlm_peft.model.greedy import ScreenedArgmax, greedy, make_argmax
+from vlm_peft.model.shared_prefix import attention_mask_from_segments, decoder_mask, lay_out
+from vlm_peft.training.setup import describe_layout
 
 SHARES = Layout(True, True, 0.0, 0.0, 0.0)
 """What the probe would say if it believed names."""
@@ -156,7 +157,7 @@ def test_a_mask_that_leaks_is_found_out(monkeypatch, axis):
         flat[..., axis] = flat[..., axis].clamp(max=0)
         return attention_mask_from_segments(flat, *arguments)
 
-    monkeypatch.setattr("vlm_peft.shared_prefix.attention_mask_from_segments", leak)
+    monkeypatch.setattr("vlm_peft.model.shared_prefix.attention_mask_from_segments", leak)
     found = probe.probe(make("Qwen3"))
     assert not found.sharing
     assert found.leak > 10 * probe._TOLERANCE
@@ -241,8 +242,8 @@ def test_a_placeholder_outside_the_vocabulary_is_no_error_in_greedy_search(monke
     hidden = torch.randn(3, 16)
     expected = model.lm_head(hidden).argmax(-1)
     assert torch.equal(make_argmax(model)(hidden), expected)
-    monkeypatch.setattr("vlm_peft.greedy._SCREENED_ROWS", 1)
-    monkeypatch.setattr("vlm_peft.greedy._is_screening_faster", lambda weight: True)
+    monkeypatch.setattr("vlm_peft.model.greedy._SCREENED_ROWS", 1)
+    monkeypatch.setattr("vlm_peft.model.greedy._is_screening_faster", lambda weight: True)
     chosen = make_argmax(model)
     assert isinstance(chosen, ScreenedArgmax)
     assert torch.equal(chosen(hidden), expected)

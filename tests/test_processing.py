@@ -15,8 +15,8 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.generation import generate_texts
-from vlm_peft.processing_vision_qwen import _fit_picture_size
+from vlm_peft.evaluation.generation import generate_texts
+from vlm_peft.model.processing_vision_qwen import _fit_picture_size
 
 PICTURE = {"type": "image"}
 SPECIAL = ["<|im_end|>", "<|image_pad|>", "<|im_start|>", "<|endoftext|>"]

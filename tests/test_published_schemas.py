@@ -61,7 +61,7 @@ class Finished:
 @pytest.fixture
 def run(tmp_path, bases, capsys):
     """Trains with a shipped configuration, in which only names, sizes and lengths are others."""
-    import sft
+    from recipes import sft
 
     def train(name: str, data: Path | None = None, config: Path | None = None, **overrides) -> Finished:
         vision, text = bases
@@ -362,7 +362,7 @@ def table_rows(scenes: list[dict], folder: Path) -> list[dict]:
 @pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
 def test_any_table_beside_its_pictures(tmp_path, scenes, processor, kind):
     """Paths begin where the table lies."""
-    from vlm_peft.arguments import DataArguments
+    from vlm_peft.data.arguments import DataArguments
     from vlm_peft.data.splits import leave_out, load_split
 
     rows = Dataset.from_list(table_rows(scenes[:3], tmp_path))
@@ -378,7 +378,7 @@ def test_any_table_beside_its_pictures(tmp_path, scenes, processor, kind):
 
 @pytest.mark.parametrize("pages", ["evidence", "all"])
 def test_a_stream_of_decks_and_one_of_a_table_are_what_is_stored(decks, tmp_path, scenes, processor, pages):
-    from vlm_peft.arguments import DataArguments
+    from vlm_peft.data.arguments import DataArguments
     from vlm_peft.data.rows import encode_rows, picture_folder, resolve_paths
     from vlm_peft.data.splits import bind_task, load_split
     from vlm_peft.data.streaming import load_stream, stream_rows
@@ -402,7 +402,7 @@ def test_a_stream_of_decks_and_one_of_a_table_are_what_is_stored(decks, tmp_path
 
 
 def test_held_out_rows_whose_pictures_miss_a_place_are_named(tmp_path, scenes, processor):
-    from vlm_peft.arguments import DataArguments
+    from vlm_peft.data.arguments import DataArguments
     from vlm_peft.data.splits import leave_out, load_split
 
     rows = llava_rows(scenes[:2], tmp_path, 0)

@@ -18,9 +18,9 @@ from test_lifecycle import (
 from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
 
 from vlm_peft import VisionQwen
-from vlm_peft.adapters import lora_config, trainable_table
-from vlm_peft.arguments import parse_arguments
-from vlm_peft.training_setup import build_trainer, load_model
+from vlm_peft.adapters.lora import lora_config, trainable_table
+from vlm_peft.training.arguments import parse_arguments
+from vlm_peft.training.setup import build_trainer, load_model
 
 __all__ = ["wide_bases"]
 

@@ -9,15 +9,17 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-import report
-import report_html
-from detection_scores import LabelledBox
-from gallery import best_and_worst, choose_gallery, picture_path, ranking, save_gallery_pictures
 from PIL import Image
-from predictions import write_predictions, write_scores
-from report_charts import box_overlay, finite_points, step_chart
-from score import METRICS
-from task_scores import Scores, score_rows
+
+from eval import report as script
+from vlm_peft.commands.score import METRICS
+from vlm_peft.evaluation.records import write_predictions, write_scores
+from vlm_peft.evaluation.task_scores import Scores, score_rows
+from vlm_peft.metrics.boxes import LabelledBox
+from vlm_peft.report import pages as report_html
+from vlm_peft.report import report
+from vlm_peft.report.charts import box_overlay, finite_points, step_chart
+from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path, ranking, save_gallery_pictures
 
 EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(2)>'
 ALLOWED = set(
@@ -306,7 +308,7 @@ def test_missing_parts_are_named_and_left_out(tmp_path):
 
 
 def test_bad_inputs_are_named(tmp_path, capsys):
-    assert report.main([str(tmp_path)]) == 2
+    assert script.main([str(tmp_path)]) == 2
     assert "nothing to report" in capsys.readouterr().err
     (tmp_path / "run_summary.json").write_text("{")
     with pytest.raises(ValueError, match=r"run_summary.json: expected JSON"):

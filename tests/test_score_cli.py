@@ -7,11 +7,12 @@ import warnings
 from pathlib import Path
 
 import pytest
-import score
-from coco_caption.caption_scores import score_captions
-from predictions import read_predictions, write_predictions, write_scores, write_text
-from significance import bootstrap_interval, paired_difference
-from task_scores import score_rows
+
+from vlm_peft.commands import score
+from vlm_peft.evaluation.records import read_predictions, write_predictions, write_scores, write_text
+from vlm_peft.evaluation.task_scores import score_rows
+from vlm_peft.metrics.captions import score_captions
+from vlm_peft.metrics.significance import bootstrap_interval, paired_difference
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ["--tokenizer", "treebank-python", "--metrics", "Bleu_4", "CIDEr"]

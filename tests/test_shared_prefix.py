@@ -7,10 +7,11 @@ import torch
 from conftest import make_config, make_processor
 from torch import nn
 
-from vlm_peft import VisionQwen, shared_prefix
-from vlm_peft.collator import SharedPrefixCollator, pack_best_fit
-from vlm_peft.cuda import compile_layers
-from vlm_peft.shared_prefix import attention_mask_from_segments, block_mask_from_segments, lay_out
+from vlm_peft import VisionQwen
+from vlm_peft.data.collator import SharedPrefixCollator, pack_best_fit
+from vlm_peft.model import shared_prefix
+from vlm_peft.model.cuda.training import compile_layers
+from vlm_peft.model.shared_prefix import attention_mask_from_segments, block_mask_from_segments, lay_out
 
 RELATIVE = 1e-5
 IMAGE = {"type": "image"}
@@ -132,7 +133,7 @@ def leak_between_rows(segment_ids, *_):
 
 @pytest.mark.parametrize("mask", [leak, leak_between_rows])
 def test_a_planted_leak_is_seen(monkeypatch, mask):
-    monkeypatch.setattr("vlm_peft.shared_prefix.attention_mask_from_segments", mask)
+    monkeypatch.setattr("vlm_peft.model.shared_prefix.attention_mask_from_segments", mask)
     loss, gradient = compare(ROWS["packed rows"], packing=True, max_length=400)
     assert loss > 50 * RELATIVE
     assert gradient > 100 * RELATIVE
@@ -145,7 +146,7 @@ def test_wrong_positions_are_seen(monkeypatch):
         row = original(conversations)
         return shared_prefix.SharedPrefixRow(row.input_ids, list(range(len(row))), row.branch_ids, row.shift_labels)
 
-    monkeypatch.setattr("vlm_peft.processing_vision_qwen.lay_out", unbroken)
+    monkeypatch.setattr("vlm_peft.model.processing_vision_qwen.lay_out", unbroken)
     _, gradient = compare(ROWS["captions"])
     assert gradient > 100 * RELATIVE
 

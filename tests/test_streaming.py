@@ -7,8 +7,8 @@ import torch
 from conftest import flickr_rows, save_flickr
 from PIL import Image as PILImage
 
-from vlm_peft.arguments import DataArguments
-from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.data.arguments import DataArguments
+from vlm_peft.data.collator import SharedPrefixCollator
 from vlm_peft.data.leakage import picture_hashes
 from vlm_peft.data.rows import encode_rows
 from vlm_peft.data.splits import bind_task, load_split

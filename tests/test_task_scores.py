@@ -3,8 +3,9 @@
 import warnings
 
 import pytest
-from coco_caption.caption_scores import score_captions
-from task_scores import score_rows
+
+from vlm_peft.evaluation.task_scores import score_rows
+from vlm_peft.metrics.captions import score_captions
 
 
 def row(prediction: str, *references: str, **extra) -> dict:

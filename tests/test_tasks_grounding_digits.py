@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from datasets import Dataset, Features, Image, List, Value, load_dataset
-from detection_scores import LabelledBox, parse_boxes, score_boxes
 from PIL import Image as PILImage
 
-from vlm_peft.arguments import DataArguments
+from vlm_peft.data.arguments import DataArguments
 from vlm_peft.data.pictures import Pictures, UnreadablePictureError
 from vlm_peft.data.rows import bind_rows, load_rows
 from vlm_peft.data.streaming import load_stream, stream_rows
+from vlm_peft.metrics.boxes import LabelledBox, parse_boxes, score_boxes
 from vlm_peft.tasks import make_task
 from vlm_peft.tasks.digits import digits_example
 from vlm_peft.tasks.grounding import choose_absent, grid_box, objects_example, referring_example
@@ -299,7 +299,7 @@ def save_refcoco(folder, image_folder):
 @pytest.fixture
 def train(tmp_path, bases, monkeypatch):
     """Runs a configuration for two steps in this process; returns its folder."""
-    import sft
+    from recipes import sft
 
     def run(config: str, *overrides: str):
         vision, text = bases

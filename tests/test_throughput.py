@@ -5,9 +5,10 @@ import sys
 
 import pytest
 from conftest import ROOT
-from throughput import LOSS_TOLERANCE, compare_texts, parse_arguments
-from throughput_data import IMAGE_TOKEN_ID, PRESETS, VOCABULARY, make_captions, make_tokenizer
-from throughput_report import compare_losses, table, write_report
+
+from eval.throughput.data import IMAGE_TOKEN_ID, PRESETS, VOCABULARY, make_captions, make_tokenizer
+from eval.throughput.measure import LOSS_TOLERANCE, compare_texts, parse_arguments
+from eval.throughput.report import compare_losses, table, write_report
 
 LOSSES = {"peer": [12.25, 11.5, 11.0], "ours": [12.2500001, 11.5000002, 10.9999999]}
 

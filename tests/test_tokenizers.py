@@ -9,7 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sft
 import torch
 from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
@@ -25,17 +24,18 @@ from transformers import (
 )
 from trl import SFTConfig
 
+from recipes import sft
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.adapters import add_turn_rows, check_trainable, lora_config, trainable_table
-from vlm_peft.collator import SharedPrefixCollator
+from vlm_peft.adapters.export import export_llava, export_merged
+from vlm_peft.adapters.loading import load_model
+from vlm_peft.adapters.lora import add_turn_rows, check_trainable, lora_config, trainable_table
 from vlm_peft.commands.chat import Conversation
-from vlm_peft.commands.export import export_llava, export_merged
-from vlm_peft.cuda import can_capture
-from vlm_peft.generation import generate_texts
+from vlm_peft.data.collator import SharedPrefixCollator
+from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.hub.models import LOADED_FILES
-from vlm_peft.loading import load_model
-from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
-from vlm_peft.turns import choose_turns
+from vlm_peft.model.cuda.training import can_capture
+from vlm_peft.model.turns import choose_turns
+from vlm_peft.training.trainer import VisionSFTTrainer, prepare_training_arguments
 
 PICTURES = "<|image_pad|>" * 16
 

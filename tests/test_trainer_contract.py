@@ -11,11 +11,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import SFTConfig
 
-from vlm_peft import VisionQwen, head
-from vlm_peft.adapters import lora_config
-from vlm_peft.collator import SharedPrefixCollator
-from vlm_peft.modeling_vision_qwen import VisionQwenModel
-from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
+from vlm_peft import VisionQwen
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.data.collator import SharedPrefixCollator
+from vlm_peft.model import head
+from vlm_peft.model.modeling_vision_qwen import VisionQwenModel
+from vlm_peft.training.trainer import VisionSFTTrainer, prepare_training_arguments
 
 RELATIVE = 1e-5
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]}]

@@ -3,12 +3,12 @@
 import json
 from types import SimpleNamespace
 
-import evaluation
 import pytest
-import sft
-from task_scores import score_rows
 
+from recipes import sft
 from vlm_peft.data.splits import Question
+from vlm_peft.evaluation import evaluate as evaluation
+from vlm_peft.evaluation.task_scores import score_rows
 
 TRAINING = """\
 stored_split: test

@@ -16,7 +16,7 @@ from hub_server import serve
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
 
-from vlm_peft.arguments import DataArguments
+from vlm_peft.data.arguments import DataArguments
 from vlm_peft.data.pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_size
 from vlm_peft.data.rows import bind_rows, find_unreadable, load_rows, picture_folder, resolve_paths
 from vlm_peft.data.splits import bind_task, leave_out, load_split
@@ -330,7 +330,7 @@ def test_a_blind_control_without_other_pictures_is_found_before_training(tmp_pat
 def test_a_run_without_a_step_is_found_before_training(tmp_path):
     from trl import SFTConfig
 
-    from vlm_peft.training_setup import check_steps
+    from vlm_peft.training.setup import check_steps
 
     options = {"output_dir": str(tmp_path), "use_cpu": True, "per_device_train_batch_size": 4, "bf16": False}
     assert check_steps(9, SFTConfig(**options, num_train_epochs=2)) == 6

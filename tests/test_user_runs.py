@@ -11,12 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import sft
 import torch
 from conftest import flickr_rows, save_flickr
 from safetensors.torch import load_file, save_file
 
-from vlm_peft.loading import load_model
+from recipes import sft
+from vlm_peft.adapters.loading import load_model
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -184,7 +184,7 @@ def test_weights_that_are_no_numbers_are_not_saved(bases, tmp_path):
 
 
 def test_part_of_a_full_save_is_refused(adapter, tmp_path):
-    from vlm_peft.commands.export import export_merged
+    from vlm_peft.adapters.export import export_merged
 
     whole = export_merged(adapter, tmp_path / "merged")
     (path,) = whole.glob("*.safetensors")
@@ -337,7 +337,7 @@ def test_a_run_goes_on_from_an_older_checkpoint_as_it_went(train, finished, tmp_
 
 def refused(tmp_path, *options: str, yaml: str = "") -> str:
     """What the recipe says of options, as one line with exit status 2, before it loads anything."""
-    from console import run_script
+    from vlm_peft.console import run_script
 
     config = tmp_path / "options.yaml"
     config.write_text(
@@ -426,7 +426,7 @@ def test_an_option_that_cannot_be_is_named_before_anything_is_loaded(tmp_path, l
 
 
 def test_words_that_yaml_reads_otherwise_are_taken_as_meant(tmp_path):
-    from vlm_peft.arguments import parse_arguments
+    from vlm_peft.training.arguments import parse_arguments
 
     config = tmp_path / "options.yaml"
     config.write_text(
@@ -462,7 +462,7 @@ def test_words_that_yaml_reads_otherwise_are_taken_as_meant(tmp_path):
     ],
 )  # fmt: skip
 def test_a_file_that_holds_no_options_is_refused_at_once(tmp_path, text, said):
-    from vlm_peft.arguments import parse_arguments
+    from vlm_peft.training.arguments import parse_arguments
 
     config = tmp_path / "options.yaml"
     config.write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -475,7 +475,7 @@ def test_a_file_that_holds_no_options_is_refused_at_once(tmp_path, text, said):
 
 
 def test_an_encoder_in_the_place_of_the_decoder_is_said(bases):
-    from vlm_peft.joining import joint_config
+    from vlm_peft.model.joining import joint_config
 
     with pytest.raises(ValueError, match="clip is a 'clip_text_model' model, which writes no text: expected a decoder"):
         joint_config(bases[0], bases[0])
@@ -554,9 +554,8 @@ def test_a_save_that_is_killed_leaves_a_whole_adapter_or_none(bases, tmp_path):
 
 
 def test_predictions_are_kept_when_they_cannot_be_scored_and_the_row_is_named(tmp_path, monkeypatch):
-    import evaluation
-
     from vlm_peft.data.splits import Question
+    from vlm_peft.evaluation import evaluate as evaluation
 
     references = {"seven": ["a dog"], "eight": ["...!"], "nine": ["a cat"]}
     questions = [Question(name, [], [index], texts, {}) for index, (name, texts) in enumerate(references.items())]
@@ -581,7 +580,7 @@ def test_predictions_are_kept_when_they_cannot_be_scored_and_the_row_is_named(tm
 
 
 def test_a_split_that_cannot_be_scored_costs_no_other_its_scores(tmp_path, monkeypatch):
-    import evaluation
+    from vlm_peft.evaluation import evaluate as evaluation
 
     said: list[str] = []
     vision = SimpleNamespace(generation_batch_size=1, max_new_tokens=1, num_beams=1, meteor=False)
@@ -599,7 +598,7 @@ def test_a_split_that_cannot_be_scored_costs_no_other_its_scores(tmp_path, monke
 
 
 def test_drafts_of_killed_processes_are_swept_and_those_of_others_are_not(tmp_path, dead_process):
-    from vlm_peft.commands.export import _new_folder
+    from vlm_peft.adapters.export import _new_folder
     from vlm_peft.drafts import draft_of, sweep
 
     host = draft_of(Path("x")).name.removeprefix(".x.").rpartition("-")[0]
@@ -619,8 +618,9 @@ def test_drafts_of_killed_processes_are_swept_and_those_of_others_are_not(tmp_pa
 
 
 def test_pictures_that_were_being_encoded_leave_nothing_behind(bases, flickr, tmp_path):
-    from vlm_peft import VisionQwen, VisionQwenProcessor, feature_cache
-    from vlm_peft.arguments import DataArguments
+    from vlm_peft import VisionQwen, VisionQwenProcessor
+    from vlm_peft.data import feature_cache
+    from vlm_peft.data.arguments import DataArguments
     from vlm_peft.data.splits import encode_pictures, load_split
 
     model = VisionQwen.from_vision_text_pretrained(*bases).requires_grad_(False)
@@ -691,7 +691,7 @@ def test_of_equal_scores_the_loss_decides_and_then_the_later_step(bases, tmp_pat
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(bases, tmp_path, monkeypatch):
     from test_lifecycle import load_bases, make_trainer
 
-    from vlm_peft.checkpoints import newest_whole
+    from vlm_peft.training.checkpoints import newest_whole
 
     trainer = make_trainer(tmp_path, load_bases(bases), {}, save_total_limit=1)
     write = torch.save
@@ -720,13 +720,13 @@ LONG = "why " * 200
 
 
 def test_an_over_long_question_is_refused_in_every_door(adapter, loaded, flickr, tmp_path, monkeypatch, capsys):
-    import run as eval_run
-    from console import run_script
     from PIL import Image
 
     from vlm_peft import __main__
+    from vlm_peft.commands import evaluate as eval_run
     from vlm_peft.commands.chat import Conversation
     from vlm_peft.commands.web_demo import PictureAnswers
+    from vlm_peft.console import run_script
     from vlm_peft.tasks import TaskSettings
 
     said = r"has 8\d\d tokens, and its answer may take 6, more than the 512 that the decoder takes"
@@ -746,7 +746,7 @@ def test_an_over_long_question_is_refused_in_every_door(adapter, loaded, flickr,
 
 
 def test_a_question_that_just_fits_is_answered(loaded):
-    from vlm_peft.generation import check_length
+    from vlm_peft.evaluation.generation import check_length
 
     check_length(loaded[0], 506, 6)
     with pytest.raises(ValueError, match="has 507 tokens, and its answer may take 6"):

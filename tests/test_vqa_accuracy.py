@@ -3,7 +3,8 @@
 import itertools
 
 import pytest
-from vqa_accuracy import accuracy_by_type, normalise_answer, vqa_accuracy
+
+from vlm_peft.metrics.vqa import accuracy_by_type, normalise_answer, vqa_accuracy
 
 
 @pytest.mark.parametrize(

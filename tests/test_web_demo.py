@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from vlm_peft import VisionQwen, __main__
+from vlm_peft.adapters.loading import load_model
 from vlm_peft.commands.web_demo import MAX_EXAMPLES, PictureAnswers, find_examples, make_page
 from vlm_peft.data.pictures import UnreadablePictureError, open_picture
-from vlm_peft.generation import generate_texts
-from vlm_peft.loading import load_model
+from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.tasks import TaskSettings
 from vlm_peft.tasks.example import picture_turn
 

@@ -1,6 +1,6 @@
 """Tiny decoders of every architecture that is tried, built in code: two layers, 16 wide, random weights.
 
-Used by `test_decoders.py`, and by `eval/joinable.py`, which writes README's table from them.
+Used by `test_decoders.py`, and by `joinable.py`, which writes README's table from them.
 """
 
 from pathlib import Path

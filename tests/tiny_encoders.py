@@ -26,12 +26,12 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from trl import SFTConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
-from vlm_peft.adapters import lora_config
-from vlm_peft.collator import SharedPrefixCollator
-from vlm_peft.commands.export import check_llava
+from vlm_peft.adapters.export import check_llava
+from vlm_peft.adapters.lora import lora_config
+from vlm_peft.data.collator import SharedPrefixCollator
+from vlm_peft.data.feature_cache import build_feature_cache
 from vlm_peft.data.pictures import Pictures
-from vlm_peft.feature_cache import build_feature_cache
-from vlm_peft.trainer import VisionSFTTrainer, prepare_training_arguments
+from vlm_peft.training.trainer import VisionSFTTrainer, prepare_training_arguments
 
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]}]
 COMPLETIONS = [["a dog", "two dogs"], ["a cat"], ["a horse"], ["b", "cc"]]

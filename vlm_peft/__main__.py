@@ -151,7 +151,7 @@ def _load(options: argparse.Namespace):
     """
     import torch
 
-    from .loading import default_device, find_model, load_model
+    from .adapters.loading import default_device, find_model, load_model
     from .tasks import TASK_FILE, TaskSettings
 
     _quiet_loading()
@@ -270,8 +270,8 @@ def export(options: argparse.Namespace) -> int:
     """
     import torch
 
-    from .commands import export as exporting
-    from .loading import find_model
+    from .adapters import export as exporting
+    from .adapters.loading import find_model
 
     _quiet_loading()
     write = exporting.export_llava if options.to == "llava" else exporting.export_merged
@@ -289,7 +289,7 @@ def convert(options: argparse.Namespace) -> int:
 
     vlm-peft convert openai/clip-vit-base-patch32 --to clip
     """
-    from .commands.convert import convert_base
+    from .hub.convert import convert_base
 
     print(f"Written and compared: {convert_base(options.model, options.to, revision=options.revision)}")
     return 0

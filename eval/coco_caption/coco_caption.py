@@ -1,19 +1,15 @@
 """Local `evaluate` metric: coco-caption's scores, offline.
 
 `evaluate.load("eval/coco_caption").compute(predictions=[...], references=[[...], ...])` returns the dict that
-`caption_scores.score_captions` calls `metrics`. `evaluate` copies this file, and the files imported relatively below
-(it reads the import lines of this file only, one import to a line), to its cache and runs the copy.
+`vlm_peft.metrics.captions.score_captions` calls `metrics`. `evaluate` copies this file to its cache and runs the copy,
+which finds the installed package.
 """
-
-# ruff: noqa: F401  # some imports only name a file to copy, and a comment on an import line is taken for an address
 
 import datasets
 import evaluate
 
-from .caption_scores import score_captions
-from .caption_tokenizer import Tokenizer
-from .java_process import find_java
-from .java_scorers import score_with_java
+from vlm_peft.metrics.caption_tokenizer import Tokenizer
+from vlm_peft.metrics.captions import score_captions
 
 _DESCRIPTION = (
     "BLEU-1..4, ROUGE-L, CIDEr and, on request, METEOR and SPICE of image captions, by coco-caption's scorers."

@@ -14,7 +14,7 @@ import torch
 from PIL import Image as PILImage
 
 from ..data.pictures import UnreadablePictureError, open_picture
-from ..generation import generate_texts
+from ..evaluation.generation import generate_texts
 from ..tasks import TaskSettings
 from ..tasks.caption import INSTRUCTION
 from ..tasks.example import picture_turn
@@ -117,11 +117,11 @@ def caption_pictures(
     """Asks the same about every picture; records come batch by batch, in order.
 
     Args:
-        model, processor: Of [`~vlm_peft.loading.load_model`].
+        model, processor: Of [`~vlm_peft.adapters.loading.load_model`].
         paths (`Iterable[str]`): Picture files.
         text (`str`): What the user says; see [`ask`].
         batch_size (`int`, *optional*, defaults to 16): Pictures at a time; the texts do not depend on it.
-        max_new_tokens, num_beams (`int`, *optional*): See [`~vlm_peft.generation.generate_texts`].
+        max_new_tokens, num_beams (`int`, *optional*): See [`~vlm_peft.evaluation.generation.generate_texts`].
 
     Yields:
         `dict`: `{"image": path, "caption": text}`, or `{"image": path, "error": reason}` for a picture that cannot be

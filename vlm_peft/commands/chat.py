@@ -14,11 +14,10 @@ import torch
 from peft import PeftModel
 from transformers import TextStreamer
 
-from ..adapters import base_model
 from ..data.pictures import open_picture
-from ..generation import check_length
-from ..modeling_vision_qwen import VisionQwen
-from ..processing_vision_qwen import VisionQwenProcessor
+from ..evaluation.generation import check_length
+from ..model.modeling_vision_qwen import VisionQwen, base_model
+from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
 from .caption import check_text
 

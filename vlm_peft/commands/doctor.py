@@ -35,28 +35,21 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from trl import ModelConfig, SFTConfig
 
-from ..adapters import (
-    PROJECTOR,
-    check_trainable,
-    format_trainable_table,
-    is_pissa,
-    trainable_table,
-    unadapted_experts,
-)
-from ..arguments import VisionArguments, parse_arguments
+from ..adapters.lora import PROJECTOR, check_trainable, format_trainable_table, trainable_table, unadapted_experts
+from ..adapters.pissa import is_pissa
+from ..data.feature_cache import count_missing, features_folder, picture_bytes
 from ..data.leakage import check_overlap
 from ..data.mixture import fetch_from, first_images, mix
 from ..data.pictures import UnreadablePictureError
+from ..data.probe import probe
 from ..data.rows import encode_rows
 from ..data.splits import Split, first_of_each, leave_out, load_split, row_name
 from ..data.streaming import stack_pixels
-from ..feature_cache import count_missing, features_folder, picture_bytes
-from ..generation import generate_texts
-from ..modeling_vision_qwen import VisionQwen
-from ..probe import probe
-from ..processing_vision_qwen import VisionQwenProcessor
-from ..trainer import PrintedLines
-from ..training_setup import (
+from ..evaluation.generation import generate_texts
+from ..model.modeling_vision_qwen import VisionQwen
+from ..model.processing_vision_qwen import VisionQwenProcessor
+from ..training.arguments import VisionArguments, parse_arguments
+from ..training.setup import (
     bases,
     build_trainer,
     check_steps,
@@ -67,6 +60,7 @@ from ..training_setup import (
     training_sources,
     training_stream,
 )
+from ..training.trainer import PrintedLines
 
 PROGRAM = "vlm-peft doctor"
 
@@ -145,7 +139,7 @@ class Doctor:
     """The checks of one configuration; each prints what it finds, and problems are collected.
 
     Args:
-        vision, training, model_args: Of [`~vlm_peft.arguments.parse_arguments`].
+        vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
     """
 
     def __init__(self, vision: VisionArguments, training: SFTConfig, model_args: ModelConfig):

@@ -22,11 +22,10 @@ import gradio
 import torch
 from peft import PeftModel
 
-from ..adapters import base_model
 from ..data.pictures import UnreadablePictureError, open_picture
-from ..generation import generate_texts
-from ..modeling_vision_qwen import VisionQwen
-from ..processing_vision_qwen import VisionQwenProcessor
+from ..evaluation.generation import generate_texts
+from ..model.modeling_vision_qwen import VisionQwen, base_model
+from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import TaskSettings
 from ..tasks.example import picture_turn
 from .caption import ask

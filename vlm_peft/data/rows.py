@@ -31,9 +31,9 @@ from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
 from huggingface_hub import HfFileSystem, constants, hf_hub_download, snapshot_download
 
-from .. import processing_vision_qwen, shared_prefix
 from ..hub.access import looks_local
-from ..processing_vision_qwen import VisionQwenProcessor
+from ..model import processing_vision_qwen, shared_prefix
+from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Example, Task
 from ..tasks import example as example_module
 from ..tasks.example import PICTURE_PLACES

@@ -12,10 +12,10 @@ import xxhash
 from accelerate import PartialState
 from datasets import Dataset
 
-from ..adapters import base_model
-from ..arguments import DataArguments
-from ..feature_cache import build_feature_cache
+from ..model.modeling_vision_qwen import base_model
 from ..tasks import Example, Task, make_task
+from .arguments import DataArguments
+from .feature_cache import build_feature_cache
 from .pictures import Pictures
 from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
 
@@ -49,7 +49,7 @@ class Split:
     Args:
         name (`str`): What its folder is called.
         stored_name (`str`): What the data set calls it.
-        data ([`~vlm_peft.arguments.DataArguments`]): Where it comes from.
+        data ([`~vlm_peft.data.arguments.DataArguments`]): Where it comes from.
         texts (`Dataset`): Rows without pictures, grouped as the task wants them; `id` is the row's own, or a list of
             its members' ids.
         task ([`~vlm_peft.tasks.Task`]): Row -> prompt and references.
@@ -132,7 +132,7 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
     """Loads a split's rows; pictures are read and processed whenever they are asked for.
 
     Args:
-        data ([`~vlm_peft.arguments.DataArguments`]): Data set, columns and task.
+        data ([`~vlm_peft.data.arguments.DataArguments`]): Data set, columns and task.
         name (`str`): Of the split.
         processor ([`VisionQwenProcessor`]): Its image processor makes `pixel_values`.
         limit (`int`, *optional*): First so many rows only.
@@ -185,7 +185,7 @@ def encode_pictures(
         model: `VisionQwen` or a `PeftModel` around it; its frozen encoder fills the feature cache.
         processor ([`VisionQwenProcessor`]): Of the model.
         feature_cache (`bool`, *optional*, defaults to `True`): Otherwise pictures go on being read for every batch.
-        directory, dtype: See [`~vlm_peft.feature_cache.build_feature_cache`].
+        directory, dtype: See [`~vlm_peft.data.feature_cache.build_feature_cache`].
     """
     if not feature_cache:
         split.unreadable = find_unreadable(split.pictures)

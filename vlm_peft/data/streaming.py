@@ -11,10 +11,10 @@ from itertools import groupby
 import torch
 from datasets import IterableDataset
 
-from ..arguments import DataArguments
-from ..processing_vision_qwen import VisionQwenProcessor
+from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Task
 from ..tasks.example import PICTURE_PLACES
+from .arguments import DataArguments
 from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash, picture_identity
 from .rows import lay_out_row, name_classes, open_rows
 
@@ -26,7 +26,7 @@ def load_stream(data: DataArguments, split: str, *, limit: int | None = None) ->
     """Opens a split without reading it.
 
     Args:
-        data ([`~vlm_peft.arguments.DataArguments`]): Data set and columns.
+        data ([`~vlm_peft.data.arguments.DataArguments`]): Data set and columns.
         split (`str`): Which part.
         limit (`int`, *optional*): First so many rows only.
 

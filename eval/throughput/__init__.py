@@ -1,0 +1,1 @@
+"""This project beside its peer; `python eval/throughput.py` runs it."""

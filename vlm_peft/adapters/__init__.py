@@ -1,0 +1,1 @@
+"""What trains, and the way between an adapter folder and a model."""

@@ -1,0 +1,47 @@
+"""Options of a data set: where its rows come from and what they mean.
+
+Stage: part of the options of a run; each entry of a mixture has its own.
+"""
+
+from dataclasses import dataclass, field
+
+from ..tasks import TASKS
+
+
+@dataclass
+class DataArguments:
+    """Where rows come from and what they mean. In a `mixture`, each entry has its own."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={"help": "Hub id, table (parquet, CSV, JSON, JSON Lines) or folder of tables, or image folder."},
+    )
+    dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
+    stored_split: str | None = field(default=None, metadata={"help": "The one stored split, with --split_column."})
+    split_column: str | None = field(default=None, metadata={"help": "Column that names each row's true split."})
+    task: str = field(default="caption", metadata={"help": "What rows mean.", "choices": list(TASKS)})
+    image_column: str = field(default="image", metadata={"help": "Column with the picture."})
+    image_folder: str | None = field(
+        default=None,
+        metadata={"help": "Where relative paths in the picture's column begin; the table's own folder by default."},
+    )
+    text_column: str | None = field(default=None, metadata={"help": "Column with the texts; found by usual names."})
+    instruction: str | None = field(
+        default=None, metadata={"help": "What the user says beside the picture; each task has its own by default."}
+    )
+    slide_pages: str = field(
+        default="evidence",
+        metadata={"help": "Of a deck: the pages that an answer needs, or all.", "choices": ["evidence", "all"]},
+    )
+    name_pages: bool = field(default=False, metadata={"help": "Answers about a deck name their pages, too."})
+    train_split: str | None = field(
+        default="train",
+        metadata={"help": "Rows to train on; train+restval are two splits. null in a mixture: to be scored only."},
+    )
+    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
+    train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
+    eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
+    blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})
+    weight: float | None = field(
+        default=None, metadata={"help": "In a mixture: how often rows are drawn, relative to the other entries'."}
+    )

@@ -1,0 +1,1 @@
+"""Generation, the scores of what was generated, and their files."""

@@ -1,0 +1,1 @@
+"""Scores as plain functions: numbers from texts, boxes and pictures."""

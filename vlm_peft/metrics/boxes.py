@@ -1,0 +1,225 @@
+"""Boxes that a model writes as text against the true ones: COCO's average precision, precision, recall and IoU.
+
+The text is `dog [12, 40, 300, 512]; red ball [600, 0, 999, 80]`, or `none`: label and [x1, y1, x2, y2], whole numbers
+on a grid of 0..999 over the picture's width and height. Both corners belong to the box: [5, 5, 5, 5] is one cell of the
+grid, and so a box has an area and overlaps itself wholly however small it becomes by rounding to the grid. Labels are
+the same if they are the same in lower case without outer spaces.
+
+Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by pycocotools' COCOeval.
+"""
+
+import contextlib
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+GRID = 1000
+"""Cells of the grid along each side."""
+
+_ENTRY = re.compile(r"([^\[\]]+)\[ ?" + r" ?, ?".join([r"([0-9]{1,3})"] * 4) + r" ?\] ?\.?")
+_SEPARATOR = re.compile(r"[;\n]|(?<=\]),")
+
+
+@dataclass(frozen=True)
+class LabelledBox:
+    """A box of a picture.
+
+    Raises:
+        ValueError: if the label is empty or the box is not four whole numbers 0 <= x1 <= x2 <= 999, and y likewise.
+    """
+
+    label: str
+    box: tuple[int, int, int, int]
+    """x1, y1, x2, y2 on the grid; both corners belong to the box."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "label", self.label.strip().lower())
+        object.__setattr__(self, "box", tuple(self.box))
+        whole = all(isinstance(value, int) and not isinstance(value, bool) for value in self.box)
+        if not self.label or len(self.box) != 4 or not whole:
+            raise ValueError(f"expected a label and four whole numbers, got {self.label!r} and {list(self.box)!r}")
+        x1, y1, x2, y2 = self.box
+        if not (0 <= x1 <= x2 < GRID and 0 <= y1 <= y2 < GRID):
+            raise ValueError(f"expected [x1, y1, x2, y2] in 0..{GRID - 1} with x1 <= x2 and y1 <= y2, got {self.box}")
+
+
+def parse_boxes(text: str) -> tuple[list[LabelledBox], list[str]]:
+    """Read boxes from a model's text; never raises.
+
+    Entries may also be separated by line breaks or by commas, and spaces are free.
+
+    Returns:
+        The boxes in the order of the text, and the entries that are none: no label, not four whole numbers in 0..999,
+        corners the wrong way round, an entry cut short.
+    """
+    boxes, malformed = [], []
+    for entry in filter(None, (" ".join(part.split()) for part in _SEPARATOR.split(text))):
+        if entry.lower().rstrip(".") == "none":
+            continue
+        match = _ENTRY.fullmatch(entry)
+        try:
+            if match is None:
+                raise ValueError("not of the form label [x1, y1, x2, y2]")
+            x1, y1, x2, y2 = map(int, match.groups()[1:])
+            boxes.append(LabelledBox(match[1], (x1, y1, x2, y2)))
+        except ValueError:
+            malformed.append(entry)
+    return boxes, malformed
+
+
+@dataclass
+class DetectionScores:
+    """What `score_boxes` found."""
+
+    metrics: dict[str, float]
+    """AP50, AP, precision50, recall50, f1_50 and mean_iou, each 0..1; those of true boxes only if there are any."""
+    f1_50: list[float]
+    """F1 of each picture at IoU 0.5, in input order; its mean is `metrics["f1_50"]`."""
+    skipped: dict[str, str] = field(default_factory=dict)
+    """Metrics that could not be computed, each with its reason in one line."""
+    notes: list[str] = field(default_factory=list)
+    """What a reader of the numbers must know, one sentence each."""
+
+
+def score_boxes(predictions: Sequence[str], truths: Sequence[Sequence[LabelledBox]]) -> DetectionScores:
+    """Score the boxes of each picture's text against its true ones.
+
+    - `AP50`, `AP`: COCO's, at IoU 0.5 and over 0.50:0.05:0.95, mean over the labels of the true boxes. Text has no
+      confidence, so every box has the score 1.0 and COCOeval ranks by order: of the pictures, and in a text. Its value
+      therefore depends on the order of the pictures, and boxes with a label that no true box has do not lower it.
+    - `precision50`, `recall50`, over all boxes: a predicted and a true box of one label match if their IoU is at least
+      0.5; the pairs with the largest IoU are matched first, each box once, whatever its place in the text. What cannot
+      be read as a box counts as one that matches nothing, so that nonsense is not taken for "none".
+    - `f1_50`: the mean over pictures of 2 x matches / (predicted + true), 1 for rightly no box.
+    - `mean_iou`: over true boxes, the IoU of the predicted box of the same label that fits best, 0 without any.
+
+    Args:
+        predictions: A text for each picture.
+        truths: The true boxes of each picture, in the same order; may be none.
+
+    Raises:
+        ValueError: if there is nothing to score, or the two differ in length.
+    """
+    if len(predictions) != len(truths) or not predictions:
+        raise ValueError(
+            f"expected texts and true boxes of the same pictures, got {len(predictions)} and {len(truths)}"
+        )
+    parsed = [parse_boxes(text) for text in predictions]
+    f1_50, best_ious, matches, predicted = [], [], 0, 0
+    for (boxes, malformed), truth in zip(parsed, truths, strict=True):
+        ious = _ious(boxes, truth)
+        matched, entries = _count_matches(ious), len(boxes) + len(malformed)
+        f1_50.append(2 * matched / (entries + len(truth)) if entries or truth else 1.0)
+        best_ious.extend(ious.max(axis=0, initial=0.0).tolist())
+        matches += matched
+        predicted += entries
+
+    scores = DetectionScores({}, f1_50)
+    nothing = "no picture has a true box"
+    if best_ious:
+        scores.metrics |= average_precision([boxes for boxes, _ in parsed], truths)
+        scores.metrics["recall50"] = matches / len(best_ious)
+        scores.metrics["mean_iou"] = sum(best_ious) / len(best_ious)
+    else:
+        scores.skipped |= dict.fromkeys(["AP50", "AP", "recall50", "mean_iou"], nothing)
+    scores.metrics["precision50"] = matches / predicted if predicted else float(not best_ious)
+    scores.metrics["f1_50"] = sum(f1_50) / len(f1_50)
+
+    unread = [entries for _, entries in parsed if entries]
+    if unread:
+        scores.notes.append(
+            f"{sum(map(len, unread))} entries of {len(unread)} texts are no boxes and count as wrong ones; the first: "
+            f"{unread[0][0][:80]!r}."
+        )
+    return scores
+
+
+def average_precision(
+    predictions: Sequence[Sequence[LabelledBox]], truths: Sequence[Sequence[LabelledBox]]
+) -> dict[str, float]:
+    """Return `AP50` and `AP`, 0..1, of boxes in the order of their rank; see `score_boxes`.
+
+    Raises:
+        ValueError: if no picture has a true box.
+    """
+    predicted, true = _by_label(predictions), _by_label(truths)
+    if not true:
+        raise ValueError("expected at least one true box, got none")
+    # COCOeval goes through every picture for every label. One label at a time, with its own pictures, gives the same
+    # numbers, and a set whose labels are thousands of phrases takes seconds.
+    curves = np.stack([_precision_curves(predicted.get(label, []), boxes) for label, boxes in sorted(true.items())])
+    return {"AP50": float(curves[:, 0].mean()), "AP": float(curves.mean())}
+
+
+def _by_label(pictures: Sequence[Sequence[LabelledBox]]) -> dict[str, list[tuple[int, LabelledBox]]]:
+    grouped: dict[str, list[tuple[int, LabelledBox]]] = {}
+    for picture, boxes in enumerate(pictures):
+        for box in boxes:
+            grouped.setdefault(box.label, []).append((picture, box))
+    return grouped
+
+
+def _precision_curves(
+    predictions: Sequence[tuple[int, LabelledBox]], truths: Sequence[tuple[int, LabelledBox]]
+) -> np.ndarray:
+    """Return the precision at 10 IoU thresholds (rows) and 101 recalls of boxes of one label, each with its picture."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_coco(COCO(), truths), _coco(COCO(), predictions), "bbox")
+        evaluation.params.imgIds = sorted({*evaluation.cocoGt.getImgIds(), *evaluation.cocoDt.getImgIds()})
+        evaluation.params.areaRng, evaluation.params.areaRngLbl = evaluation.params.areaRng[:1], ["all"]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return evaluation.eval["precision"][:, :, 0, 0, -1]
+
+
+def _coco(coco, boxes: Sequence[tuple[int, LabelledBox]]):
+    annotations: list[dict[str, Any]] = []
+    for number, (picture, each) in enumerate(boxes, 1):  # COCOeval takes the id 0 for "matches nothing".
+        x1, y1, x2, y2 = each.box
+        width, height = x2 - x1 + 1, y2 - y1 + 1
+        annotations.append(
+            {
+                "id": number,
+                "image_id": picture,
+                "category_id": 1,
+                "bbox": [x1, y1, width, height],
+                "area": width * height,
+                "iscrowd": 0,
+                "score": 1.0,
+            }
+        )
+    pictures = sorted({annotation["image_id"] for annotation in annotations})
+    coco.dataset = {
+        "images": [{"id": picture} for picture in pictures],
+        "categories": [{"id": 1}],
+        "annotations": annotations,
+    }
+    coco.createIndex()
+    return coco
+
+
+def _ious(predicted: Sequence[LabelledBox], truth: Sequence[LabelledBox]) -> np.ndarray:
+    """Return intersection over union of each predicted (row) and true box, 0 where the labels differ."""
+    first = np.array([box.box for box in predicted], dtype=np.float64).reshape(-1, 1, 4)
+    second = np.array([box.box for box in truth], dtype=np.float64).reshape(1, -1, 4)
+    sides = np.minimum(first[..., 2:], second[..., 2:]) - np.maximum(first[..., :2], second[..., :2]) + 1
+    common = sides.clip(min=0).prod(axis=-1)
+    areas = [(boxes[..., 2:] - boxes[..., :2] + 1).prod(axis=-1) for boxes in (first, second)]
+    same = [[a.label == b.label for b in truth] for a in predicted]
+    return common / (areas[0] + areas[1] - common) * np.array(same, dtype=np.float64).reshape(common.shape)
+
+
+def _count_matches(ious: np.ndarray) -> int:
+    ious, matches = ious.copy(), 0
+    while ious.size and ious.max() >= 0.5:
+        row, column = np.unravel_index(ious.argmax(), ious.shape)
+        ious[row, :] = ious[:, column] = 0
+        matches += 1
+    return matches

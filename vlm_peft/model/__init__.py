@@ -1,0 +1,1 @@
+"""What a `VisionQwen` is: configuration, parts, processor, and how two bases become one."""

@@ -1,0 +1,1 @@
+"""Pages and cards from what a run wrote."""

@@ -1,0 +1,181 @@
+"""The report's drawings as inline SVG: values by step, scores by split, boxes over a picture.
+
+Colours come from the page's style sheet.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ..metrics.boxes import GRID, LabelledBox
+
+_WIDTH, _HEIGHT = 480, 300
+_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 14, 44
+_MOST_POINTS = 240
+_BAR, _GROUP = 26, 34
+_OVERLAY = 1000
+
+Point = tuple[float, float]
+
+
+def finite_points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[Point]:
+    """Return (step, value) of the log entries that have a finite number under `key`, by step."""
+    points = []
+    for entry in log_history:
+        value, step = entry.get(key), entry.get("step")
+        if isinstance(value, int | float) and isinstance(step, int | float) and math.isfinite(value):
+            points.append((float(step), float(value)))
+    return sorted(points)
+
+
+def step_chart(title: str, series: Mapping[str, Sequence[Point]]) -> str:
+    """Return values by step as lines, from 0 upwards.
+
+    Long runs are drawn as the means of up to 240 groups of neighbouring steps.
+
+    Args:
+        title: What is drawn, for those who cannot see it.
+        series: From a line's name, its class in the style sheet (train, held-out or score), to (step, value); at least
+            one of them has a point.
+    """
+    lines = {name: _averaged(points) for name, points in series.items() if points}
+    points = [point for line in lines.values() for point in line]
+    x_ticks = _ticks(min(x for x, _ in points), max(x for x, _ in points), whole=True)
+    y_ticks = _ticks(min(0.0, *(y for _, y in points)), max(y for _, y in points))
+    # Straight to the edge of the steps there are, but up to a whole tick in height.
+    x_low, x_high = min(x for x, _ in points), max(x for x, _ in points)
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    if x_low == x_high:
+        x_low, x_high = x_low - 1, x_high + 1
+
+    def place(point: Point) -> Point:
+        x = _LEFT + (point[0] - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        y = _HEIGHT - _BOTTOM - (point[1] - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return x, y
+
+    parts = []
+    for tick in y_ticks:
+        _, y = place((x_low, tick))
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    for tick in x_ticks:
+        if x_low <= tick <= x_high:
+            x, _ = place((tick, y_low))
+            # In the middle of its tick, but not beyond the edge: a digit is some 8 wide.
+            x = min(x, _WIDTH - 4 * len(f"{tick:g}"))
+            parts.append(f'<text class="tick" x="{x:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text class="tick" x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle">step</text>')
+    for name, line in lines.items():
+        placed = [place(point) for point in line]
+        if len(placed) > 1:
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+            parts.append(f'<polyline class="line {name}" points="{path}"/>')
+        if len(placed) == 1 or name != "train":
+            parts += [f'<circle class="dot {name}" cx="{x:.1f}" cy="{y:.1f}" r="3.5"/>' for x, y in placed]
+    last = ", ".join(f"{name} {line[-1][1]:.3f}" for name, line in lines.items())
+    return _svg(_HEIGHT, f"{title} by step; at the end {last}", parts)
+
+
+def bar_chart(
+    title: str, groups: Mapping[str, Sequence[tuple[str, float, tuple[float, float] | None]]], digits: int
+) -> str:
+    """Return scores as bars.
+
+    Args:
+        title: What is drawn, for those who cannot see it.
+        groups: From a split to (name of the bar, score, 95 % interval if known), not empty. A bar's name is its class
+            in the style sheet: after, before or blind.
+        digits: Of the numbers, after the point.
+    """
+    bars = [bar for group in groups.values() for bar in group]
+    high = _ticks(0.0, max([0.1, *(max(value, *(interval or (0.0,))) for _, value, interval in bars)]))[-1]
+    left, right = 62, 58
+    scale = (_WIDTH - left - right) / high
+    parts, y = [], 0.0
+    for split, group in groups.items():
+        parts.append(f'<text class="name" x="0" y="{y + 18:.0f}">{_text(split)}</text>')
+        y += _GROUP - 6
+        for name, value, interval in group:
+            middle = y + _BAR / 2
+            width = max(value * scale, 1.0)
+            label = f'x="{left - 8}" y="{middle + 4.5:.1f}" text-anchor="end">{_text(name)}'
+            parts.append(f'<text class="tick" {label}</text>')
+            box = f'x="{left}" y="{y + 3:.1f}" width="{width:.1f}" height="{_BAR - 6}" rx="2"'
+            parts.append(f'<rect class="bar {_text(name)}" {box}/>')
+            end = width
+            if interval is not None:
+                low_x, high_x = left + interval[0] * scale, left + interval[1] * scale
+                end = max(width, high_x - left)
+                parts.append(
+                    f'<path class="whisker" d="M{low_x:.1f} {middle:.1f}H{high_x:.1f}'
+                    f'M{low_x:.1f} {middle - 4:.1f}v8M{high_x:.1f} {middle - 4:.1f}v8"/>'
+                )
+            parts.append(
+                f'<text class="value" x="{left + end + 7:.1f}" y="{middle + 4.5:.1f}">{value:.{digits}f}</text>'
+            )
+            y += _BAR
+        y += 12
+    said = [
+        f"{split}: " + ", ".join(f"{name} {value:.{digits}f}" for name, value, _ in group)
+        for split, group in groups.items()
+    ]
+    return _svg(max(y - 8, 40), f"{title} by split. {'; '.join(said)}", parts)
+
+
+def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledBox], width: int, height: int) -> str:
+    """Return boxes to be laid over a picture of that size, scaled as `object-fit: contain` scales it.
+
+    Predicted boxes have their label above, true ones, where no predicted box has the same label, below. Each has a
+    light edge, so that it is seen on any picture.
+    """
+    scale = _OVERLAY / max(width, height)
+    width, height = round(width * scale), round(height * scale)
+    named = {each.label for each in predicted}
+    parts = []
+    for name, boxes in (("reference", references), ("predicted", predicted)):
+        for each in boxes:
+            left, top, right, bottom = each.box[0], each.box[1], each.box[2] + 1, each.box[3] + 1
+            x1, x2 = (round(value / GRID * width) for value in (left, right))
+            y1, y2 = (round(value / GRID * height) for value in (top, bottom))
+            box = f'x="{x1}" y="{y1}" width="{x2 - x1}" height="{y2 - y1}"'
+            parts += [f'<rect class="edge" {box}/>', f'<rect class="{name}" {box}/>']
+            if name == "predicted" or each.label not in named:
+                y = min(max(y1 - 14 if name == "predicted" else y2 + 46, 46), height - 16)
+                # Towards the middle of the picture, where there is room.
+                x, anchor = (x1, "start") if x1 + x2 < width else (x2, "end")
+                parts.append(f'<text class="{name}" x="{x}" y="{y}" text-anchor="{anchor}">{_text(each.label)}</text>')
+    said = [f"{len(predicted)} boxes predicted", f"{len(references)} true"]
+    label = _text(", ".join(said))
+    return f'<svg class="boxes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+
+
+def _text(value: str) -> str:
+    # A lone surrogate, which JSON can hold, has no UTF-8 form.
+    return escape(value.encode("utf-8", "replace").decode("utf-8"))
+
+
+def _svg(height: float, label: str, parts: Sequence[str]) -> str:
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{_text(label)}">'
+        f"<title>{_text(label)}</title>{''.join(parts)}</svg>"
+    )
+
+
+def _averaged(points: Sequence[Point]) -> list[Point]:
+    size = math.ceil(len(points) / _MOST_POINTS) or 1
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups]
+
+
+def _ticks(low: float, high: float, whole: bool = False) -> list[float]:
+    """Return about five round numbers, 1, 2 or 5 times a power of ten apart, from `low` or below to `high` or above."""
+    if high <= low:
+        high = low + 1
+    rough = (high - low) / 5
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
+    if whole:
+        step = max(step, 1.0)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(index * step, 10) for index in range(first, last + 1)]

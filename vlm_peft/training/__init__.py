@@ -1,0 +1,1 @@
+"""Options, set-up and trainer of a run."""

@@ -1,0 +1,266 @@
+"""Options of a training run: the data and the vision side here, the rest as TRL's `SFTConfig` and `ModelConfig`.
+
+Stage: command line and YAML file -> dataclasses, for recipes and for the checks before a run.
+"""
+
+import difflib
+import os
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from ..data.arguments import DataArguments
+from .options import check_ranges, name_choice, read_config, typed
+
+
+@dataclass
+class VisionArguments(DataArguments):
+    """What TRL's own arguments do not cover: the data, the encoder, the projector and the evaluation."""
+
+    mixture: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "In the YAML file: a list of data sets to train on together, each with options of its own from "
+            "dataset_name to weight; what an entry leaves out is taken from the top level."
+        },
+    )
+    streaming: bool = field(
+        default=False, metadata={"help": "Read training rows as they come, without a copy on disk; needs --max_steps."}
+    )
+    allow_overlap: bool = field(
+        default=False, metadata={"help": "Train even though training pictures are among those that are scored."}
+    )
+    on_bad_row: str = field(
+        default="stop", metadata={"help": "Rows with unreadable pictures or empty texts.", "choices": ["stop", "skip"]}
+    )
+    vision_model: str | None = field(default=None, metadata={"help": "Hub id or folder of the vision encoder."})
+    vision_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the encoder."})
+    vision_feature_layer: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "Hidden state(s) of the encoder; several are concatenated. By default -2, and the last map of nets "
+            "with stages (Swin, ResNet, ConvNeXt, ...)."
+        },
+    )
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the pictures in pixels; by default the one that the encoder was built for."},
+    )
+    keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
+    projector_type: str = field(
+        default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp", "average_pool", "resampler"]}
+    )
+    projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
+    )
+    lora_vision: bool = field(
+        default=False, metadata={"help": "LoRA on the encoder, too; its features are then not cached."}
+    )
+    vision_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of LoRA on the encoder; --learning_rate by default."}
+    )
+    init_lora_weights: str | None = field(
+        default=None, metadata={"help": "Where LoRA starts: pissa, pissa_niter_4, ...; at zero by default."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: how many times the learning rate of A that of B is, 16 for example."}
+    )
+    pixel_shuffle_factor: int = field(
+        default=1, metadata={"help": "Of linear and mlp: 2 joins 2 x 2 patches into one image token."}
+    )
+    pooled_grid: list[int] | None = field(
+        default=None, metadata={"help": "Of average_pool: rows and columns of image tokens a picture."}
+    )
+    num_image_queries: int | None = field(default=None, metadata={"help": "Of resampler: image tokens a picture."})
+    num_resampler_layers: int = field(default=1, metadata={"help": "Of resampler: layers of cross-attention."})
+    feature_cache: bool = field(
+        default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
+    )
+    feature_cache_dir: str | None = field(default=None, metadata={"help": "Where; the data sets' cache by default."})
+    feature_dtype: str = field(
+        default="float16", metadata={"help": "Stored precision of features.", "choices": ["float16", "float32"]}
+    )
+    pack_rows: bool = field(
+        default=False,
+        metadata={
+            "help": "Put several rows into a sequence of max_length tokens; on a GPU, where it is the default, all "
+            "rows of a batch into one sequence."
+        },
+    )
+    fused_lora: bool = field(
+        default=True, metadata={"help": "Train plain LoRA layers in fewer computations, with the same gradients."}
+    )
+    compile_layers: bool = field(
+        default=False, metadata={"help": "Compile the decoder's layers; the default on a GPU."}
+    )
+    eval_samples: int = field(
+        default=0,
+        metadata={
+            "help": "At every evaluation during training, also answer so many questions of each data set's first "
+            "held-out split and log the scores, as eval_CIDEr, eval_vqa_accuracy, ..."
+        },
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "Stop after so many evaluations without a better --metric_for_best_model."}
+    )
+    score_before: bool = field(default=False, metadata={"help": "Score the held-out splits before training, too."})
+    generation_batch_size: int = field(default=64, metadata={"help": "Prompts at a time in the evaluation."})
+    max_new_tokens: int = field(default=48, metadata={"help": "Tokens of a generated text at most."})
+    num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
+    meteor: bool = field(default=False, metadata={"help": "Also score METEOR (needs Java, 6 s a split)."})
+
+
+_GPU_DEFAULTS = {
+    "dtype": "bfloat16",
+    "pack_rows": True,
+    "compile_layers": True,
+    "dataloader_num_workers": 4,
+    "dataloader_persistent_workers": True,
+    "dataloader_prefetch_factor": 4,
+    # A copy that blocks waits for all work that the device was given before it.
+    "accelerator_config": {"non_blocking": True},
+}
+"""What is fastest on CUDA; a configuration file and the command line override each. What trains stays in float32."""
+
+
+_LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+"""What every evaluation logs."""
+
+
+def data_sources(arguments: VisionArguments) -> list[DataArguments]:
+    """The data sets of a run: the entries of `mixture`, or the one that the options name.
+
+    Raises:
+        ValueError: When an entry has an unknown option, or a value of another kind.
+    """
+    names = [each.name for each in fields(DataArguments)]
+    common = DataArguments(**{name: getattr(arguments, name) for name in names})
+    if arguments.mixture is None:
+        return [common]
+    sources = []
+    for number, entry in enumerate(arguments.mixture, 1):
+        if not isinstance(entry, dict) or not entry:
+            raise ValueError(f"Entry {number} of the mixture: expected options such as dataset_name, got {entry!r}.")
+        unknown = [name for name in entry if name not in names]
+        if unknown:
+            raise ValueError(f"Entry {number} of the mixture: unknown option {_with_hints(unknown, names)}.")
+        try:
+            source = replace(common, **typed(entry, [DataArguments]))
+            check_ranges(source)
+        except ValueError as error:
+            raise ValueError(f"Entry {number} of the mixture: {error}") from error
+        sources.append(source)
+    if not sources:
+        raise ValueError("The mixture is empty: expected at least one data set.")
+    return sources
+
+
+def parse_arguments(arguments: list[str], *, program: str = "sft.py", description: str | None = None):
+    """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
+
+    Args:
+        arguments (`list[str]`): `--config FILE.yaml` and options, which override the file's.
+        program (`str`, *optional*, defaults to `"sft.py"`): Put before messages.
+        description (`str`, *optional*): First line of `--help`.
+
+    Raises:
+        SystemExit: For an unknown key, naming the nearest known one, or a missing one, and for a value of another kind
+            or out of its range.
+        OSError: When the file cannot be read.
+    """
+    from trl import ModelConfig, SFTConfig, TrlParser
+
+    types: Any = (VisionArguments, SFTConfig, ModelConfig)
+    # The usage that argparse makes of 250 options would push its message off the screen.
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
+    given = list(arguments)
+    config: dict[str, Any] = {}
+
+    def parse(**defaults) -> tuple:
+        parser = TrlParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
+        # TRL's own default, 0.05, costs time in every layer.
+        parser.set_defaults(lora_dropout=0.0, **defaults)
+        unknown = parser.set_defaults_with_config(**config)
+        *found, others = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
+        return *found, unknown + others
+
+    try:
+        if "--config" in given:
+            place = given.index("--config")
+            if place + 1 == len(given):
+                raise ValueError("--config expects a YAML file.")
+            config = typed(read_config(given[place + 1]), types)
+            del given[place : place + 2]
+            os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
+        *parsed, unknown = parse()
+        if parsed[1].device.type == "cuda":
+            *parsed, unknown = parse(**_GPU_DEFAULTS)
+    except (ValueError, TypeError) as error:
+        # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), or a broken file.
+        said = name_choice(error, types) if isinstance(error, ValueError) else str(error)
+        raise SystemExit(f"{program}: {' '.join(said.split())}") from error
+    if unknown:
+        known = sorted({each.name for kind in types for each in fields(kind)})
+        keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
+        raise SystemExit(f"{program}: unknown option: {_with_hints(keys, known)}.")
+    vision_args, training_args, model_args = parsed
+    for options in (vision_args, model_args):
+        for each in fields(options):
+            # On the command line there is no other way to take back what the file says.
+            value = getattr(options, each.name)
+            if each.default is None and value in ("none", "null", ["none"], ["null"]):
+                setattr(options, each.name, None)
+            elif value in (["none"], ["null"]):
+                setattr(options, each.name, [])
+    try:
+        check_ranges(*parsed)
+        _check_reports(training_args)
+        sources = data_sources(vision_args)
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    if all(source.train_split is None for source in sources):
+        raise SystemExit(f"{program}: --train_split is null: expected at least one data set to train on.")
+    if vision_args.streaming and training_args.max_steps <= 0:
+        raise SystemExit(f"{program}: --streaming: the length of a stream is not known, so --max_steps is needed.")
+    if not model_args.use_peft:
+        raise SystemExit(f"{program}: --use_peft true is missing: this recipe trains LoRA and the projector.")
+    if vision_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
+        raise SystemExit(
+            f"{program}: --early_stopping_patience needs --load_best_model_at_end true, --metric_for_best_model, and "
+            "--eval_strategy and --save_strategy of the same steps."
+        )
+    best = str(training_args.metric_for_best_model or "loss").removeprefix("eval_")
+    if training_args.eval_strategy != "no" and best not in _LOGGED and not vision_args.eval_samples:
+        raise SystemExit(f"{program}: --metric_for_best_model {best} is a score, so --eval_samples is needed.")
+    for name, value in (
+        ("dataset_name", next((None for source in sources if source.dataset_name is None), "given")),
+        ("vision_model", vision_args.vision_model),
+        ("model_name_or_path", model_args.model_name_or_path),
+    ):
+        if value is None:
+            raise SystemExit(f"{program}: --{name} is missing; give it on the command line or in the --config file.")
+    return vision_args, training_args, model_args
+
+
+def _check_reports(training_args: Any) -> None:
+    """Refuses names in `--report_to` that are none, or whose program is not installed."""
+    from transformers.integrations.integration_utils import (
+        INTEGRATION_TO_CALLBACK,
+        get_available_reporting_integrations,
+    )
+
+    for name in training_args.report_to:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise ValueError(f"report_to is {name!r}, expected none, all or some of {known}.")
+        if name not in get_available_reporting_integrations():
+            raise ValueError(f"report_to names {name}, which is not installed: install it, or give none.")
+
+
+def _with_hints(names: list[str], known: list[str]) -> str:
+    """Unknown names, each with the nearest known one."""
+    hints = []
+    for name in names:
+        near = difflib.get_close_matches(name, known, n=1)
+        hints.append(f"{name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    return ", ".join(hints)
