@@ -1,11 +1,12 @@
-"""The decoding step that CUDA replays: its texts are those of greedy search, from batch to batch."""
+"""The decoding steps that CUDA replays: texts are those of plain greedy and beam search, from batch to batch."""
 
 import pytest
 import torch
 from conftest import make_config
 
 from vlm_peft import VisionQwen
-from vlm_peft.model.cuda.generation import CapturedGreedy
+from vlm_peft.evaluation.beams import beam_search
+from vlm_peft.model.cuda.generation import CapturedBeams, CapturedGreedy
 from vlm_peft.model.greedy import greedy, make_argmax
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -35,6 +36,30 @@ def test_texts_are_those_of_greedy_search_from_batch_to_batch(device):
             expected = model.generate(**batch, custom_generate=greedy, choose=choose, **arguments)
             found = model.generate(**batch, custom_generate=captured, choose=choose, **arguments)
             assert torch.equal(found, expected)
+            ended += int((found[:, length:] == 256).any())
+    assert ended > 2
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{}, {"early_stopping": True, "length_penalty": 2.0}, {"num_return_sequences": 3}])
+def test_texts_are_those_of_beam_search_from_batch_to_batch(settings, device):
+    torch.manual_seed(3)
+    model = VisionQwen(make_config()).eval().to(device)
+    captured, steps = CapturedBeams(batch_size=5, num_beams=3), []
+    step = captured.step
+    captured.step = lambda *arguments: steps.append(None) or step(*arguments)
+    ended = 0
+    # A smaller batch, then longer texts than the first cache has room for, then more prompts than it was made for.
+    for rows, length, new in [(5, 4, 20), (3, 7, 20), (1, 2, 1), (5, 9, 110), (4, 4, 20), (6, 4, 20)]:
+        batch = prompts(rows, length, device)
+        for eos in ([999], [7], [*range(0, 256, 3)]):
+            arguments = {"max_new_tokens": new, "do_sample": False, "pad_token_id": 256, "eos_token_id": eos}
+            arguments |= {"num_beams": 3, **settings}
+            model.generation_config.eos_token_id = None
+            steps.clear()
+            found = model.generate(**batch, custom_generate=beam_search, captured=captured, **arguments)
+            assert bool(steps) == (rows < 6 and new > 1)
+            assert torch.equal(found, model.generate(**batch, **arguments))
             ended += int((found[:, length:] == 256).any())
     assert ended > 2
 

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
@@ -39,6 +40,22 @@ class Clock:
         if self._is_cuda:
             torch.cuda.synchronize()
         return time.perf_counter()
+
+    def mark(self):
+        """A moment that is not waited for: a GPU that has done all its work stands still until the host comes again."""
+        if not self._is_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def since(self, mark) -> float:
+        """Seconds from a mark until all work is done that was started."""
+        if not self._is_cuda:
+            return time.perf_counter() - mark
+        end = self.mark()
+        end.synchronize()
+        return mark.elapsed_time(end) / 1e3
 
     @contextmanager
     def section(self, name: str, *, of: str | None = None) -> Iterator[None]:
@@ -114,7 +131,7 @@ class Turns(TrainerCallback):
         self._is_cuda = is_cuda
         self._warm_up = self._left = self._steps = 0
         self._is_profiled = False
-        self._start = 0.0
+        self._start: Any = None
         self.losses: list[float] = []
         self.tokens: list[tuple[int, int]] = []
 
@@ -129,7 +146,7 @@ class Turns(TrainerCallback):
         self._warm_up, self._steps, self._is_profiled = arguments
         self._clock.is_on = self._is_profiled and not self._warm_up
         self._left = self._warm_up + self._steps
-        self._start = self._clock.now()
+        self._start = self._clock.mark()
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
         """Waits for the first turn."""
@@ -140,10 +157,10 @@ class Turns(TrainerCallback):
         """Counts the step; at the end of the turn reports and waits."""
         self._left -= 1
         if self._left == self._steps and self._warm_up:
-            self._start = self._clock.now()
+            self._start = self._clock.mark()
             self._clock.is_on = self._is_profiled
         if self._left == 0:
-            seconds = (self._clock.now() - self._start) / self._steps
+            seconds = self._clock.since(self._start) / self._steps
             shares, self._clock.seconds = dict(self._clock.seconds), defaultdict(float)
             self._clock.is_on = False
             self._connection.send({"seconds": seconds, "shares": shares, "steps": self._steps})

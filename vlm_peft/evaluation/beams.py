@@ -20,6 +20,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..data.probe import probe
+from ..model.cuda.generation import CapturedBeams
 from ..model.greedy import is_large_on_cpu
 
 _TILE = 8192
@@ -44,9 +45,13 @@ def beam_search(
     logits_processor: LogitsProcessorList,
     stopping_criteria,
     generation_config,
+    captured: CapturedBeams | None = None,
     **inputs,
 ) -> torch.Tensor:
     """Body of `generate(..., custom_generate=beam_search)`; see `GenerationMixin._beam_search` for the arguments.
+
+    Args:
+        captured ([`CapturedBeams`], *optional*): Reads the beams' tokens on CUDA, to be kept from batch to batch.
 
     A cache that holds the beginning of the prompts already (`past_key_values`) has one row for each prompt. What this
     search does not know is left to transformers' own: sampled beams, other processors of logits than suppressed tokens,
@@ -97,7 +102,12 @@ def beam_search(
     )
     step["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)[:, past:]
     for length in range(1, longest + 1):
-        hidden = model.base_model(**step, past_key_values=cache, use_cache=True).last_hidden_state
+        if length > 1 and captured is not None:
+            hidden = captured.step(model, step["input_ids"], step["position_ids"], visible)
+        else:
+            hidden = model.base_model(**step, past_key_values=cache, use_cache=True).last_hidden_state
+        if length == 1 and captured is not None and not captured.start(model, cache, mask, longest):
+            captured = None
         found, parents, tokens = search(hidden[:, -scores.shape[1] :], scores, num_candidates)  # (B, C)
         texts = torch.cat([_pick(texts, parents), tokens[..., None]], dim=2)
         rows = torch.cat([prompts[:, None].expand(-1, num_candidates, -1), texts], dim=2)
@@ -125,8 +135,8 @@ def beam_search(
 
         itself = torch.eye(num_beams, dtype=torch.bool, device=visible.device).expand(len(visible), -1, -1)
         visible = torch.cat([_pick(visible, parents), itself], dim=2)
-        # Dropping rows copies the cache.
-        if is_closed.sum() >= 0.25 * len(is_closed):
+        # Dropping rows copies the cache; a captured step has all rows.
+        if captured is None and is_closed.sum() >= 0.25 * len(is_closed):
             keep = (~is_closed).nonzero().flatten()
             cache.batch_select_indices(keep)
             active, prompts, num_tokens, visible = (each[keep] for each in (active, prompts, num_tokens, visible))

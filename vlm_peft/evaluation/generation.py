@@ -12,7 +12,7 @@ from peft import PeftModel
 from tqdm.auto import tqdm
 
 from ..data.probe import probe
-from ..model.cuda.generation import CapturedGreedy
+from ..model.cuda.generation import CapturedBeams, CapturedGreedy
 from ..model.greedy import greedy, make_argmax, make_sampler
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
@@ -76,17 +76,16 @@ def generate_texts(
         shares = len(longest) < len(prompts)
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
-    search: dict = {"num_beams": num_beams, "custom_generate": beam_search}
+    attention, size = base_model(model).model.language_model.config._attn_implementation, min(batch_size, len(prompts))
+    # A captured step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
+    is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
+    search: dict = {"num_beams": num_beams}
     if temperature is not None:
         search |= {"custom_generate": greedy, "choose": make_sampler(model, temperature)}
     elif num_beams == 1:
-        attention = base_model(model).model.language_model.config._attn_implementation
-        # Its step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
-        is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
-        search |= {
-            "custom_generate": CapturedGreedy(min(batch_size, len(prompts))) if is_captured else greedy,
-            "choose": make_argmax(model),
-        }
+        search |= {"custom_generate": CapturedGreedy(size) if is_captured else greedy, "choose": make_argmax(model)}
+    else:
+        search |= {"custom_generate": beam_search, "captured": CapturedBeams(size, num_beams) if is_captured else None}
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
