@@ -3,9 +3,11 @@
 import pytest
 import torch
 from conftest import make_config
+from host_reads import HostReads
 
 from vlm_peft import VisionQwen
 from vlm_peft.evaluation.beams import beam_search
+from vlm_peft.model.cuda import generation
 from vlm_peft.model.cuda.generation import CapturedBeams, CapturedGreedy
 from vlm_peft.model.greedy import greedy, make_argmax
 
@@ -62,6 +64,29 @@ def test_texts_are_those_of_beam_search_from_batch_to_batch(settings, device):
             assert torch.equal(found, model.generate(**batch, **arguments))
             ended += int((found[:, length:] == 256).any())
     assert ended > 2
+
+
+def test_what_is_captured_reads_nothing_on_the_host(monkeypatch):
+    """A graph cannot be captured otherwise."""
+    model = VisionQwen(make_config()).eval()
+    model.generation_config.eos_token_id = None
+    reads = HostReads()
+    replay = generation._StaticDecoding._replay
+
+    def watched(self, step, changed):
+        reads.is_on = True
+        replay(self, step, changed)
+        reads.is_on = False
+
+    monkeypatch.setattr(generation._StaticDecoding, "_replay", watched)
+    arguments = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 256, "eos_token_id": [999]}
+    with reads:
+        for ways in (
+            {"custom_generate": CapturedGreedy(3), "choose": make_argmax(model)},
+            {"custom_generate": beam_search, "captured": CapturedBeams(3, 2), "num_beams": 2},
+        ):
+            model.generate(**prompts(3, 5, "cpu"), **ways, **arguments)
+    assert reads.found == []
 
 
 def test_processors_of_logits_and_windows_are_left_to_greedy_search(monkeypatch):

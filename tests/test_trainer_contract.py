@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import make_processor
 from datasets import Dataset
+from host_reads import HostReads
 from peft import get_peft_model
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -169,26 +169,6 @@ def test_every_checkpoint_is_a_complete_adapter_folder(setup, tmp_path):
     assert torch.equal(final, expected)
     assert torch.equal(second, expected)
     assert (first - expected).abs().max() > 1e-3
-
-
-class HostReads(TorchDispatchMode):
-    """Counts what a GPU would have to be waited for: values that the host reads, and shapes that depend on them."""
-
-    WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "masked_scatter_backward", "equal")
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-        self.is_on = False
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.__name__.split(".")[0]
-        by_mask = name in ("index", "index_put_", "index_put") and any(
-            each is not None and each.dtype is torch.bool for each in args[1]
-        )
-        if self.is_on and (name in self.WAITING or by_mask):
-            self.found.append(name)
-        return function(*args, **(kwargs or {}))
 
 
 def test_a_step_between_two_logs_waits_for_nothing_on_the_device(setup, monkeypatch):

@@ -339,8 +339,9 @@ class VisionQwenModel(VisionQwenPreTrainedModel):
         if isinstance(image_tokens, list | tuple):
             image_tokens = torch.stack(list(image_tokens))
 
-        is_step = past_key_values is not None and inputs_embeds is not None and inputs_embeds.shape[1] == 1
-        # A step of one token, which may be part of a CUDA graph, is not searched: the host would have to wait for it.
+        is_step = past_key_values is not None and inputs_embeds is not None
+        is_step = is_step and (inputs_embeds.shape[1] == 1 or (attention_mask is not None and attention_mask.ndim == 4))
+        # A step of decoding, which may be part of a CUDA graph, is not searched: the host would have to wait for it.
         if image_tokens is not None or not is_step:
             inputs_embeds = self._splice(input_ids, image_tokens, image_positions, inputs_embeds)
         if segment_ids is not None and past_key_values is None:
