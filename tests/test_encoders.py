@@ -3,6 +3,7 @@
 import gc
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,8 +32,11 @@ from vlm_peft.adapters.export import check_llava, export_llava
 from vlm_peft.adapters.folder import save_composite_config
 from vlm_peft.adapters.lora import lora_config
 from vlm_peft.data.feature_cache import encoder_key
-from vlm_peft.model import joining, vision_tower
+from vlm_peft.model import joining, projector, vision_tower
+from vlm_peft.model.projector import LinearProjector, PoolingProjector, ProjectorSettings, ResamplerProjector
 from vlm_peft.training.arguments import parse_arguments
+from vlm_peft.training.checkpoints import run_record
+from vlm_peft.training.options import check_ranges
 from vlm_peft.training.setup import load_model, load_processor
 
 # Kernels may add up in another order in a batch of another size.
@@ -364,6 +368,21 @@ def test_settings_that_do_not_go_together_are_refused_in_one_line(fields, messag
     assert "\n" not in str(caught.value)
 
 
+def test_a_projectors_settings_are_written_once():
+    """Options, the saved configuration, their ranges and the record of a run follow from [`ProjectorSettings`]."""
+    of_kinds = {name for kind in (PoolingProjector, ResamplerProjector) for name in kind.settings}
+    own = of_kinds - set(LinearProjector.settings)
+    package = Path(projector.__file__).parents[1]
+    naming = [path.name for path in package.rglob("*.py") if any(name in path.read_text() for name in own)]
+    assert naming == ["projector.py"]
+    assert own == {"pooled_grid", "num_image_queries", "num_resampler_layers"}
+    assert own < make_config().joint_fields.keys()
+    with pytest.raises(ValueError, match="num_resampler_layers is 0, expected at least 1"):
+        check_ranges(ProjectorSettings(num_resampler_layers=0))
+    with pytest.raises(ValueError, match="'banana', expected one of linear, mlp, average_pool, resampler"):
+        make_config(projector_type="banana")
+
+
 def test_the_recipes_options_reach_the_model(bases):
     vision, text = bases
     options = [
@@ -378,7 +397,8 @@ def test_the_recipes_options_reach_the_model(bases):
     ]
     options += ["--use_cpu", "true", "--bf16", "false", "--image_size", "12", "--projector_type", "average_pool"]
     options += ["--pooled_grid", "2", "3", "--vision_feature_layer", "-1"]
-    vision_arguments, _, model_arguments = parse_arguments(options)
+    vision_arguments, training_arguments, model_arguments = parse_arguments(options)
+    assert run_record(vision_arguments, training_arguments, model_arguments)["pooled_grid"] == [2, 3]
     processor, config = load_processor(vision_arguments, model_arguments)
     model, _ = load_model(vision_arguments, model_arguments)
     assert (config.picture_size, config.grid, config.num_image_tokens) == ((12, 12), (6, 6), 6)

@@ -4,13 +4,14 @@ Stage: first, above what it asks: `vision_tower` for the tokens that a tower giv
 of them. Every other module reads it.
 """
 
-from typing import Any, ClassVar, Literal
+from dataclasses import fields
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from .projector import FIELDS, count_image_tokens
+from .projector import ProjectorSettings, count_image_tokens
 from .vision_tower import measure, needs_interpolation, picture_size, resolve_layers, tower_config
 
 IGNORE_INDEX = -100
@@ -26,18 +27,16 @@ JOINT_FIELDS = (
     "keep_class_token",
     "image_size",
     "vision_layout",
-    "projector_type",
     "projector_hidden_act",
     "projector_bias",
-    "projector_layer_norm",
-    *FIELDS,
+    *(each.name for each in fields(ProjectorSettings)),
 )
 """How the parts are joined, without the parts themselves."""
 
 
 @strict
-class VisionQwenConfig(PreTrainedConfig):
-    """Composite configuration of [`VisionQwen`].
+class VisionQwenConfig(ProjectorSettings, PreTrainedConfig):
+    """Composite configuration of [`VisionQwen`]; the projector's fields are those of [`ProjectorSettings`].
 
     Args:
         vision_config (`dict` or `PreTrainedConfig`, *optional*):
@@ -64,26 +63,10 @@ class VisionQwenConfig(PreTrainedConfig):
         vision_layout (`dict`, *optional*):
             What one forward pass of the tower said about its tokens, see [`~vlm_peft.model.vision_tower.measure`]; run
             when it is not given.
-        projector_type (`str`, *optional*, defaults to `"mlp"`):
-            `"linear"` (one layer), `"mlp"` (two layers with an activation, as LLaVA-1.5, arXiv 2310.03744),
-            `"average_pool"` (means over a smaller grid, then the two layers) or `"resampler"` (learned queries that
-            read the encoder's tokens by cross-attention).
         projector_hidden_act (`str`, *optional*, defaults to `"gelu"`):
             Activation between the projector's two layers.
-        projector_layer_norm (`bool`, *optional*, defaults to `False`):
-            Whether the projector normalizes its input first, as InternVL's does (arXiv 2404.16821); it learns faster
-            from encoders whose hidden states vary much in scale.
         projector_bias (`bool`, *optional*, defaults to `True`):
             Whether the projector's layers have a bias.
-        pixel_shuffle_factor (`int`, *optional*, defaults to 1):
-            Side of the square of neighbouring patches that one image token carries; 2 gives a quarter of the tokens.
-            For `"linear"` and `"mlp"`.
-        pooled_grid (`list[int]`, *optional*):
-            Rows and columns that `"average_pool"` makes of the patch grid.
-        num_image_queries (`int`, *optional*):
-            Image tokens that the `"resampler"` gives.
-        num_resampler_layers (`int`, *optional*, defaults to 1):
-            Layers of cross-attention of the `"resampler"`.
         vision_name_or_path (`str`, *optional*):
             Hub id or folder the encoder came from.
         vision_revision (`str`, *optional*):
@@ -114,14 +97,8 @@ class VisionQwenConfig(PreTrainedConfig):
     keep_class_token: bool = False
     image_size: int | None = None
     vision_layout: dict[str, Any] | None = None
-    projector_type: Literal["linear", "mlp", "average_pool", "resampler"] = "mlp"
     projector_hidden_act: str = "gelu"
     projector_bias: bool = True
-    projector_layer_norm: bool = False
-    pixel_shuffle_factor: int = 1
-    pooled_grid: list[int] | None = None
-    num_image_queries: int | None = None
-    num_resampler_layers: int = 1
     vision_name_or_path: str | None = None
     vision_revision: str | None = None
     text_name_or_path: str | None = None

@@ -1,11 +1,13 @@
 """Projectors: (I, N_v, D_v) vision features -> (I, N, D_t) image tokens in the decoder's embedding space.
 
 Stage: between the vision tower and the splice into the decoder's sequence; called by `VisionQwenModel`. A kind of
-projector is one class here, which knows how many tokens it gives (`count`), which fields of the configuration it
-understands (`fields`) and where it starts (`start`).
+projector is one class here, which knows how many tokens it gives (`count`), which settings it understands (`settings`)
+and where it starts (`start`). [`ProjectorSettings`] are fields of the configuration, options of a training and part of
+a run's record, so that a kind is added in this file alone.
 """
 
 import math
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -16,8 +18,42 @@ from transformers.activations import ACT2FN
 if TYPE_CHECKING:
     from .configuration_vision_qwen import VisionQwenConfig
 
-FIELDS = {"pixel_shuffle_factor": 1, "pooled_grid": None, "num_image_queries": None, "num_resampler_layers": 1}
-"""Fields of the configuration that belong to some projectors only, with what they are for all others."""
+PROJECTOR_TYPES = ["linear", "mlp", "average_pool", "resampler"]
+
+
+@dataclass
+class ProjectorSettings:
+    """What can be chosen of a projector; numbers are at least 1.
+
+    Args:
+        projector_type (`str`, *optional*, defaults to `"mlp"`):
+            `"linear"` (one layer), `"mlp"` (two layers with an activation, as LLaVA-1.5, arXiv 2310.03744),
+            `"average_pool"` (means over a smaller grid, then the two layers) or `"resampler"` (learned queries that
+            read the encoder's tokens by cross-attention).
+        projector_layer_norm (`bool`, *optional*, defaults to `False`):
+            Whether the projector normalizes its input first, as InternVL's does (arXiv 2404.16821); it learns faster
+            from encoders whose hidden states vary much in scale.
+        pixel_shuffle_factor (`int`, *optional*, defaults to 1):
+            Side of the square of neighbouring patches that one image token carries; 2 gives a quarter of the tokens.
+            For `"linear"` and `"mlp"`.
+        pooled_grid (`list[int]`, *optional*):
+            Rows and columns that `"average_pool"` makes of the patch grid.
+        num_image_queries (`int`, *optional*):
+            Image tokens that the `"resampler"` gives.
+        num_resampler_layers (`int`, *optional*, defaults to 1):
+            Layers of cross-attention of the `"resampler"`.
+    """
+
+    projector_type: str = field(default="mlp", metadata={"help": "Projector.", "choices": PROJECTOR_TYPES})
+    projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
+    pixel_shuffle_factor: int = field(
+        default=1, metadata={"help": "Of linear and mlp: 2 joins 2 x 2 patches into one image token."}
+    )
+    pooled_grid: list[int] | None = field(
+        default=None, metadata={"help": "Of average_pool: rows and columns of image tokens a picture."}
+    )
+    num_image_queries: int | None = field(default=None, metadata={"help": "Of resampler: image tokens a picture."})
+    num_resampler_layers: int = field(default=1, metadata={"help": "Of resampler: layers of cross-attention."})
 
 
 def pixel_shuffle(features: torch.Tensor, factor: int, grid: tuple[int, int] | None = None) -> torch.Tensor:
@@ -43,10 +79,19 @@ def pixel_shuffle(features: torch.Tensor, factor: int, grid: tuple[int, int] | N
 
 
 def projector_type(config: "VisionQwenConfig") -> type["Projector"]:
-    """The class that `config.projector_type` names."""
-    if config.projector_type == "resampler":
+    """The class that `config.projector_type` names.
+
+    Raises:
+        ValueError: When there is none of this name.
+    """
+    name = config.projector_type
+    if name in ("linear", "mlp"):
+        return LinearProjector
+    if name == "average_pool":
+        return PoolingProjector
+    if name == "resampler":
         return ResamplerProjector
-    return PoolingProjector if config.projector_type == "average_pool" else LinearProjector
+    raise ValueError(f"projector_type is {name!r}, expected one of {', '.join(PROJECTOR_TYPES)}.")
 
 
 def count_image_tokens(config: "VisionQwenConfig") -> int:
@@ -56,11 +101,12 @@ def count_image_tokens(config: "VisionQwenConfig") -> int:
         ValueError: When its settings contradict each other or do not fit the encoder's tokens.
     """
     kind = projector_type(config)
-    for name, unused in FIELDS.items():
-        if name not in kind.fields and getattr(config, name) != unused:
+    for each in fields(ProjectorSettings):
+        value = getattr(config, each.name)
+        if each.name not in ("projector_type", *kind.settings) and value != each.default:
             raise ValueError(
-                f"{name}={getattr(config, name)} does nothing with projector_type={config.projector_type!r}: leave it "
-                "out, or name the projector that it belongs to."
+                f"{each.name}={value} does nothing with projector_type={config.projector_type!r}: leave it out, or "
+                "name the projector that it belongs to."
             )
     return kind.count(config)
 
@@ -68,8 +114,8 @@ def count_image_tokens(config: "VisionQwenConfig") -> int:
 class Projector(nn.Module):
     """What all kinds of projectors share: the trained joint between encoder and decoder."""
 
-    fields: ClassVar[tuple[str, ...]] = ()
-    """Of [`FIELDS`], those that this kind understands."""
+    settings: ClassVar[tuple[str, ...]] = ()
+    """Of [`ProjectorSettings`], those that this kind understands."""
 
     @staticmethod
     def count(config: "VisionQwenConfig") -> int:
@@ -99,7 +145,7 @@ class LinearProjector(Projector):
         config ([`VisionQwenConfig`]): Sizes, `projector_type`, `projector_bias` and `pixel_shuffle_factor`.
     """
 
-    fields = ("pixel_shuffle_factor",)
+    settings = ("projector_layer_norm", "pixel_shuffle_factor")
 
     def __init__(self, config: "VisionQwenConfig"):
         super().__init__()
@@ -155,7 +201,7 @@ class PoolingProjector(LinearProjector):
         config ([`VisionQwenConfig`]): Sizes, `pooled_grid` and the fields of the layers.
     """
 
-    fields = ("pooled_grid",)
+    settings = ("projector_layer_norm", "pooled_grid")
 
     def __init__(self, config: "VisionQwenConfig"):
         super().__init__(config)
@@ -195,7 +241,7 @@ class ResamplerProjector(Projector):
         config ([`VisionQwenConfig`]): Sizes, `num_image_queries` and `num_resampler_layers`.
     """
 
-    fields = ("num_image_queries", "num_resampler_layers")
+    settings = ("projector_layer_norm", "num_image_queries", "num_resampler_layers")
 
     def __init__(self, config: "VisionQwenConfig"):
         super().__init__()

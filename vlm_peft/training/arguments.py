@@ -9,11 +9,12 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from ..data.arguments import DataArguments
+from ..model.projector import ProjectorSettings
 from .options import check_ranges, name_choice, read_config, typed
 
 
 @dataclass
-class VisionArguments(DataArguments):
+class VisionArguments(ProjectorSettings, DataArguments):
     """What TRL's own arguments do not cover: the data, the encoder, the projector and the evaluation."""
 
     mixture: list[dict] | None = field(
@@ -46,10 +47,6 @@ class VisionArguments(DataArguments):
         metadata={"help": "Side of the pictures in pixels; by default the one that the encoder was built for."},
     )
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
-    projector_type: str = field(
-        default="mlp", metadata={"help": "Projector.", "choices": ["linear", "mlp", "average_pool", "resampler"]}
-    )
-    projector_layer_norm: bool = field(default=False, metadata={"help": "Normalize the projector's input."})
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
     )
@@ -65,14 +62,6 @@ class VisionArguments(DataArguments):
     loraplus_lr_ratio: float | None = field(
         default=None, metadata={"help": "LoRA+: how many times the learning rate of A that of B is, 16 for example."}
     )
-    pixel_shuffle_factor: int = field(
-        default=1, metadata={"help": "Of linear and mlp: 2 joins 2 x 2 patches into one image token."}
-    )
-    pooled_grid: list[int] | None = field(
-        default=None, metadata={"help": "Of average_pool: rows and columns of image tokens a picture."}
-    )
-    num_image_queries: int | None = field(default=None, metadata={"help": "Of resampler: image tokens a picture."})
-    num_resampler_layers: int = field(default=1, metadata={"help": "Of resampler: layers of cross-attention."})
     feature_cache: bool = field(
         default=True, metadata={"help": "Encode each picture once and keep the result on disk."}
     )

@@ -8,6 +8,7 @@ import json
 import logging
 import zipfile
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from ..adapters.folder import read_object
 from ..data.splits import Split, content_hash
 from ..model.configuration_vision_qwen import VisionQwenConfig
+from ..model.projector import ProjectorSettings
 from .arguments import VisionArguments
 
 logger = logging.getLogger(__name__)
@@ -27,15 +29,10 @@ _VISION = (
     "vision_feature_layer",
     "image_size",
     "keep_class_token",
-    "projector_type",
-    "projector_layer_norm",
+    *(each.name for each in fields(ProjectorSettings)),
     "lora_vision",
     "init_lora_weights",
     "loraplus_lr_ratio",
-    "pixel_shuffle_factor",
-    "pooled_grid",
-    "num_image_queries",
-    "num_resampler_layers",
     "task",
     "instruction",
     "slide_pages",

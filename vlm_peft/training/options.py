@@ -14,16 +14,15 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
+from ..model.projector import ProjectorSettings
+
 _LARGEST_FILE = 10_000  # values, aliases counted as often as they are used
 
 _AT_LEAST = {
     "train_limit": 1,
     "eval_limit": 1,
     "image_size": 1,
-    "pixel_shuffle_factor": 1,
-    "pooled_grid": 1,
-    "num_image_queries": 1,
-    "num_resampler_layers": 1,
+    **dict.fromkeys((each.name for each in fields(ProjectorSettings)), 1),
     "eval_samples": 0,
     "early_stopping_patience": 1,
     "generation_batch_size": 1,
