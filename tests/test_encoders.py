@@ -404,5 +404,6 @@ def test_the_recipes_options_reach_the_model(bases):
     assert (config.picture_size, config.grid, config.num_image_tokens) == ((12, 12), (6, 6), 6)
     assert processor.num_image_tokens == model.config.num_image_tokens == 6
     assert model.config.vision_feature_layer == -1
+    assert make_config(pooled_grid=None).pooled_grid is None, "The parser changed the configuration's fields."
     with pytest.raises(ValueError, match=r"Stock Llava has no projector_type='average_pool' and no image_size=12"):
         check_llava(model.config)

@@ -5,6 +5,7 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 
 import difflib
 import os
+from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -98,6 +99,9 @@ class VisionArguments(ProjectorSettings, DataArguments):
     num_beams: int = field(default=1, metadata={"help": "1 is greedy."})
     meteor: bool = field(default=False, metadata={"help": "Also score METEOR (needs Java, 6 s a split)."})
 
+
+# The parser writes into the fields that it is given, and those of the projector are the configuration's, too.
+VisionArguments.__dataclass_fields__ = {name: copy(each) for name, each in VisionArguments.__dataclass_fields__.items()}
 
 _GPU_DEFAULTS = {
     "dtype": "bfloat16",
