@@ -1,10 +1,11 @@
 """Feature cache: the frozen encoder runs once per picture, ever.
 
 Stage: pictures -> `(N_v, D_v)` vision features on disk, memory-mapped, fed to the model as `image_features`. The store
-is `datasets`' own Arrow files. A file holds one shard of pictures and is named by a hash of everything that its content
-depends on: the pictures' bytes, the encoder's weights, the chosen layers, the image processor and the dtype. A changed
-picture, encoder or layer therefore never reads an old entry, an interrupted run finds its finished shards, and several
-processes share the work shard by shard.
+is `datasets`' own Arrow files. A file is named by a hash of all that turns a picture into features (the encoder's
+weights, the chosen layers, the image processor and the dtype) and by one of its pictures; each of its rows carries the
+hash of its picture's bytes. A changed picture, encoder or layer therefore never reads an old entry, equal pictures have
+one entry whatever data set they are in, and an interrupted run finds its finished files. Several processes share the
+work shard by shard.
 """
 
 import json
@@ -12,7 +13,7 @@ import logging
 import os
 import shutil
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property, partial
 from pathlib import Path
@@ -27,14 +28,14 @@ from datasets.config import HF_DATASETS_CACHE
 from ..drafts import draft_of, sweep
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen
-from .pictures import Pictures, UnreadablePictureError
+from .pictures import Pictures, UnreadablePictureError, stored_hash
 
 logger = logging.getLogger(__name__)
 
 SHARD_PICTURES = 1024
 """Pictures per shard: what an interrupted run loses at most."""
 
-_FEATURES = Features({"features": Value("binary"), "problem": Value("string")})
+_FEATURES = Features({"hash": Value("string"), "features": Value("binary"), "problem": Value("string")})
 # Recorded in a configuration without any effect on features.
 _UNRELATED_SETTINGS = ("transformers_version", "_name_or_path", "architectures")
 _NUMPY_DTYPES = {"float16": np.float16, "float32": np.float32}
@@ -44,26 +45,31 @@ class FeatureCache:
     """Vision features of a flat sequence of pictures.
 
     Args:
-        dataset (`Dataset`): One row per picture: `features`, the raw bytes of `(N_v, D_v)`, and `problem`, why a
+        dataset (`Dataset`): One row per entry: `features`, the raw bytes of `(N_v, D_v)`, and `problem`, why its
             picture has none.
+        rows (`list[int]`): The entry of each picture; any number for those that are `missing`.
+        missing (`dict[int, str]`): Picture number -> why there is no file to encode.
         shape (`tuple[int, int]`): `(N_v, D_v)`.
         dtype (`str`): `"float16"` or `"float32"`.
     """
 
-    def __init__(self, dataset: Dataset, shape: tuple[int, int], dtype: str):
+    def __init__(self, dataset: Dataset, rows: list[int], missing: dict[int, str], shape: tuple[int, int], dtype: str):
         self._dataset = dataset.with_format("arrow")
+        self._rows = rows
+        self._missing = missing
         self._shape = shape
         self._dtype = _NUMPY_DTYPES[dtype]
 
     def __len__(self) -> int:
         """Pictures."""
-        return len(self._dataset)
+        return len(self._rows)
 
     @cached_property
     def unreadable(self) -> dict[int, str]:
         """Picture number -> why it could not be read."""
         problems = self._dataset.data.table.column("problem").to_pylist()
-        return {index: reason for index, reason in enumerate(problems) if reason}
+        reasons = (self._missing.get(index) or problems[row] for index, row in enumerate(self._rows))
+        return {index: reason for index, reason in enumerate(reasons) if reason}
 
     def get(self, indices: list[int]) -> torch.Tensor:
         """Features of the pictures `indices` as a tensor of shape `(len(indices), N_v, D_v)`, in the stored dtype.
@@ -75,7 +81,7 @@ class FeatureCache:
             if index in self.unreadable:
                 raise ValueError(f"Picture {index} has no features: {self.unreadable[index]} Leave its row out.")
         # Arrow buffers are views of the mapped file: the only copy is the one into the batch.
-        cells = self._dataset[list(indices)].column("features")
+        cells = self._dataset[[self._rows[index] for index in indices]].column("features")
         features = np.stack([np.frombuffer(cell.as_buffer(), self._dtype).reshape(self._shape) for cell in cells])
         return torch.from_numpy(features)
 
@@ -105,8 +111,8 @@ def build_feature_cache(
         [`FeatureCache`] over all pictures, in their order.
 
     Raises:
-        ValueError: When the encoder trains, since its features would change under the cache, or when float16 cannot
-            hold its features.
+        ValueError: When the encoder trains, since its features would change under the cache, when float16 cannot
+            hold its features, or when a picture's file changes in the meantime.
         OSError: When the disk has too little room, with both figures.
     """
     tower = model.model.vision_tower
@@ -115,15 +121,15 @@ def build_feature_cache(
     shape = (model.config.num_vision_tokens, model.config.vision_feature_size)
     directory = features_folder(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    shards, files = _shards(model, image_processor, pictures, directory, dtype)
+    key = encoder_key(model, image_processor, dtype)
+    firsts = _first_of_each(pictures)
+    _, known = _stored(directory, key, firsts)
 
     state = PartialState()
-    # Shards of equal pictures share a file, which is written once.
-    missing = list({file: index for index, file in enumerate(files) if not file.exists()}.values())
     state.wait_for_everyone()
-    if missing:
+    wanted = len(firsts.keys() - known.keys())
+    if wanted:
         bytes_per_picture = picture_bytes(model.config, dtype)
-        wanted = sum(len(shards[index]) for index in missing)
         _check_disk(directory, wanted * bytes_per_picture)
         if state.is_main_process:
             logger.info(
@@ -133,14 +139,54 @@ def build_feature_cache(
                 dtype,
                 directory,
             )
-        # By the shard's own number: another run may write a shard between two processes' looks at the folder.
-        for index in missing:
-            if index % state.num_processes == state.process_index:
-                _encode_shard(model, image_processor, pictures, shards[index], files[index], dtype, batch_size)
+        # Shards of all pictures: another run may write between two processes' looks at what is missing.
+        names = [*firsts]
+        for start in range(SHARD_PICTURES * state.process_index, len(names), SHARD_PICTURES * state.num_processes):
+            shard = {name: firsts[name] for name in names[start : start + SHARD_PICTURES] if name not in known}
+            if shard:
+                _encode_shard(model, image_processor, pictures, shard, directory, key, dtype, batch_size)
     state.wait_for_everyone()
-    stored = [Dataset.from_file(str(file)) for file in files]
-    dataset = concatenate_datasets(stored) if stored else Dataset.from_dict({"features": [], "problem": []}, _FEATURES)
-    return FeatureCache(dataset, shape, dtype)
+    stored, known = _stored(directory, key, firsts)
+    dataset = concatenate_datasets(stored) if stored else Dataset.from_dict({name: [] for name in _FEATURES}, _FEATURES)
+    missing = {index: _why_missing(pictures, index) for index, name in enumerate(pictures.hashes) if name is None}
+    return FeatureCache(
+        dataset, [0 if name is None else known[name] for name in pictures.hashes], missing, shape, dtype
+    )
+
+
+def _first_of_each(pictures: Pictures) -> dict[str, int]:
+    """Hash -> number of the first picture that has it, in the order of the pictures."""
+    firsts: dict[str, int] = {}
+    for index, name in enumerate(pictures.hashes):
+        if name is not None:
+            firsts.setdefault(name, index)
+    return firsts
+
+
+def _stored(directory: Path, key: str, wanted: Collection[str]) -> tuple[list[Dataset], dict[str, int]]:
+    """The files that hold some of the wanted pictures, and each picture's row in all of them together."""
+    # The oldest first: what another run adds must not change what this one reads.
+    files = sorted(directory.glob(f"{key}-*.arrow"), key=lambda file: (file.stat().st_mtime_ns, file.name))
+    shards: list[Dataset] = []
+    rows: dict[str, int] = {}
+    total = 0
+    for file in files:
+        shard = Dataset.from_file(str(file))
+        names = shard.data.table.column("hash").to_pylist()
+        found = {name: total + row for row, name in enumerate(names) if name in wanted and name not in rows}
+        if found:
+            shards.append(shard)
+            rows |= found
+            total += len(shard)
+    return shards, rows
+
+
+def _why_missing(pictures: Pictures, index: int) -> str:
+    try:
+        pictures.encoded(index)
+    except UnreadablePictureError as error:
+        return str(error)
+    return "Its file came while the pictures were being encoded."
 
 
 def features_folder(directory: str | Path | None = None) -> Path:
@@ -157,19 +203,9 @@ def count_missing(
     model: VisionQwen, image_processor, pictures: Pictures, *, directory: str | Path | None = None, dtype: str
 ) -> int:
     """Pictures that [`build_feature_cache`] would have to encode; all are read, nothing is written."""
-    shards, files = _shards(model, image_processor, pictures, features_folder(directory), dtype)
-    return sum(len(shard) for file, shard in dict(zip(files, shards, strict=True)).items() if not file.exists())
-
-
-def _shards(
-    model: VisionQwen, image_processor, pictures: Pictures, directory: Path, dtype: str
-) -> tuple[list[range], list[Path]]:
-    """Picture numbers of each shard, and its file."""
-    key = encoder_key(model, image_processor, dtype)
-    shards = [
-        range(start, min(start + SHARD_PICTURES, len(pictures))) for start in range(0, len(pictures), SHARD_PICTURES)
-    ]
-    return shards, [directory / f"{_shard_key(pictures, shard, key)}.arrow" for shard in shards]
+    firsts = _first_of_each(pictures)
+    _, known = _stored(features_folder(directory), encoder_key(model, image_processor, dtype), firsts)
+    return len(firsts) - len(known)
 
 
 def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
@@ -200,19 +236,6 @@ def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
     return digest.hexdigest()
 
 
-def _shard_key(pictures: Pictures, shard: range, key: str) -> str:
-    digest = xxhash.xxh3_128(key.encode())
-    for index in shard:
-        try:
-            encoded = pictures.encoded(index)
-        except UnreadablePictureError as error:
-            # The entry records the problem; a picture that turns up later is another content.
-            encoded = f"unreadable: {error}".encode()
-        digest.update(len(encoded).to_bytes(8, "little"))
-        digest.update(encoded)
-    return digest.hexdigest()
-
-
 def _check_disk(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
@@ -223,29 +246,39 @@ def _check_disk(directory: Path, needed: int) -> None:
 
 
 def _encode_shard(
-    model: VisionQwen, image_processor, pictures: Pictures, shard: range, file: Path, dtype: str, batch_size: int
+    model: VisionQwen,
+    image_processor,
+    pictures: Pictures,
+    shard: dict[str, int],
+    directory: Path,
+    key: str,
+    dtype: str,
+    batch_size: int,
 ) -> None:
-    """Encodes one shard in a folder of this process, and gives it its name when it is whole."""
+    """Encodes pictures, hash -> number, in a folder of this process, and gives their file its name when it is whole."""
     # Pillow and NumPy give the interpreter free while they work.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     prepare = partial(_prepare, image_processor=image_processor, pictures=pictures)
     # An encoder on the CPU has all cores to itself: threads beside its own make it wait (190 pictures/s for 228).
     ahead = 0 if model.model.vision_tower.device.type == "cpu" else 1
-    prepared = _prepare_batches(threads, prepare, shard, batch_size, ahead)
-    sweep(file.parent)
+    numbers = [*shard.values()]
+    prepared = _prepare_batches(threads, prepare, numbers, batch_size, ahead)
+    content = xxhash.xxh3_128_hexdigest("".join(shard).encode())
+    file = directory / f"{key}-{content}.arrow"
+    sweep(directory)
     draft = draft_of(file)
     draft.mkdir()
     try:
-        Dataset.from_dict({"index": list(shard)}).map(
+        Dataset.from_dict({"hash": [*shard], "index": numbers}).map(
             partial(_encode_batch, model=model, prepared=prepared, dtype=dtype),
             batched=True,
             batch_size=batch_size,
             remove_columns=["index"],
             features=_FEATURES,
             cache_file_name=str(draft / file.name),
-            new_fingerprint=file.stem,
+            new_fingerprint=content,
             load_from_cache_file=False,
-            desc=f"Encoding pictures {shard.start} to {shard.stop - 1}",
+            desc=f"Encoding pictures {numbers[0]} to {numbers[-1]}",
         )
         (draft / file.name).replace(file)
     finally:
@@ -255,15 +288,21 @@ def _encode_shard(
 
 def _prepare(index: int, image_processor, pictures: Pictures) -> torch.Tensor | str:
     """`pixel_values` `(3, H, W)` of one picture, or why it cannot be read."""
+    prepared: torch.Tensor | str
     try:
         picture = pictures.open(index)
     except UnreadablePictureError as error:
-        return str(error)
-    return image_processor([picture], return_tensors="pt")["pixel_values"][0]
+        prepared = str(error)
+    else:
+        prepared = image_processor([picture], return_tensors="pt")["pixel_values"][0]
+    # Its entry would be found for ever by the old content's hash.
+    if stored_hash(pictures.raw(index)) != pictures.hashes[index]:
+        raise ValueError(f"The file of picture {index} changed while the pictures were being read: start again.")
+    return prepared
 
 
 def _prepare_batches(
-    threads: ThreadPoolExecutor, prepare: Callable, indices: range, batch_size: int, ahead: int
+    threads: ThreadPoolExecutor, prepare: Callable, indices: Sequence[int], batch_size: int, ahead: int
 ) -> Iterator[list[torch.Tensor | str]]:
     """Results of `prepare` in order, batch by batch; so many batches are begun before they are asked for."""
     waiting: deque[list[Future]] = deque()
@@ -292,7 +331,7 @@ def _encode_batch(batch: dict, model: VisionQwen, prepared: Iterator[list[torch.
         else:
             features.append(_to_bytes(next(encoded), dtype))
             problems.append("")
-    return {"features": features, "problem": problems}
+    return {"hash": batch["hash"], "features": features, "problem": problems}
 
 
 def _to_bytes(features: torch.Tensor, dtype: str) -> bytes:

@@ -25,12 +25,11 @@ def group_rows(texts: Dataset, rows: Dataset, task: Task) -> list[list[int]]:
         task ([`~vlm_peft.tasks.Task`]): With `group_key`, rows of a group have one key, too.
     """
     pictures = Pictures(rows, task.image_columns)
-    known: dict[str, str | None] = {}
     groups: dict[Hashable, list[int]] = {}
     of_key: dict[str, set[Hashable]] = {}
     keys = (task.group_key(row) for row in texts) if task.group_key is not None else repeat(None, len(rows))
     for index, key in enumerate(keys):
-        shown = tuple(picture_identity(cell, known) for cell in pictures.of_row_as_stored(index))
+        shown = tuple(picture_identity(cell) for cell in pictures.of_row_as_stored(index))
         # Rows without pictures and without a key have nothing in common.
         group = (key, shown) if shown or key is not None else index
         groups.setdefault(group, []).append(index)

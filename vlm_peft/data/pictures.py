@@ -10,7 +10,7 @@ import os
 import stat
 import warnings
 from bisect import bisect_right
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -302,12 +302,11 @@ class Pictures:
 
     @cached_property
     def hashes(self) -> list[str | None]:
-        """[`picture_hash`] of each picture; `None` where there is no file to take it of. The files are read once."""
+        """[`picture_hash`] of each picture; `None` where there is no file to take it of."""
         found: list[str | None] = []
-        known: dict[str, str | None] = {}
         for row in range(self._rows):
             try:
-                found += [_hash_of(cell, known) for cell in self.of_row_as_stored(row)]
+                found += [stored_hash(cell) for cell in self.of_row_as_stored(row)]
             except UnreadablePictureError:
                 found += [None] * len(self.of_row(row))
         return found
@@ -340,35 +339,34 @@ def picture_size(value) -> list[int]:
     return [height, width] if lying else [width, height]
 
 
-def picture_hash(encoded: bytes) -> str:
+def picture_hash(encoded: bytes | memoryview) -> str:
     """Hash of a picture file's bytes: 32 hexadecimal digits (xxh3, 128 bits)."""
     return xxhash.xxh3_128_hexdigest(encoded)
 
 
-def picture_identity(value, known: dict[str, str | None]) -> str:
-    """What equal pictures have in common: the hash of their bytes; of those without a file, what the cell says.
+def picture_identity(value) -> str:
+    """What equal pictures have in common: the hash of their bytes; of those without a file, what the cell says."""
+    return stored_hash(value) or f"unreadable {value!r:.1000}"
 
-    Args:
-        value: A picture as stored, see [`open_picture`].
-        known (`dict[str, str | None]`): Path -> hash of the files that were read already; filled.
+
+def stored_hash(value) -> str | None:
+    """[`picture_hash`] of a picture as stored, see [`open_picture`]; `None` where there is no file to take it of.
+
+    A file is read once by a process, unless its size or its time of change is another than before.
     """
-    return _hash_of(value, known) or f"unreadable {value!r:.1000}"
-
-
-def _hash_of(value, known: dict[str, str | None]) -> str | None:
-    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
-    if not isinstance(path, str):
-        return _read_hash(value)
-    if path not in known:
-        known[path] = _read_hash(value)
-    return known[path]
-
-
-def _read_hash(value) -> str | None:
     try:
-        return picture_hash(encoded_bytes(value))
-    except UnreadablePictureError:
+        source = _as_file(value)
+        if isinstance(source, io.BytesIO):
+            return picture_hash(source.getbuffer())
+        state = os.stat(source)
+        return _file_hash(source, state.st_size, state.st_mtime_ns)
+    except (OSError, ValueError):
         return None
+
+
+@lru_cache(maxsize=2**20)
+def _file_hash(path: str | Path, size: int, changed: int) -> str:
+    return picture_hash(Path(path).read_bytes())
 
 
 def encoded_bytes(value) -> bytes:

@@ -152,7 +152,7 @@ def _key(number: int, row: dict, task: Task):
     cells: list = []
     for column in task.image_columns:
         cells += row[column] if isinstance(row[column], list) else [row[column]]
-    shown = tuple(picture_identity(cell, {}) for cell in cells if cell is not None)
+    shown = tuple(picture_identity(cell) for cell in cells if cell is not None)
     key = None if task.group_key is None else task.group_key(row)
     return (key, shown) if shown or key is not None else number
 
