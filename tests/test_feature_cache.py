@@ -1,11 +1,13 @@
 """Feature cache: the model's own features, made once, never taken for another's, and safe to interrupt."""
 
 import io
+import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -96,12 +98,13 @@ def test_the_second_build_encodes_nothing(run):
     assert torch.equal(first, second)
 
 
-def test_a_changed_picture_encodes_its_shard_only(run):
-    run.build()
-    changed = [*CELLS[:2], encode((1, 2, 3)), *CELLS[3:]]
+def test_changed_and_inserted_pictures_encode_themselves_only(run):
+    before = run.build().get([0, 1, 3, 4, 5])
+    changed = [encode((9, 9, 9)), *CELLS[:2], encode((1, 2, 3)), *CELLS[3:]]
     cache = run.build(changed)
     assert run.encoded == 2
-    torch.testing.assert_close(cache.get([2]).float(), expected_features(run, changed)[2:3], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(cache.get([0, 3]).float(), expected_features(run, changed)[[0, 3]], rtol=1e-3, atol=1e-4)
+    assert torch.equal(cache.get([1, 2, 4, 5, 6]), before)
 
 
 def test_layers_that_are_not_built_do_not_enter_the_key(model, processor):
@@ -155,13 +158,57 @@ def test_an_entry_is_never_read_for_another_encoder(run, change):
     assert run.encoded == 6
 
 
-def test_equal_shards_are_encoded_once(run):
-    cache = run.build(CELLS[:2] * 3)
+def test_equal_pictures_are_encoded_once_within_a_data_set_and_in_the_next(run, tmp_path):
+    paths = [tmp_path / name for name in ("a.png", "copy of a.png", "b.png")]
+    for path, cell in zip(paths, [CELLS[0], CELLS[0], CELLS[1]], strict=True):
+        path.write_bytes(cell)
+    stored = [{"bytes": None, "path": str(path)} for path in paths]
+    cells = [*stored, CELLS[1], b"garbage", stored[0], CELLS[0], b"garbage"]
+    cache = run.build(cells)
     assert run.encoded == 2
-    assert torch.equal(cache.get([0, 1]), cache.get([4, 5]))
+    assert len(cache) == 8
+    assert cache.unreadable.keys() == {4, 7}
+    assert torch.equal(cache.get([1, 5, 6, 3]), cache.get([0, 0, 0, 2]))
+    assert not torch.equal(cache.get([0]), cache.get([2]))
+    other = run.build([CELLS[2], CELLS[1], CELLS[0]])
+    assert run.encoded == 1
+    assert torch.equal(other.get([2, 1]), cache.get([0, 2]))
+
+
+def test_a_file_is_hashed_once_by_a_process_and_again_when_it_changes(run, tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    path.write_bytes(CELLS[0])
+    read = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda self: read.append(self.name) or read_bytes(self))
+    cells = [{"bytes": None, "path": str(path)}] * 3
+    run.build(cells)
+    run.build(cells)
+    assert read == ["a.png"]
+    path.write_bytes(noisy(9, 8))
+    run.build(cells)
+    assert run.encoded == 1
+
+
+@pytest.mark.parametrize("change", [lambda path: path.write_bytes(noisy(9, 8)), Path.unlink])
+def test_a_picture_that_changes_while_it_is_encoded_is_stored_under_no_name(run, tmp_path, monkeypatch, change):
+    path = tmp_path / "a.png"
+    path.write_bytes(CELLS[0])
+    open_picture = Pictures.open
+
+    def opening(self, index):
+        change(path)
+        return open_picture(self, index)
+
+    monkeypatch.setattr(Pictures, "open", opening)
+    with pytest.raises(ValueError, match="The file of picture 0 changed while the pictures were being read"):
+        run.build([{"bytes": None, "path": str(path)}])
+    assert not list(run.folder.iterdir())
 
 
 def test_an_interrupted_run_keeps_finished_shards_and_leaves_no_half_file(run, monkeypatch):
+    whole = run.build(dtype="float32").get(list(range(6)))
+    shutil.rmtree(run.folder)
     original = feature_cache._encode_batch
 
     def stop(batch, **arguments):
@@ -171,11 +218,12 @@ def test_an_interrupted_run_keeps_finished_shards_and_leaves_no_half_file(run, m
 
     monkeypatch.setattr(feature_cache, "_encode_batch", stop)
     with pytest.raises(KeyboardInterrupt):
-        run.build()
+        run.build(dtype="float32")
     assert len(list(run.folder.iterdir())) == 1
     monkeypatch.setattr(feature_cache, "_encode_batch", original)
-    run.build()
+    resumed = run.build(dtype="float32")
     assert run.encoded == 4
+    assert torch.equal(resumed.get(list(range(6))), whole)
 
 
 def test_unreadable_pictures_are_recorded_and_their_features_refused(run, tmp_path):
@@ -263,6 +311,39 @@ def test_processes_share_the_shards(run, monkeypatch):
         torch.testing.assert_close(cache.get(list(range(6))), expected_features(run), rtol=0, atol=1e-6)
 
 
+def test_what_another_run_adds_between_the_looks_of_two_processes_leaves_no_picture_out(run, monkeypatch):
+    """The first process looks at an empty folder, the second one when another run has stored a picture."""
+    barrier = threading.Barrier(2)
+    pictures = make_pictures(CELLS)
+    key = encoder_key(run.model, run.processor.image_processor, "float32")
+
+    def build():
+        caches.append(run.build(dtype="float32"))
+
+    caches: list = []
+    second = threading.Thread(target=build, name="1")
+
+    def state():
+        rank = int(threading.current_thread().name)
+        if rank == 0:
+            first = {pictures.hashes[0]: 0}
+            run_of = run.model, run.processor.image_processor, pictures
+            feature_cache._encode_shard(*run_of, first, run.folder, key, "float32", 64)
+            second.start()
+        return SimpleNamespace(
+            process_index=rank, num_processes=2, is_main_process=rank == 0, wait_for_everyone=lambda: barrier.wait(30)
+        )
+
+    monkeypatch.setattr(feature_cache, "PartialState", state)
+    first = threading.Thread(target=build, name="0")
+    first.start()
+    first.join()
+    second.join()
+    assert len(caches) == 2
+    for cache in caches:
+        torch.testing.assert_close(cache.get(list(range(6))), expected_features(run), rtol=0, atol=1e-6)
+
+
 def test_no_pictures_give_an_empty_cache(run):
     assert len(run.build([])) == 0
 
@@ -317,5 +398,5 @@ def test_an_interrupted_shard_leaves_the_rest_of_its_pictures_alone(run, monkeyp
 
     monkeypatch.setattr(Pictures, "open", opening)
     with pytest.raises(KeyboardInterrupt):
-        run.build(CELLS * 10)
+        run.build([encode((index, 0, 0)) for index in range(60)])
     assert len(opened) < 30
