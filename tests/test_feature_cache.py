@@ -175,6 +175,21 @@ def test_equal_pictures_are_encoded_once_within_a_data_set_and_in_the_next(run, 
     assert torch.equal(other.get([2, 1]), cache.get([0, 2]))
 
 
+def test_of_two_entries_of_a_picture_the_older_is_read(run, tmp_path, monkeypatch):
+    """Two runs at once may both encode it; the one that goes on later reads what it read before."""
+    before = run.build(CELLS[:1]).get([0])
+    (file,) = run.folder.iterdir()
+    folder, run.folder = run.folder, tmp_path / "another run"
+    counted = type(run.model.model).get_vision_features
+    monkeypatch.setattr(type(run.model.model), "get_vision_features", lambda *arguments: counted(*arguments) + 1)
+    assert not torch.equal(run.build(CELLS[:2]).get([0]), before)
+    key = file.stem.partition("-")[0]
+    for number, added in enumerate(run.folder.iterdir()):
+        added.replace(folder / f"{key}-{number}.arrow")
+    run.folder = folder
+    assert torch.equal(run.build(CELLS[:1]).get([0]), before)
+
+
 def test_a_file_is_hashed_once_by_a_process_and_again_when_it_changes(run, tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     path.write_bytes(CELLS[0])
