@@ -15,7 +15,7 @@ from PIL import Image as PILImage
 
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.generation import generate_texts
-from ..tasks import TaskSettings
+from ..tasks import TaskSettings, find_kind
 from ..tasks.caption import INSTRUCTION
 from ..tasks.example import picture_turn
 
@@ -33,12 +33,13 @@ def ask(settings: TaskSettings, question: str | None = None, instruction: str | 
     """
     for name, text in (("The question", question), ("The instruction", instruction)):
         check_text(text or "", name)
-    asks_for_captions = settings.task == "caption"
+    kind = find_kind(settings.task)
     if question is None:
-        return instruction or (settings.instruction if asks_for_captions else None) or INSTRUCTION
-    # The other tasks say their instruction after each question; a caption's would be a second question.
-    instruction = instruction or (None if asks_for_captions else settings.instruction)
-    return f"{question} {instruction}" if instruction else question
+        return instruction or (settings.instruction if kind.question else None) or kind.question or INSTRUCTION
+    if instruction:
+        return f"{question} {instruction}"
+    # Where the instruction is what is asked, it would be a second question.
+    return kind.ask(question, settings.instruction) if settings.instruction and not kind.question else question
 
 
 def check_text(text: str, name: str) -> str:

@@ -10,9 +10,11 @@ Several processes share the rows.
 import argparse
 import logging
 from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 
 from ..console import quiet_imports, quiet_progress, table
+from ..tasks import TASK_FILE, TASKS, TaskOptions, TaskSettings, task_options
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -48,16 +50,24 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     data.add_argument("--dataset_revision", help="commit or branch of the data set")
     data.add_argument("--stored_split", help="the split as stored, with --split_column")
     data.add_argument("--split_column", help="column that names each row's true split")
-    data.add_argument("--task", help="caption, vqa, slides, chat, grounding or digits (default: as in training)")
+    data.add_argument("--task", choices=tuple(TASKS), help="what rows mean (default: as in training)")
     data.add_argument("--image_column", default="image", help="column with the picture (default: image)")
     data.add_argument("--image_folder", help="where relative paths begin (default: the table's own folder)")
     data.add_argument("--text_column", help="column with the texts (default: found by usual names)")
     data.add_argument("--instruction", help="what the user says beside the picture (default: as in training)")
-    data.add_argument("--slide_pages", choices=("evidence", "all"), help="of a deck (default: as in training)")
+    for own in _asked_options():
+        said = f"{own.metadata['help'].rstrip('.')} (default: as in training)"
+        data.add_argument(f"--{own.name}", choices=own.metadata["choices"], help=said)
     data.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="(default: stop)")
     data.add_argument("--feature_cache", action=flag, default=True, help="keep encoded pictures (default: yes)")
     data.add_argument("--feature_cache_dir", help="where (default: in the data sets' cache)")
     return parser.parse_args(arguments)
+
+
+def _asked_options() -> list[Field]:
+    """The tasks' own options that change what is asked, and not only what was learnt."""
+    asked = {name for kind in TASKS.values() for name in kind.asked}
+    return [each for each in fields(TaskOptions) if each.name in asked]
 
 
 def _count(text: str) -> int:
@@ -85,7 +95,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from ..data.arguments import DataArguments
     from ..data.splits import encode_pictures, leave_out, load_split
     from ..evaluation.evaluate import evaluate_split
-    from ..tasks import TASK_FILE, TaskSettings
 
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
@@ -105,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if settings is None:
         settings = TaskSettings()
         state.print(f"{options.model} has no {TASK_FILE}: see --task and --instruction for how it is asked.")
+    given = {own.name: getattr(options, own.name) for own in _asked_options() if getattr(options, own.name)}
     data = DataArguments(
         dataset_name=options.dataset,
         dataset_revision=options.dataset_revision,
@@ -115,8 +125,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         image_folder=options.image_folder,
         text_column=options.text_column,
         instruction=settings.instruction if options.instruction is None else options.instruction,
-        slide_pages=options.slide_pages or settings.slide_pages,
-        name_pages=settings.name_pages,
+        **task_options(settings) | given,
     )
     split = encode_pictures(
         load_split(data, options.split, processor, limit=options.limit),

@@ -23,16 +23,10 @@ from typing import Any
 from ..evaluation.records import Row, read_coco, read_predictions, read_references, score_summary, write_text
 from ..evaluation.task_scores import Scores, score_rows
 from ..metrics.significance import PairedDifference, paired_difference
+from ..tasks import DEFAULT_TASK, TASKS
 
-METRICS = {
-    "caption": ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "ROUGE_L", "CIDEr", "METEOR", "SPICE"),
-    "vqa": ("vqa_accuracy",),
-    "slides": ("f1", "exact_match", "anls", "page_precision", "page_recall", "page_f1"),
-    "chat": ("f1", "exact_match", "anls", "ROUGE_L", "Bleu_4", "METEOR", "SPICE"),
-    "grounding": ("f1_50", "AP50", "AP", "precision50", "recall50", "mean_iou"),
-    "digits": ("exact_match", "digit_accuracy"),
-}
-"""From a task to its metrics, in the order of the table."""
+METRICS = {name: [each.name for each in kind.metrics if not each.needs_pictures] for name, kind in TASKS.items()}
+"""From a task to its metrics, in the order of the table; a file of texts has no pictures."""
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -40,7 +34,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="predictions.jsonl, or COCO results")
-    add("--task", choices=tuple(METRICS), help="default: that of the scores.json beside FILE, otherwise caption")
+    add(
+        "--task", choices=tuple(METRICS), help=f"default: that of the scores.json beside FILE, otherwise {DEFAULT_TASK}"
+    )
     add("--format", choices=("jsonl", "coco"), default="jsonl", help="of FILE (default: jsonl)")
     add("--references", type=Path, metavar="FILE", help="COCO annotations, with --format coco only")
     add("--output", type=Path, metavar="FILE", help="write the scores there, as JSON")
@@ -63,7 +59,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     options = parser.parse_args(arguments)
     if (options.format == "coco") != (options.references is not None):
         parser.error("--format coco and --references FILE (the annotations) go together")
-    if options.format == "coco" and options.task not in (None, "caption"):
+    if options.format == "coco" and options.task not in (None, DEFAULT_TASK):
         parser.error(f"--format coco holds captions, got --task {options.task}")
     if options.limit is not None and options.limit < 1:
         parser.error(f"--limit: expected at least 1 row, got {options.limit}")
@@ -89,7 +85,7 @@ def find_task(files: Sequence[Path]) -> tuple[str, str | None]:
         raise ValueError(f"expected files of one task, found {said}; name one with --task")
     for task, path in found.items():
         return task, f"Scored as {task}, which {path} names; --task takes another one."
-    return "caption", None
+    return DEFAULT_TASK, None
 
 
 def read_rows(path: Path, options: argparse.Namespace) -> tuple[list[Row], list[str]]:
@@ -267,7 +263,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     told = None
     try:
         if options.task is None:
-            options.task, told = ("caption", None) if options.format == "coco" else find_task(options.files)
+            options.task, told = (DEFAULT_TASK, None) if options.format == "coco" else find_task(options.files)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # They are in the notes, printed below.
             result = score_files(options)

@@ -26,7 +26,7 @@ from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.generation import generate_texts
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
-from ..tasks import TaskSettings
+from ..tasks import TaskSettings, find_kind
 from ..tasks.example import picture_turn
 from .caption import ask
 
@@ -148,9 +148,7 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
     def describe(picture: str | None):
         yield from answer(picture)
 
-    hint = None
-    if answers.settings.task == "caption":
-        hint = "This model was trained to describe pictures: expect a description, whatever you ask."
+    hint = find_kind(answers.settings.task).hint
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"# {title}\n{answers.parts}")
         with gradio.Row():

@@ -5,12 +5,12 @@ Stage: part of the options of a run; each entry of a mixture has its own.
 
 from dataclasses import dataclass, field
 
-from ..tasks import TASKS
+from ..tasks import DEFAULT_TASK, TASKS, TaskOptions
 
 
 @dataclass
-class DataArguments:
-    """Where rows come from and what they mean. In a `mixture`, each entry has its own."""
+class DataArguments(TaskOptions):
+    """Where rows come from and what they mean, with the tasks' own options. In a `mixture`, each entry has its own."""
 
     dataset_name: str | None = field(
         default=None,
@@ -19,7 +19,7 @@ class DataArguments:
     dataset_revision: str | None = field(default=None, metadata={"help": "Commit or branch of the data set."})
     stored_split: str | None = field(default=None, metadata={"help": "The one stored split, with --split_column."})
     split_column: str | None = field(default=None, metadata={"help": "Column that names each row's true split."})
-    task: str = field(default="caption", metadata={"help": "What rows mean.", "choices": list(TASKS)})
+    task: str = field(default=DEFAULT_TASK, metadata={"help": "What rows mean.", "choices": list(TASKS)})
     image_column: str = field(default="image", metadata={"help": "Column with the picture."})
     image_folder: str | None = field(
         default=None,
@@ -29,11 +29,6 @@ class DataArguments:
     instruction: str | None = field(
         default=None, metadata={"help": "What the user says beside the picture; each task has its own by default."}
     )
-    slide_pages: str = field(
-        default="evidence",
-        metadata={"help": "Of a deck: the pages that an answer needs, or all.", "choices": ["evidence", "all"]},
-    )
-    name_pages: bool = field(default=False, metadata={"help": "Answers about a deck name their pages, too."})
     train_split: str | None = field(
         default="train",
         metadata={"help": "Rows to train on; train+restval are two splits. null in a mixture: to be scored only."},

@@ -13,14 +13,11 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from ..model.modeling_vision_qwen import base_model
-from ..tasks import Example, Task, make_task
+from ..tasks import Example, Task, find_kind, make_task, task_options
 from .arguments import DataArguments
 from .feature_cache import build_feature_cache
 from .pictures import Pictures
 from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
-
-# Tasks whose scores count the words of references.
-_SCORED_BY_WORDS = ("caption", "chat")
 
 
 @dataclass(frozen=True)
@@ -123,8 +120,7 @@ def bind_task(data: DataArguments, columns: list[str]) -> Task:
         image_column=data.image_column,
         text_column=data.text_column,
         instruction=data.instruction,
-        slide_pages=data.slide_pages,
-        name_pages=data.name_pages,
+        **task_options(data),
     )
 
 
@@ -217,7 +213,7 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
         try:
             example = split.task.example(row)
             check_places(example, len(split.pictures.of_row(index)))
-            if split.task.name in _SCORED_BY_WORDS:
+            if find_kind(split.task.name).counts_words:
                 check_words(example)
         except ValueError as error:
             reasons.append(str(error))

@@ -4,6 +4,7 @@ The blind control asks the same questions about the wrong pictures: each row get
 away. What a model scores there it owes to the language alone.
 """
 
+import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,8 +15,9 @@ from accelerate.utils import gather_object
 
 from ..data.splits import Question, Split
 from ..metrics.clip_score import clip_scores
+from ..tasks import find_kind
 from .generation import generate_texts
-from .records import Row, score_summary, write_predictions, write_scores
+from .records import Row, score_summary, write_predictions, write_text
 from .task_scores import Scores, score_rows
 
 
@@ -48,7 +50,7 @@ def evaluate_split(
         batch_size: Prompts at a time on each process.
         max_new_tokens, num_beams: Decoding; recorded.
         meteor, spice, tokenizer: See `score_captions`.
-        clip_model: Folder or id of a CLIP: also CLIPScore and RefCLIPScore of captions, against each row's own picture.
+        clip_model: Folder or id of a CLIP: also the task's metrics that need pictures (CLIPScore), against each row's own.
         progress: Shows a progress bar.
 
     Raises:
@@ -73,7 +75,7 @@ def evaluate_split(
     )
     summary: dict[str, Any] = {}
     if PartialState().is_main_process:
-        options = {"tokenizer": tokenizer, "meteor": meteor, "spice": spice} if split.task.name == "caption" else {}
+        options = {"tokenizer": tokenizer, "meteor": meteor, "spice": spice}
         # What took hours to generate is kept, whatever becomes of its scores.
         write_predictions(files[0], rows)
         try:
@@ -83,7 +85,7 @@ def evaluate_split(
                 f"{files[0]}{_culprit(split.task.name, rows, options)} cannot be scored: {error}; mend the file and "
                 "score it with eval/score.py."
             ) from error
-        if clip_model is not None and split.task.name == "caption":
+        if clip_model is not None and any(each.needs_pictures for each in find_kind(split.task.name).metrics):
             _add_clip_scores(scores, clip_model, split, questions, rows)
         if split.left_out:
             scores.notes.append(
@@ -97,15 +99,15 @@ def evaluate_split(
             "decoding": {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "blind": blind},
         }
         write_predictions(files[0], rows, scores.per_row)
-        write_scores(files[1], scores, **described)
         summary = score_summary(scores, **described)
+        write_text(files[1], json.dumps(summary, indent=2) + "\n")
     PartialState().wait_for_everyone()
     return summary
 
 
 def _culprit(task: str, rows: list[Row], options: dict[str, Any]) -> str:
     """Names the first row that alone cannot be scored, either."""
-    alone = options | {"meteor": False, "spice": False} if options else {}
+    alone = options | {"meteor": False, "spice": False}
     for row in rows:
         try:
             with warnings.catch_warnings():

@@ -112,7 +112,7 @@ def score_boxes(predictions: Sequence[str], truths: Sequence[Sequence[LabelledBo
     f1_50, best_ious, matches, predicted = [], [], 0, 0
     for (boxes, malformed), truth in zip(parsed, truths, strict=True):
         ious = _ious(boxes, truth)
-        matched, entries = _count_matches(ious), len(boxes) + len(malformed)
+        matched, entries = len(_matches(ious, 0.5)), len(boxes) + len(malformed)
         f1_50.append(2 * matched / (entries + len(truth)) if entries or truth else 1.0)
         best_ious.extend(ious.max(axis=0, initial=0.0).tolist())
         matches += matched
@@ -136,6 +136,18 @@ def score_boxes(predictions: Sequence[str], truths: Sequence[Sequence[LabelledBo
             f"{unread[0][0][:80]!r}."
         )
     return scores
+
+
+def overlap_f1(prediction: str, truth: Sequence[LabelledBox]) -> float:
+    """Return `f1_50` of one text, 0..1, where a pair of boxes counts by its IoU, however small, and not as a match.
+
+    Args:
+        prediction: The text.
+        truth: The true boxes of its picture; may be none.
+    """
+    boxes, malformed = parse_boxes(prediction)
+    count = len(boxes) + len(malformed) + len(truth)
+    return 2 * sum(_matches(_ious(boxes, truth), 0)) / count if count else 1.0
 
 
 def average_precision(
@@ -216,10 +228,11 @@ def _ious(predicted: Sequence[LabelledBox], truth: Sequence[LabelledBox]) -> np.
     return common / (areas[0] + areas[1] - common) * np.array(same, dtype=np.float64).reshape(common.shape)
 
 
-def _count_matches(ious: np.ndarray) -> int:
-    ious, matches = ious.copy(), 0
-    while ious.size and ious.max() >= 0.5:
+def _matches(ious: np.ndarray, at_least: float) -> list[float]:
+    """Return the IoUs of the pairs, the largest first, each box in one of them."""
+    ious, matches = ious.copy(), []
+    while ious.size and (largest := float(ious.max())) >= at_least and largest > 0:
         row, column = np.unravel_index(ious.argmax(), ious.shape)
         ious[row, :] = ious[:, column] = 0
-        matches += 1
+        matches.append(largest)
     return matches

@@ -9,6 +9,7 @@ arXiv:1504.00325.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -88,6 +89,41 @@ def score_captions(
         )
         warnings.warn(scores.notes[-1], stacklevel=2)
     return scores
+
+
+class Cider:
+    """CIDEr of single texts, with the document frequencies of a whole set: the same number whatever else is scored.
+
+    Args:
+        references: For each picture of the set, at least one caption.
+        tokenizer: The same for all texts; a call of Java takes most of a second.
+
+    Raises:
+        ValueError: if there are fewer than two pictures, by which no word would be rarer than another.
+    """
+
+    def __init__(self, references: Sequence[Sequence[str]], tokenizer: Tokenizer = "treebank-python"):
+        from pycocoevalcap.cider.cider_scorer import cook_refs
+
+        if len(references) < 2:
+            raise ValueError(f"expected references of at least two pictures, got those of {len(references)}")
+        self._tokenizer, self._pictures = tokenizer, len(references)
+        tokens = iter(tokenize([caption for group in references for caption in group], tokenizer)[0])
+        self._frequencies: Counter = Counter()
+        for group in references:
+            cooked = cook_refs([next(tokens) for _ in group])
+            self._frequencies.update({ngram for counts in cooked for ngram in counts})
+
+    def __call__(self, prediction: str, references: Sequence[str]) -> float:
+        """Return the CIDEr of one caption, 0..10, against the references of its picture."""
+        from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+        (hypothesis, *truth), _ = tokenize([prediction, *references], self._tokenizer)
+        scorer = CiderScorer(hypothesis, truth)
+        scorer.document_frequency = self._frequencies
+        # It takes the number of pictures from this list, and scores only those with a hypothesis.
+        scorer.crefs += [None] * (self._pictures - 1)
+        return float(scorer.compute_cider()[0])
 
 
 def _caption_list(captions: Sequence[str], where: str) -> list[str]:

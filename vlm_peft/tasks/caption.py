@@ -1,6 +1,11 @@
 """Captions: one picture, one or several texts that describe it."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..metrics.captions import Cider, score_captions
 from .example import Example, Task, has_text, picture_turn, refuse_list, require_columns, row_key
+from .scoring import Metric, Row, Scores, TaskKind
 
 CAPTION_COLUMNS = ("captions", "caption", "sentences", "text")
 """Names under which published data sets keep their captions; the first that a data set has is taken."""
@@ -23,8 +28,10 @@ def caption_task(columns: list[str], image_column: str, text_column: str | None,
         return caption_example(row[column], asked)
 
     if picture_ids:
-        return Task("caption", [image_column], example, lambda row: row_key(row, picture_ids), id_column=picture_ids[0])
-    return Task("caption", [image_column], example)
+        return Task(
+            CAPTION.name, [image_column], example, lambda row: row_key(row, picture_ids), id_column=picture_ids[0]
+        )
+    return Task(CAPTION.name, [image_column], example)
 
 
 def caption_example(captions: str | list | dict, instruction: str) -> Example:
@@ -50,3 +57,48 @@ def _flat(cell) -> list:
     if isinstance(cell, dict):
         return _flat(cell.get("raw"))
     return [text for each in cell for text in _flat(each)] if isinstance(cell, list) else [cell]
+
+
+def score_caption_rows(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    """Coco-caption's metrics of a picture's caption.
+
+    Args:
+        rows: With `prediction` and `references`.
+        options: Of [`~vlm_peft.metrics.captions.score_captions`].
+    """
+    scored = score_captions([row["prediction"] for row in rows], [row["references"] for row in rows], **options)
+    return Scores(
+        scored.metrics, {"CIDEr": scored.per_picture}, "CIDEr", scored.notes, scored.skipped, scored.tokenizer
+    )
+
+
+def _reward(rows: Sequence[Row]) -> Callable[[str, Row], float]:
+    cider = Cider([row["references"] for row in rows])
+    return lambda text, row: cider(text, row["references"])
+
+
+_SEQUENCES = "share of word sequences, as long as the number says or shorter, that a reference has, too"
+BLEU = tuple(Metric(f"Bleu_{n}", _SEQUENCES) for n in (1, 2, 3, 4))
+ROUGE_L = Metric("ROUGE_L", "longest sequence of words in common with a reference")
+METEOR = Metric("METEOR", "words in common with a reference, also by stem and synonym")
+SPICE = Metric("SPICE", "objects, their attributes and relations in common with the references")
+
+CAPTION = TaskKind(
+    "caption",
+    caption_task,
+    metrics=(
+        *BLEU,
+        ROUGE_L,
+        Metric("CIDEr", "word sequences shared with the references, rare ones counting more", highest=10),
+        METEOR,
+        SPICE,
+        Metric("CLIPScore", "likeness of caption and picture to a CLIP", 2.5, needs_pictures=True),
+        Metric("RefCLIPScore", "the same, and likeness to the nearest reference", 1.43, needs_pictures=True),
+    ),
+    primary="CIDEr",
+    score=score_caption_rows,
+    reward=_reward,
+    question=INSTRUCTION,
+    hint="This model was trained to describe pictures: expect a description, whatever you ask.",
+    counts_words=True,
+)

@@ -1,6 +1,13 @@
 """Chat: conversations about pictures, of one or several turns (LLaVA's instructions)."""
 
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from ..metrics.answers import anls, exact_match, token_f1
+from .caption import BLEU, METEOR, ROUGE_L, SPICE, score_caption_rows
 from .example import Example, Task, require_columns, to_number
+from .scoring import ANLS, EXACT_MATCH, F1, Row, Scores, TaskKind, by_references, mean_scores
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Names under which published data sets keep their conversations; the first that a data set has is taken."""
@@ -28,7 +35,7 @@ def chat_task(columns: list[str], image_column: str, text_column: str | None, in
     if image_column != "image":
         require_columns(columns, image_column)
     image_columns = [name for name in (image_column, "images") if name in columns][:1]
-    return Task("chat", image_columns, lambda row: chat_example(row[column]), joins_rows=False)
+    return Task(CHAT.name, image_columns, lambda row: chat_example(row[column]), joins_rows=False)
 
 
 def chat_example(conversation: list[dict]) -> Example:
@@ -102,3 +109,26 @@ def _parts_of_text(text: str) -> list[dict]:
 
 def _text_of(turn: dict) -> str:
     return "\n".join(part["text"] for part in turn["content"] if part["type"] == "text")
+
+
+def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    """Primary is f1: ROUGE_L and Bleu_4 have no value for each row that an interval could be drawn from."""
+    scores = mean_scores(rows, "f1", exact_match=exact_match, f1=token_f1, anls=anls)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # About CIDEr, which is not among the scores here.
+        scored = score_caption_rows(rows, options)
+    kept = ("ROUGE_L", "Bleu_4", "METEOR", "SPICE")
+    scores.metrics |= {name: scored.metrics[name] for name in kept if name in scored.metrics}
+    scores.skipped, scores.tokenizer = scored.skipped, scored.tokenizer
+    return scores
+
+
+CHAT = TaskKind(
+    "chat",
+    chat_task,
+    metrics=(F1, EXACT_MATCH, ANLS, ROUGE_L, BLEU[3], METEOR, SPICE),
+    primary="f1",
+    score=_score,
+    reward=by_references(token_f1),
+    counts_words=True,
+)

@@ -1,6 +1,11 @@
 """Digits: one picture of a number or of several digits, one text that reads them out in order."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from ..metrics.digits import digit_accuracy, digits_match
 from .example import Example, Task, picture_turn, require_columns, to_text
+from .scoring import EXACT_MATCH, Metric, Row, Scores, TaskKind, by_references, mean_scores, row_error
 
 DIGIT_COLUMNS = ("digits", "label", "text")
 """Names under which data sets keep what is to be read; the first that a data set has is taken."""
@@ -23,7 +28,7 @@ def digits_task(columns: list[str], image_column: str, text_column: str | None, 
         texts = list(dict.fromkeys(texts))
         return Example(picture_turn(asked), texts, [texts])
 
-    return Task("digits", [image_column], example)
+    return Task(DIGITS_TASK.name, [image_column], example)
 
 
 def digits_example(digits: str | int, instruction: str) -> Example:
@@ -40,3 +45,21 @@ def digits_example(digits: str | int, instruction: str) -> Example:
     if text is None or not set(text) & set(DIGITS) or set(text) - set(DIGITS + SEPARATORS):
         raise ValueError(f"Expected digits as text like '0417', got {digits!r}.")
     return Example(picture_turn(instruction), [text], [[text]])
+
+
+def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    for index, row in enumerate(rows):
+        if not all(any(character.isdecimal() for character in text) for text in row["references"]):
+            raise row_error(index, row, "references", "texts with a digit in each")
+    return mean_scores(rows, "exact_match", exact_match=digits_match, digit_accuracy=digit_accuracy)
+
+
+DIGITS_TASK = TaskKind(
+    "digits",
+    digits_task,
+    metrics=(EXACT_MATCH, Metric("digit_accuracy", "share of the digits that are right once they are aligned")),
+    primary="exact_match",
+    score=_score,
+    reward=by_references(digits_match),
+    question=INSTRUCTION,
+)

@@ -1,6 +1,6 @@
 """What every task gives: an example for each row, and where the row's pictures are.
 
-Stage: first of the data's way; imports nothing of ours. Pictures are not touched here, only counted, so that they stay
+Stage: first of the data's way. Pictures are not touched here, only counted, so that they stay
 undecoded until they are needed.
 """
 

@@ -9,12 +9,12 @@ section 2.2, has the same grid).
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
+from ..metrics.boxes import GRID, LabelledBox, overlap_f1, score_boxes
 from .example import Example, Task, answered, picture_turn, require_columns, to_number
-
-GRID = 1000
-"""Cells of the grid along each side of a picture."""
+from .scoring import Metric, Row, Scores, TaskKind, is_list_of, row_error
 
 NOTHING = "none"
 """The answer when nothing that was asked for is there."""
@@ -57,7 +57,7 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
             return {"image_sizes": sizes}
 
         group_key = None if key is None else (lambda row: _picture_name(row[key]))
-        return Task("grounding", [image_column], of_boxes, group_key, complete=sizes_only)
+        return Task(GROUNDING.name, [image_column], of_boxes, group_key, complete=sizes_only)
 
     column = text_column or "objects"
     require_columns(columns, image_column, column)
@@ -71,7 +71,7 @@ def grounding_task(columns: list[str], image_column: str, text_column: str | Non
         names = [(_first_id(row.get("id")), _names(_objects(row[column]))) for row in rows]
         return {"image_sizes": sizes, "ask_also": choose_absent(names)}
 
-    return Task("grounding", [image_column], example, complete=complete)
+    return Task(GROUNDING.name, [image_column], example, complete=complete)
 
 
 def objects_example(
@@ -262,3 +262,45 @@ def _size(row: dict) -> list[int]:
 def _picture_name(name: object) -> str:
     """What the rows of one picture share: REFER numbers its referents in `COCO_train2014_000000581857_16.jpg`."""
     return re.sub(r"(COCO_\w+?_\d{12})_\d+(?=\.)", r"\1", str(name))
+
+
+def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    """Rows have `boxes`, `{"label", "box": [x1, y1, x2, y2]}` each.
+
+    Primary is f1_50: an average precision belongs to the whole set, and depends on an order that text does not have.
+    """
+    truths = [_true_boxes(row, index) for index, row in enumerate(rows)]
+    scored = score_boxes([row["prediction"] for row in rows], truths)
+    return Scores(scored.metrics, {"f1_50": scored.f1_50}, "f1_50", scored.notes, scored.skipped)
+
+
+def _true_boxes(row: Row, index: int = 0) -> list[LabelledBox]:
+    if not is_list_of(dict, row.get("boxes")):
+        raise row_error(index, row, "boxes", 'a list of {"label", "box"}')
+    try:
+        return [LabelledBox(each["label"], tuple(each["box"])) for each in row["boxes"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise row_error(index, row, "boxes", 'a list of {"label", "box": [x1, y1, x2, y2]}', error) from error
+
+
+GROUNDING = TaskKind(
+    "grounding",
+    grounding_task,
+    metrics=(
+        Metric(
+            "f1_50",
+            "share of boxes, predicted and true, that match one of the other kind: same label, overlap of a half",
+        ),
+        Metric("AP50", "COCO's average precision where an overlap of half is a match"),
+        Metric("AP", "COCO's average precision, mean over matches from an overlap of 0.5 to 0.95"),
+        Metric("precision50", "share of the predicted boxes that match a true one"),
+        Metric("recall50", "share of the true boxes that a predicted one matches"),
+        Metric("mean_iou", "overlap of true boxes with the best predicted one: area shared by area covered"),
+    ),
+    primary="f1_50",
+    score=_score,
+    # Overlaps count by their size, so that a box that is nearly right earns more than one that is wrong.
+    reward=lambda rows: lambda text, row: overlap_f1(text, _true_boxes(row)),
+    ask=lambda question, instruction: f"{instruction} {question}",
+    truth="boxes",
+)

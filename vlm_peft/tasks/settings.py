@@ -4,29 +4,27 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .kinds import DEFAULT_TASK, TaskOptions
+
 TASK_FILE = "task.json"
 """Lies beside an adapter."""
 
 
-@dataclass(frozen=True)
-class TaskSettings:
-    """What the texts of a model depend on beside its weights.
+@dataclass
+class TaskSettings(TaskOptions):
+    """What the texts of a model depend on beside its weights, and the tasks' own options.
 
     Args:
         task (`str`): See [`~vlm_peft.tasks.make_task`].
         instruction (`str`, *optional*): What the user says beside the picture; the task's own without it.
         max_new_tokens (`int`): Tokens of a generated text at most.
         num_beams (`int`): 1 is greedy.
-        slide_pages (`str`): Of the task `slides`: `"evidence"` or `"all"`.
-        name_pages (`bool`): Of the task `slides`: the answers name their pages.
     """
 
-    task: str = "caption"
+    task: str = DEFAULT_TASK
     instruction: str | None = None
     max_new_tokens: int = 48
     num_beams: int = 1
-    slide_pages: str = "evidence"
-    name_pages: bool = False
 
     def to_json(self) -> str:
         """The content of `task.json`."""

@@ -1,6 +1,11 @@
 """Visual questions: one picture, several questions, each with its answers."""
 
+from collections.abc import Sequence
+from typing import Any
+
+from ..metrics.vqa import PEOPLE, accuracy_by_type, vqa_accuracy
 from .example import Example, Task, answered, has_text, picture_turn, refuse_list, require_columns, row_key, to_text
+from .scoring import Metric, Row, Scores, TaskKind, by_references, mean_scores
 
 ANSWER_COLUMNS = ("answers", "multiple_choice_answer", "answer")
 """Names under which published data sets keep what was answered; at least one is needed."""
@@ -31,11 +36,11 @@ def vqa_task(columns: list[str], image_column: str, text_column: str | None, ins
             return vqa_example(members(row) if isinstance(row["question"], list) else [row], instruction)
 
         key = (lambda row: row_key(row, picture_ids)) if picture_ids else None
-        return Task("vqa", [image_column], example, key, id_column=id_column)
+        return Task(VQA.name, [image_column], example, key, id_column=id_column)
 
     column = text_column or "questions"
     require_columns(columns, image_column, column)
-    return Task("vqa", [image_column], lambda row: vqa_example(_questions(row[column]), instruction))
+    return Task(VQA.name, [image_column], lambda row: vqa_example(_questions(row[column]), instruction))
 
 
 def _questions(cell):
@@ -108,3 +113,27 @@ def _flat(cell) -> list:
     if isinstance(cell, dict):
         return _flat(cell.get("answer"))
     return [answer for each in cell for answer in _flat(each)] if isinstance(cell, list) else [cell]
+
+
+def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
+    """Where rows have `answer_type` or `question_type`, also `vqa_accuracy[answer_type=number]` and the like."""
+    scores = mean_scores(rows, "vqa_accuracy", vqa_accuracy=vqa_accuracy)
+    for key, kinds in accuracy_by_type(rows, scores.per_row["vqa_accuracy"]).items():
+        scores.metrics |= {f"vqa_accuracy[{key}={kind}]": value for kind, value in kinds.items()}
+    fewer = sum(len(row["references"]) < PEOPLE for row in rows)
+    if fewer:
+        scores.notes.append(
+            f"{fewer} of {len(rows)} questions have fewer than {PEOPLE} answers, which count as if {PEOPLE} people had "
+            "given them in equal parts; a single answer, or several equal ones, must be met letter by letter."
+        )
+    return scores
+
+
+VQA = TaskKind(
+    "vqa",
+    vqa_task,
+    metrics=(Metric("vqa_accuracy", "1 where three or more of ten people gave the answer, less where fewer did"),),
+    primary="vqa_accuracy",
+    score=_score,
+    reward=by_references(vqa_accuracy),
+)

@@ -18,6 +18,7 @@ from ..adapters.folder import read_object
 from ..data.splits import Split, content_hash
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.projector import ProjectorSettings
+from ..tasks import TaskOptions
 from .arguments import VisionArguments
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,7 @@ _VISION = (
     "loraplus_lr_ratio",
     "task",
     "instruction",
-    "slide_pages",
-    "name_pages",
+    *(each.name for each in fields(TaskOptions)),
     "train_split",
     "train_limit",
 )

@@ -33,7 +33,7 @@ from ..model.joining import joint_config
 from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..model.shared_prefix import FLEX_BLOCK
-from ..tasks import TASK_FILE, TaskSettings
+from ..tasks import TASK_FILE, TaskSettings, task_options
 from .arguments import VisionArguments, data_sources
 from .trainer import VisionSFTTrainer, prepare_training_arguments
 
@@ -281,10 +281,9 @@ def build_trainer(
     settings = TaskSettings(
         task=first.task,
         instruction=first.instruction,
-        slide_pages=first.slide_pages,
-        name_pages=first.name_pages,
         max_new_tokens=vision.max_new_tokens,
         num_beams=vision.num_beams,
+        **task_options(first),
     )
     sharing = probe(model).sharing
     is_cuda = training.device.type == "cuda" and sharing
