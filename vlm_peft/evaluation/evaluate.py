@@ -50,7 +50,7 @@ def evaluate_split(
         batch_size: Prompts at a time on each process.
         max_new_tokens, num_beams: Decoding; recorded.
         meteor, spice, tokenizer: See `score_captions`.
-        clip_model: Folder or id of a CLIP: also the task's metrics that need pictures (CLIPScore), against each row's own.
+        clip_model: Folder or id of a CLIP: also the task's metrics that need pictures, with each row's own picture.
         progress: Shows a progress bar.
 
     Raises:

@@ -116,7 +116,7 @@ def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
     scores = mean_scores(rows, "f1", exact_match=exact_match, f1=token_f1, anls=anls)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # About CIDEr, which is not among the scores here.
-        scored = score_caption_rows(rows, options)
+        scored = score_caption_rows(rows, options | {"idf_references": ()})
     kept = ("ROUGE_L", "Bleu_4", "METEOR", "SPICE")
     scores.metrics |= {name: scored.metrics[name] for name in kept if name in scored.metrics}
     scores.skipped, scores.tokenizer = scored.skipped, scored.tokenizer

@@ -1,7 +1,7 @@
 """How a model was asked in training, kept beside its adapter so that whoever uses it asks the same way."""
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .kinds import DEFAULT_TASK, TaskOptions
@@ -28,7 +28,7 @@ class TaskSettings(TaskOptions):
 
     def to_json(self) -> str:
         """The content of `task.json`."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps({name: getattr(self, name) for name in _DEFAULTS}, indent=2) + "\n"
 
     @classmethod
     def read(cls, folder: Path | str) -> "TaskSettings | None":
@@ -40,14 +40,19 @@ class TaskSettings(TaskOptions):
         path = Path(folder) / TASK_FILE
         if not path.is_file():
             return None
-        known = {each.name: each.default for each in fields(cls)}
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: stored[name] for name in known if name in stored}
+            values = {name: stored[name] for name in _DEFAULTS if name in stored}
         except (TypeError, ValueError) as error:
-            raise ValueError(f"{path}: expected a JSON object with {', '.join(known)} ({error}).") from error
+            raise ValueError(f"{path}: expected a JSON object with {', '.join(_DEFAULTS)} ({error}).") from error
         for name, value in values.items():
-            kinds = (str, type(None)) if known[name] is None else type(known[name])
-            if not isinstance(value, kinds):
-                raise ValueError(f"{path}: {name} is {value!r}, expected a value like {known[name]!r}.")
+            default = _DEFAULTS[name]
+            if not isinstance(value, (str, type(None)) if default is None else type(default)):
+                raise ValueError(f"{path}: {name} is {value!r}, expected a value like {default!r}.")
         return cls(**values)
+
+
+# The tasks' own options last, whatever the order of inheritance.
+_DEFAULTS = {
+    each.name: each.default for each in sorted(fields(TaskSettings), key=lambda each: hasattr(TaskOptions, each.name))
+}
