@@ -109,25 +109,6 @@ def test_samples_are_the_best_and_the_worst_that_the_run_kept(folder):
     assert "the 1 best and the 1 worst by CIDEr" in text
 
 
-def test_samples_are_ranked_by_the_metric_of_their_task(folder):
-    write_scores(folder, "test", {"vqa_accuracy": 0.5}, task="vqa", primary="vqa_accuracy")
-    rows = [
-        {"id": index, "prediction": f"p{index}", "references": ["r"], "vqa_accuracy": value, "cider": -value}
-        for index, value in enumerate([0.0, 1.0])
-    ]
-    (folder / "eval" / "test" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for index in (0, 1):
-        path = picture_path(folder, "test", index)
-        path.parent.mkdir(exist_ok=True)
-        Image.new("RGB", (4, 4)).save(path)
-    text = write_model_card(folder).read_text()
-    assert [line.split(" | ")[1:3] for line in text.splitlines() if line.startswith("| ![")] == [
-        ["best", "p1"],
-        ["worst", "p0"],
-    ]
-    assert "the 1 best and the 1 worst by vqa_accuracy" in text
-
-
 def test_data_and_revisions_are_named_when_the_run_knows_them(folder):
     assert "at revision" not in (text := write_model_card(folder).read_text())
     assert "- revision of" not in text

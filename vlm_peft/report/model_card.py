@@ -23,7 +23,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from ..evaluation.records import read_predictions, write_text
 from ..hub.licences import common_licence, licence_line, stated_licence
-from .gallery import picture_path, ranking
+from .gallery import picture_path
 
 SAMPLES = 3
 """Sample pictures of each kind: best, worst."""
@@ -193,9 +193,7 @@ def _samples(output_dir: Path, scores: Mapping[str, Any]) -> str:
         if "" not in conditions or not path.is_file():
             continue
         rows = [row for row in read_predictions(path) if picture_path(output_dir, split, row["id"]).is_file()]
-        metric = ranking(conditions[""])[0]
-        key = metric.lower()
-        ranked = sorted((row for row in rows if row.get(key) is not None), key=lambda row: -float(row[key]))
+        ranked = sorted((row for row in rows if row.get("cider") is not None), key=lambda row: -float(row["cider"]))
         half = min(SAMPLES, len(ranked) // 2)
         kinds = {"best": ranked[:half], "worst": ranked[len(ranked) - half :][::-1]}
         if not half:
@@ -207,7 +205,7 @@ def _samples(output_dir: Path, scores: Mapping[str, Any]) -> str:
             for row in shown
         ]
         if lines:
-            how = f"the {half} best and the {half} worst by {metric}" if half else "the first ones"
+            how = f"the {half} best and the {half} worst by CIDEr" if half else "the first ones"
             head = f"## What it says\n\nPictures of split {split}, {how} among those that the run kept.\n"
             table = ["| picture | | the model | first reference |", "|---|---|---|---|", *lines]
             return "\n".join([head, *table]) + "\n"
