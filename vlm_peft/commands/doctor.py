@@ -39,16 +39,15 @@ from ..adapters.lora import PROJECTOR, check_trainable, format_trainable_table, 
 from ..adapters.pissa import is_pissa
 from ..data.feature_cache import count_missing, features_folder, picture_bytes
 from ..data.leakage import check_overlap
-from ..data.mixture import fetch_from, first_images, mix
+from ..data.mixture import fetch_from, first_images
 from ..data.pictures import UnreadablePictureError
 from ..data.probe import probe
 from ..data.rows import encode_rows
-from ..data.splits import Split, first_of_each, leave_out, load_split, row_name
+from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
 from ..evaluation.generation import generate_texts
-from ..model.modeling_vision_qwen import VisionQwen
-from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..training.arguments import VisionArguments, parse_arguments
+from ..training.data import Part, encode_split, join, parts, row_lengths, watched
 from ..training.setup import (
     bases,
     build_trainer,
@@ -56,8 +55,6 @@ from ..training.setup import (
     describe_layout,
     load_model,
     load_processor,
-    sources,
-    training_sources,
     training_stream,
 )
 from ..training.trainer import PrintedLines
@@ -145,8 +142,8 @@ class Doctor:
     def __init__(self, vision: VisionArguments, training: SFTConfig, model_args: ModelConfig):
         self.vision, self.training, self.model_args = vision, training, model_args
         self.problems: list[str] = []
-        self.model: VisionQwen | None = None
-        self.processor: VisionQwenProcessor | None = None
+        self.model: Any = None
+        self.processor: Any = None
         self.train: list[Split] = []
         self.held_out: list[Split] = []
         self.peaks: dict[str, int] = {}
@@ -255,25 +252,19 @@ class Doctor:
 
     def check_data(self) -> None:
         """Columns, rows and a sample of the pictures of every split that will be trained on or scored."""
-        try:
-            found = sources(self.vision)
-            if not self.vision.streaming:
-                training_sources(self.vision)
-        except _ERRORS as error:
-            self.problem(str(error))
-            return
-        for source in found:
-            wanted = [(name, source.eval_limit, self.held_out) for name in source.eval_splits]
-            if source.train_split is not None and not self.vision.streaming:
-                wanted.insert(0, (source.train_split, source.train_limit, self.train))
-            for name, limit, splits in wanted:
-                _say(f"  {source.dataset_name}")
-                with self.catching():
-                    split = load_split(source, name, self.processor, limit=limit)
-                    self.check_pictures(split)
-                    if splits is self.held_out:
-                        leave_out(split, self.vision.on_bad_row)
-                    splits.append(split)
+        found: list[Part] = []
+        with self.catching():
+            found = parts(self.vision)
+        for part in found:
+            if self.vision.streaming and not part.is_held_out:
+                continue
+            _say(f"  {part.source.dataset_name}")
+            with self.catching():
+                split = part.load(self.processor)
+                self.check_pictures(split)
+                if part.is_held_out:
+                    leave_out(split, self.vision.on_bad_row)
+                (self.held_out if part.is_held_out else self.train).append(split)
 
     def check_pictures(self, split: Split) -> None:
         """Opens a sample of a split's pictures."""
@@ -292,11 +283,9 @@ class Doctor:
 
         The first held-out split of each data set, too, when its loss will be watched.
         """
-        assert self.processor is not None
-        if self.training.eval_strategy != IntervalStrategy.NO:
-            for split in first_of_each(self.held_out):
-                with self.catching():
-                    self.encode_split(split, 0)
+        for split in watched(self.held_out, self.training):
+            with self.catching():
+                self.encode_split(split, 0)
         if self.vision.streaming:
             with self.catching():
                 stream = training_stream(self.vision, self.training, self.processor, frozenset())
@@ -312,27 +301,19 @@ class Doctor:
         if not encoded or len(encoded) < len(self.train):
             return None
         with self.catching():
-            check_steps(sum(map(len, encoded)), self.training)
-            return mix(encoded, [split.data.weight for split in self.train], self.training.seed)
+            return join(encoded, self.train, self.training)
         return None
 
     def encode_split(self, split: Split, first_image: int) -> Dataset:
         """Rows as the run will lay them out; rows that cannot be used are a problem unless they are to be skipped."""
-        assert self.processor is not None
-        limit = self.training.max_length
-        arguments: dict[str, Any] = {
-            "unreadable": split.unreadable,
-            "on_bad_row": "skip",
-            "num_proc": self.training.dataset_num_proc,
-            "first_image": first_image,
-        }
-        found = encode_rows(split.texts, split.task, self.processor, split.pictures, max_length=None, **arguments)
-        lengths = _lengths(found.dataset)
-        numbers = found.dataset["row"][:]
+        arguments: Any = (split, self.processor, self.training)
+        found = encode_split(*arguments, first_image=first_image, whole=True)
+        lengths = row_lengths(found.dataset)
+        longest = sorted(zip(lengths, found.dataset["row"][:], strict=True), key=lambda pair: -pair[0])[:3]
         _say(f"  Rows of {split.name} ({split.task.name}):")
-        self.tell_lengths(lengths, [row_name(split.texts[row]) for row in _longest(lengths, numbers)])
-        if limit is not None and max(lengths) > limit:
-            found = encode_rows(split.texts, split.task, self.processor, split.pictures, max_length=limit, **arguments)
+        self.tell_lengths(lengths, [row_name(split.texts[row]) for _, row in longest])
+        if self.training.max_length is not None and max(lengths) > self.training.max_length:
+            found = encode_split(*arguments, first_image=first_image)
         for reason, names in found.dropped.items():
             said = f"{len(names)} of {len(split.texts)} rows of {split.name} ({', '.join(names[:5])}): {reason}"
             if self.vision.on_bad_row == "skip":
@@ -373,8 +354,6 @@ class Doctor:
 
     def check_placeholders(self, rows: Dataset | IterableDataset | None) -> None:
         """Runs the encoder and the projector on the pictures of a real row of each data set."""
-        assert self.model is not None
-        assert self.processor is not None
         for split in self.train if rows is not None else []:
             for number in range(len(split.texts)):
                 images = list(split.pictures.of_row(number))
@@ -401,11 +380,9 @@ class Doctor:
 
     def try_run(self, rows: Dataset | IterableDataset) -> None:
         """Builds the trainer, tells what trains, tries steps and texts, and predicts the run."""
-        assert self.model is not None
-        assert self.processor is not None
         to_encode = self.check_disk()
         with tempfile.TemporaryDirectory() as folder:
-            batches = [] if isinstance(rows, IterableDataset) else self.draw_batches(_lengths(rows))
+            batches = [] if isinstance(rows, IterableDataset) else self.draw_batches(row_lengths(rows))
             chosen = rows if isinstance(rows, IterableDataset) else rows.select([row for b in batches for row in b])
             fetch, encode_rate = self.fetcher(chosen)
             watch = StepWatch(self.training.device)
@@ -437,8 +414,6 @@ class Doctor:
 
     def check_disk(self) -> int:
         """Room for the features that are not stored yet; returns their number."""
-        assert self.model is not None
-        assert self.processor is not None
         splits = [*self.train, *self.held_out]
         if not self.vision.feature_cache:
             _say("  no feature cache: pictures are encoded in every step")
@@ -492,8 +467,6 @@ class Doctor:
 
         Encoding stops after a minute; further rows then get the features of other pictures, which changes no figure.
         """
-        assert self.model is not None
-        assert self.processor is not None
         if isinstance(rows, IterableDataset):
             return stack_pixels, math.nan
         fetch_pixels = fetch_from(self.train)
@@ -576,7 +549,6 @@ class Doctor:
         Returns:
             `float`: Seconds a text at most, since an untrained model seldom ends early; 0 when nothing is scored.
         """
-        assert self.processor is not None
         again, _ = load_model(self.vision, self.model_args, self.training.device)
         self.note_peak("checking the saved adapter")
         if not self.held_out:
@@ -603,7 +575,6 @@ class Doctor:
         self, rows: Dataset | IterableDataset, trial: Trial, adapter: int, to_encode: int, rate: float, text: float
     ) -> None:
         """Extrapolates to the whole run."""
-        assert self.model is not None
         _title("Prediction for one process")
         steps, said = self.count_steps(rows)
         step = statistics.fmean(trial.seconds)
@@ -713,15 +684,6 @@ def adapter_bytes(model: PeftModel) -> int:
         value.numel() * value.element_size() * (2 if doubled and ".lora_" in name else 1)
         for name, value in get_peft_model_state_dict(model).items()
     )
-
-
-def _lengths(rows: Dataset) -> list[int]:
-    return [len(ids) for ids in rows["input_ids"][:]]
-
-
-def _longest(lengths: list[int], numbers: list[int]) -> list[int]:
-    """Row numbers of the three longest."""
-    return [numbers[place] for place in sorted(range(len(lengths)), key=lambda place: -lengths[place])[:3]]
 
 
 def _spread(count: int, wanted: int) -> list[int]:

@@ -156,19 +156,16 @@ def inspect(vision, training, processor, source, split_name: str, count: int) ->
         OSError: if the data set is not there.
     """
     from ..data.pictures import UnreadablePictureError
-    from ..data.rows import encode_rows, lay_out_row
+    from ..data.rows import lay_out_row
     from ..data.splits import row_name
+    from ..training.data import Part, encode_split, row_lengths
 
-    limit = source.train_limit if split_name == source.train_split else source.eval_limit
-    split = _load(vision, processor, source, split_name, limit)
-    arguments = {"on_bad_row": "skip", "num_proc": training.dataset_num_proc}
-    encoded = encode_rows(split.texts, split.task, processor, split.pictures, max_length=None, **arguments)
-    lengths = [len(ids) for ids in encoded.dataset["input_ids"][:]]
-    left_out = encoded.dropped
+    part = Part(source, split_name, is_held_out=split_name != source.train_split)
+    split = part.load_first(processor, _STREAMED_ROWS) if vision.streaming else part.load(processor)
+    encoded = encode_split(split, processor, training, whole=True)
+    lengths = row_lengths(encoded.dataset)
     if training.max_length is not None and max(lengths) > training.max_length:
-        left_out = encode_rows(
-            split.texts, split.task, processor, split.pictures, max_length=training.max_length, **arguments
-        ).dropped
+        encoded = encode_split(split, processor, training)
 
     rows = []
     total = len(split.texts)
@@ -196,26 +193,7 @@ def inspect(vision, training, processor, source, split_name: str, count: int) ->
         "a picture": f"{processor.num_image_tokens} image tokens, {_pixels(processor)} pixels",
         "max_length": "none" if training.max_length is None else f"{training.max_length:,} tokens",
     }
-    return Inspected(split.task.name, facts, lengths, training.max_length, left_out, rows)
-
-
-def _load(vision, processor, source, name: str, limit: int | None):
-    """A split with all its rows; of a stream the first ones."""
-    from datasets import Dataset
-
-    from ..data.rows import bind_rows, picture_folder
-    from ..data.splits import Split, bind_task, load_split
-    from ..data.streaming import load_stream
-
-    if not vision.streaming:
-        return load_split(source, name, processor, limit=limit)
-    stream = load_stream(source, name, limit=min(limit or _STREAMED_ROWS, _STREAMED_ROWS))
-    rows = Dataset.from_list(list(stream), features=stream.features)
-    if "id" not in rows.column_names:
-        rows = rows.add_column("id", [str(index) for index in range(len(rows))])
-    task = bind_task(source, rows.column_names)
-    texts, pictures = bind_rows(rows, task, picture_folder(source.dataset_name, source.image_folder))
-    return Split(name, name, source, texts, task, pictures, lambda ids: {})
+    return Inspected(split.task.name, facts, lengths, training.max_length, encoded.dropped, rows)
 
 
 def _pixels(processor) -> str:

@@ -151,12 +151,18 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
             split_column=data.split_column,
             limit=limit,
         )
-        task = bind_task(data, rows.column_names)
-        folder = picture_folder(data.dataset_name, data.image_folder)
-        texts, pictures = bind_rows(rows, task, folder)
+        split = make_split(data, name, rows, processor)
     if PartialState().is_main_process:
+        texts, pictures = split.texts, split.pictures
         grouped = f" in {len(texts):,} groups" if len(texts) < len(rows) else ""
-        print(f"Split {name} ({task.name}): {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
+        print(f"Split {name} ({split.task.name}): {len(rows):,} rows{grouped}, {len(pictures):,} pictures.", flush=True)  # noqa: T201
+    return split
+
+
+def make_split(data: DataArguments, name: str, rows: Dataset, processor) -> Split:
+    """A split of rows that are loaded; see [`load_split`]."""
+    task = bind_task(data, rows.column_names)
+    texts, pictures = bind_rows(rows, task, picture_folder(str(data.dataset_name), data.image_folder))
 
     def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
         opened = [pictures.open(index) for index in ids]

@@ -1,7 +1,10 @@
-"""The rows of a training run: held-out splits, and training rows from a data set, a mixture or a stream."""
+"""The rows of a run: which are read, encoded and held out; for the recipe, and for those who look before it trains.
+
+Stage: options -> held-out splits, and training rows from a data set, a mixture or a stream.
+"""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,14 +12,107 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
+from trl import SFTConfig
 
+from ..data.arguments import DataArguments
 from ..data.leakage import check_overlap, picture_hashes
 from ..data.mixture import fetch_from, first_images, mix
-from ..data.rows import encode_rows
-from ..data.splits import Split, encode_pictures, first_of_each, leave_out, load_split
-from ..data.streaming import stack_pixels
+from ..data.rows import EncodedRows, encode_rows
+from ..data.splits import Split, encode_pictures, first_of_each, leave_out, load_split, make_split
+from ..data.streaming import load_stream, stack_pixels
 from .arguments import VisionArguments
 from .setup import check_steps, sources, training_sources, training_stream
+
+
+@dataclass(frozen=True)
+class Part:
+    """A split that a run reads, before it is read.
+
+    Args:
+        source ([`~vlm_peft.data.arguments.DataArguments`]): Its data set.
+        name (`str`): As the data set calls it.
+        is_held_out (`bool`): Whether it is scored, not trained on.
+    """
+
+    source: DataArguments
+    name: str
+    is_held_out: bool
+
+    @property
+    def limit(self) -> int | None:
+        """First so many rows only."""
+        return self.source.eval_limit if self.is_held_out else self.source.train_limit
+
+    def load(self, processor) -> Split:
+        """See [`~vlm_peft.data.splits.load_split`]."""
+        return load_split(self.source, self.name, processor, limit=self.limit)
+
+    def load_first(self, processor, count: int) -> Split:
+        """The first rows of a stream as a split."""
+        stream = load_stream(self.source, self.name, limit=min(self.limit or count, count))
+        rows = Dataset.from_list(list(stream), features=stream.features)
+        if "id" not in rows.column_names:
+            rows = rows.add_column("id", [str(index) for index in range(len(rows))])
+        return make_split(self.source, self.name, rows, processor)
+
+
+def parts(vision: VisionArguments) -> list[Part]:
+    """All that a run reads, data set by data set, what is trained on first.
+
+    Raises:
+        ValueError: When nothing is trained on, or the options contradict each other.
+        FileNotFoundError: When a data set's path is not there.
+    """
+    training_sources(vision)
+    found = []
+    for source in sources(vision):
+        found += [Part(source, source.train_split, is_held_out=False)] if source.train_split is not None else []
+        found += [Part(source, name, is_held_out=True) for name in source.eval_splits]
+    return found
+
+
+def encode_split(
+    split: Split, processor, training: SFTConfig, *, on_bad_row: str = "skip", first_image: int = 0, whole: bool = False
+) -> EncodedRows:
+    """A split's rows as they are trained on; see [`~vlm_peft.data.rows.encode_rows`].
+
+    Args:
+        split, processor, on_bad_row, first_image: Passed on.
+        training (`SFTConfig`): `max_length` and `dataset_num_proc`.
+        whole (`bool`, *optional*, defaults to `False`): In one sequence each, however long.
+    """
+    return encode_rows(
+        split.texts,
+        split.task,
+        processor,
+        split.pictures,
+        max_length=None if whole else training.max_length,
+        unreadable=split.unreadable,
+        on_bad_row=on_bad_row,
+        num_proc=training.dataset_num_proc,
+        first_image=first_image,
+    )
+
+
+def row_lengths(rows: Dataset) -> list[int]:
+    """Tokens of each encoded row."""
+    return [len(ids) for ids in rows["input_ids"][:]]
+
+
+def watched(held_out: Iterable[Split], training: SFTConfig) -> list[Split]:
+    """The splits whose loss is taken at evaluations: the first one of each data set."""
+    return first_of_each(held_out) if training.eval_strategy != "no" else []
+
+
+def join(encoded: list[Dataset], splits: list[Split], training: SFTConfig) -> Dataset:
+    """The training rows of all data sets as one.
+
+    Raises:
+        ValueError: When there is no step to train, or some data sets have weights and others none.
+    """
+    rows = mix(encoded, [split.data.weight for split in splits], training.seed)
+    check_steps(len(rows), training)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -45,22 +141,24 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
         ValueError: if a split has rows that cannot be scored (see `leave_out`).
     """
     found: dict[str, Split] = {}
-    all_sources = sources(vision)
-    for source in all_sources:
-        for name in source.eval_splits:
-            split = load_split(source, name, processor, limit=source.eval_limit)
-            split = leave_out(_encoded(vision, split, model, processor), vision.on_bad_row)
-            # A part like `train[90%:]` is a folder's name, too.
-            split.name = re.sub(r"[^\w.+-]+", "-", name).strip("-")
-            if len(all_sources) > 1:
-                split.name = f"{source.task}-{split.name}"
-                if split.name in found:
-                    split.name = f"{Path(str(source.dataset_name)).stem}-{split.name}"
-            found[split.name] = split
+    is_mixture = len(sources(vision)) > 1
+    for part in parts(vision):
+        if not part.is_held_out:
+            continue
+        split = leave_out(_with_pictures(vision, part.load(processor), model, processor), vision.on_bad_row)
+        # A part like `train[90%:]` is a folder's name, too.
+        split.name = re.sub(r"[^\w.+-]+", "-", part.name).strip("-")
+        if is_mixture:
+            split.name = f"{split.data.task}-{split.name}"
+            if split.name in found:
+                split.name = f"{Path(str(split.data.dataset_name)).stem}-{split.name}"
+        found[split.name] = split
     return found
 
 
-def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
+def load_training(
+    vision: VisionArguments, training: SFTConfig, model, processor, held_out: dict[str, Split]
+) -> TrainingRows:
     """Training rows of all data sets, checked against the held-out pictures and encoded.
 
     Args:
@@ -72,74 +170,48 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
     Raises:
         ValueError: for rows that cannot be used, or pictures that are also held out.
     """
-    watched = first_of_each(held_out.values()) if training.eval_strategy != "no" else []
+    others = watched(held_out.values(), training)
+    splits: list[Split] = []
+    if not vision.streaming:
+        for part in parts(vision):
+            if part.is_held_out:
+                continue
+            split = part.load(processor)
+            for other in held_out.values():
+                said = check_overlap(split, other, allow=vision.allow_overlap)
+                if said is not None and PartialState().is_main_process:
+                    print(f"Overlap allowed: {said}", flush=True)
+            splits.append(_with_pictures(vision, split, model, processor))
+
+    fetch = fetch_from([*splits, *others])
+    with PartialState().main_process_first():
+        encoded = [
+            encode_split(split, processor, training, on_bad_row=vision.on_bad_row, first_image=first_image).dataset
+            for split, first_image in zip([*splits, *others], first_images([*splits, *others]), strict=True)
+        ]
+    eval_dataset = concatenate_datasets(encoded[len(splits) :]) if others else None
     if vision.streaming:
         hashes: set[str] = set()
         if not vision.allow_overlap:
             for split in held_out.values():
                 hashes |= set(picture_hashes(split.pictures))
-        dataset = training_stream(vision, training, processor, frozenset(hashes))
-        described = (
-            f"Training on a stream for {training.max_steps:,} steps: its length is not known, and each picture is "
-            "encoded when it comes (no feature cache)."
-        )
-        fetch = fetch_from(watched)
-        eval_rows = _encode(vision, training, processor, watched, 0)
         return TrainingRows(
-            dataset,
-            concatenate_datasets(eval_rows) if eval_rows else None,
+            training_stream(vision, training, processor, frozenset(hashes)),
+            eval_dataset,
             lambda images: fetch(images) if isinstance(images[0], int) else stack_pixels(images),
-            described,
+            f"Training on a stream for {training.max_steps:,} steps: its length is not known, and each picture is "
+            "encoded when it comes (no feature cache).",
             [],
         )
-
-    splits = []
-    for source in training_sources(vision):
-        split = load_split(source, str(source.train_split), processor, limit=source.train_limit)
-        for other in held_out.values():
-            said = check_overlap(split, other, allow=vision.allow_overlap)
-            if said is not None and PartialState().is_main_process:
-                print(f"Overlap allowed: {said}", flush=True)
-        splits.append(_encoded(vision, split, model, processor))
-    encoded = _encode(vision, training, processor, splits, 0)
-    dataset = mix(encoded, [split.data.weight for split in splits], training.seed)
-    check_steps(len(dataset), training)
-    texts = sum(dataset["num_branches"][:])
-    described = f"Training on {len(dataset):,} rows with {texts:,} texts"
+    dataset = join(encoded[: len(splits)], splits, training)
+    described = f"Training on {len(dataset):,} rows with {sum(dataset['num_branches'][:]):,} texts"
     if len(splits) > 1:
-        parts = ", ".join(f"{len(rows):,} of {split.data.task}" for rows, split in zip(encoded, splits, strict=True))
-        described += f", drawn from {parts}"
-    eval_rows = _encode(vision, training, processor, watched, sum(len(split.pictures) for split in splits))
-    return TrainingRows(
-        dataset,
-        concatenate_datasets(eval_rows) if eval_rows else None,
-        fetch_from([*splits, *watched]),
-        described + ".",
-        splits,
-    )
+        drawn = zip(encoded, splits, strict=False)
+        described += f", drawn from {', '.join(f'{len(rows):,} of {split.data.task}' for rows, split in drawn)}"
+    return TrainingRows(dataset, eval_dataset, fetch, described + ".", splits)
 
 
-def _encode(vision: VisionArguments, training, processor, splits: list[Split], first: int) -> list[Dataset]:
-    """Encoded rows of each split; their pictures are numbered from `first` on."""
-    encoded = []
-    with PartialState().main_process_first():
-        for split, first_image in zip(splits, first_images(splits), strict=True):
-            rows = encode_rows(
-                split.texts,
-                split.task,
-                processor,
-                split.pictures,
-                max_length=training.max_length,
-                unreadable=split.unreadable,
-                on_bad_row=vision.on_bad_row,
-                num_proc=training.dataset_num_proc,
-                first_image=first + first_image,
-            )
-            encoded.append(rows.dataset)
-    return encoded
-
-
-def _encoded(vision: VisionArguments, split: Split, model, processor) -> Split:
+def _with_pictures(vision: VisionArguments, split: Split, model, processor) -> Split:
     return encode_pictures(
         split,
         model,
