@@ -186,6 +186,18 @@ def bases(tmp_path_factory) -> tuple[Path, Path]:
 
 
 @pytest.fixture(scope="session")
+def wide_bases(tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny CLIP, and a Qwen3 that can be quantized."""
+    clip, qwen3 = save_bases(tmp_path_factory.mktemp("wide"))
+    from tiny_runs import wide_config
+    from transformers import Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    Qwen3ForCausalLM(wide_config()).save_pretrained(qwen3)
+    return clip, qwen3
+
+
+@pytest.fixture(scope="session")
 def flickr(tmp_path_factory) -> Path:
     """A folder of Flickr30k's schema: 24 train, 4 val and 4 test rows."""
     return save_flickr(tmp_path_factory.mktemp("flickr30k"))

@@ -1,8 +1,7 @@
-"""A stand-in of the Hub on this machine: repositories in memory, and the HTTP API that pushes and pulls need.
+"""A stand-in of the Hub on this machine: repositories in memory, and the HTTP API that our pushes and pulls ask for.
 
-Endpoints and shapes are those that huggingface_hub 2.4 asks for: `/api/whoami-v2`, `/api/repos/create`,
-`/api/validate-yaml`, `preupload`, `commit`, LFS batch and upload, info, `discussions`, `tree`, `paths-info`, `refs`,
-and `resolve`.
+Endpoints and shapes are those of huggingface_hub 2.4: `/api/whoami-v2`, `/api/repos/create`, `/api/validate-yaml`,
+`preupload`, `commit`, LFS batch and upload, info, `discussions`, `tree`, and `resolve`.
 """
 
 import base64
@@ -18,6 +17,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 
 LFS_SUFFIXES = (".safetensors", ".bin", ".parquet", ".webp")
+OWNER = "hf_ownerTokenThatNobodyMaySee00000001"
+GUEST = "hf_guestTokenThatNobodyMaySee00000002"
+USERS = {OWNER: "me", GUEST: "guest"}
 
 
 @dataclass
@@ -28,7 +30,6 @@ class Repo:
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
     history: list[str] = field(default_factory=list)
-
     pull_requests: list[dict] = field(default_factory=list)
 
     def commit(self, files: dict[str, bytes], branch: str = "main") -> str:
@@ -63,7 +64,6 @@ class HubServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
-        self.users = {"hf_ownerTokenThatNobodyMaySee00000001": "me", "hf_guestTokenThatNobodyMaySee00000002": "guest"}
         self.repos: dict[tuple[str, str], Repo] = {}
         self.lfs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
@@ -82,6 +82,10 @@ class HubServer(ThreadingHTTPServer):
         return repo
 
 
+class Refusal(Exception):
+    """Status, the Hub's code and a message."""
+
+
 class Handler(BaseHTTPRequestHandler):
     """One request."""
 
@@ -91,189 +95,139 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args) -> None:
         """Tests read `requests` instead."""
 
-    def reply(self, status: int, body=b"", **headers: str) -> None:
+    def reply(self, body=b"", status: int = 200, **headers: str) -> None:
         """Sends bytes, or anything else as JSON."""
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
-        for name, value in headers.items():
+        for name, value in {**headers, "Content_Length": str(len(raw))}.items():
             self.send_header(name.replace("_", "-"), value)
-        if not {"Content_Length"} & set(headers):
-            self.send_header("Content-Length", str(len(raw)))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(raw)
 
-    def refuse(self, status: int, code: str, message: str) -> None:
-        """An error as the Hub sends it."""
-        self.reply(status, {"error": message}, X_Error_Code=code, X_Error_Message=message)
-
     def handle_request(self) -> None:
         """Routes, for all methods."""
-        raw_path = urlsplit(self.path).path
+        path = urlsplit(self.path).path
         self.query = parse_qs(urlsplit(self.path).query)
         self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
-        self.user = self.server.users.get(token)
-        self.server.requests.append((self.command, unquote(raw_path), self.user))
-        if self.server.fail_at and self.server.fail_at in raw_path:
-            if self.server.fail_at == "commit":
-                self.close_connection = True
-                self.connection.close()
-                return
-            # An unkind server: it repeats the token to whoever reads its message.
-            self.refuse(403, "", f"refused for {token}")
-            return
-        if token and self.user is None:
-            self.refuse(401, "", "Invalid credentials in Authorization header")
-            return
-        for pattern, action in ROUTES:
-            match = re.fullmatch(pattern, raw_path)
-            if match:
-                action(self, **{name: unquote(value) for name, value in match.groupdict("").items()})
-                return
-        self.refuse(404, "", f"no such address: {raw_path}")
+        self.user = USERS.get(token)
+        self.server.requests.append((self.command, unquote(path), self.user))
+        try:
+            if self.server.fail_at and self.server.fail_at in path:
+                if self.server.fail_at == "commit":
+                    self.close_connection = True
+                    self.connection.close()
+                    return
+                # An unkind server: it repeats the token to whoever reads its message.
+                raise Refusal(403, "", f"refused for {token}")
+            if token and self.user is None:
+                raise Refusal(401, "", "Invalid credentials in Authorization header")
+            found = ((action, re.fullmatch(pattern, path)) for pattern, action in ROUTES)
+            action, match = next((pair for pair in found if pair[1]), (None, None))
+            if match is None:
+                raise Refusal(404, "", f"no such address: {path}")
+            action(self, **{name: unquote(value) for name, value in match.groupdict("").items()})
+        except Refusal as error:
+            status, code, message = error.args
+            self.reply({"error": message}, status, X_Error_Code=code, X_Error_Message=message)
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_request
 
     # --- finding ---
 
-    def find(self, kind: str, name: str, *, write: bool = False) -> Repo | None:
-        """The repository, or `None` after an answer that says why not."""
-        repo = self.server.repos.get((kind or "model", name))
+    def find(self, kind: str, name: str, *, write: bool = False) -> Repo:
+        """The repository that a user may see, or write to."""
+        repo = self.server.repos.get((kind.rstrip("s/") or "model", name))
         owner = name.partition("/")[0]
         if repo is None or (repo.private and self.user != owner):
-            self.refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
-            return None
+            raise Refusal(404 if self.user else 401, "RepoNotFound", "Repository not found")
         if write and self.user != owner:
-            self.refuse(403, "", f"you do not have write access to {name}")
-            return None
+            raise Refusal(403, "", f"you do not have write access to {name}")
         return repo
 
-    def tree_of(self, repo: Repo, revision: str) -> tuple[str, dict[str, bytes]] | None:
-        """Commit and files of a branch or commit, or `None` after an answer."""
+    def tree_of(self, repo: Repo, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Commit and files of a branch or commit."""
         sha = repo.branches.get(revision, revision)
         if sha not in repo.commits and not (revision == "main" and not repo.history):
-            self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-            return None
+            raise Refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         return sha, repo.commits.get(sha, {})
 
     # --- the API ---
 
     def whoami(self) -> None:
-        if self.user is None:
-            self.refuse(401, "", "Invalid username or password.")
-        else:
-            self.reply(200, {"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
+        self.reply({"type": "user", "name": self.user, "orgs": [], "auth": {"type": "access_token"}})
 
     def create(self) -> None:
         wanted = json.loads(self.body)
-        owner = wanted.get("organization") or self.user
-        kind, name = wanted.get("type") or "model", f"{owner}/{wanted['name']}"
-        if self.user != owner:
-            self.refuse(403 if self.user else 401, "", f"you may not create repositories of {owner}")
-            return
-        url = f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{name}"
-        if (kind, name) in self.server.repos:
-            self.reply(409, {"error": "You already created this repo", "url": url})
-            return
+        kind, name = wanted.get("type") or "model", f"{wanted.get('organization') or self.user}/{wanted['name']}"
         self.server.repos[kind, name] = Repo(wanted.get("visibility") == "private")
-        self.reply(200, {"url": url, "name": name})
+        self.reply({"url": f"{self.server.url}/{'datasets/' if kind == 'dataset' else ''}{name}", "name": name})
 
     def validate_yaml(self) -> None:
         front = yaml.safe_load(json.loads(self.body)["content"].split("---")[1])
         licences = (None, "mit", "cc0-1.0", "other")
         errors = [] if front.get("license") in licences else [{"message": "no such licence"}]
-        self.reply(400 if errors else 200, {"errors": errors, "warnings": []})
+        self.reply({"errors": errors, "warnings": []}, 400 if errors else 200)
 
-    def info(self, kind: str, name: str, revision: str) -> None:
+    def info(self, kind: str, name: str, revision: str = "main") -> None:
         repo = self.find(kind, name)
-        found = repo and self.tree_of(repo, revision or "main")
-        if not found:
-            return
-        sha, files = found
+        sha, files = self.tree_of(repo, revision)
         card = files.get("README.md", b"").decode().split("---")
-        self.reply(
-            200,
-            {
-                "id": name,
-                "sha": sha if repo.history else None,
-                "private": repo.private,
-                "siblings": [
-                    sibling(path, content, "blobs" in self.query and self.server.tells_hashes)
-                    for path, content in files.items()
-                ],
-                "cardData": yaml.safe_load(card[1]) if len(card) > 2 else None,
-                "tags": [],
-                "downloads": 0,
-                "likes": 0,
-            },
-        )
+        siblings = [{"rfilename": path} for path in files]
+        if "blobs" in self.query and self.server.tells_hashes:
+            for entry, (path, content) in zip(siblings, files.items(), strict=True):
+                entry |= {"size": len(content), "blobId": oid("", content)}
+                if path.endswith(LFS_SUFFIXES):
+                    entry["lfs"] = {"sha256": oid(path, content), "size": len(content), "pointerSize": 134}
+        found = {"id": name, "sha": sha if repo.history else None, "private": repo.private, "siblings": siblings}
+        found |= {"cardData": yaml.safe_load(card[1]) if len(card) > 2 else None}
+        self.reply(found | {"tags": [], "downloads": 0, "likes": 0})
 
     def discussions(self, kind: str, name: str) -> None:
-        repo = self.find(kind, name)
-        if repo is None:
-            return
         author = self.query.get("author", [None])[0]
         start = 2 * int(self.query.get("p", ["0"])[0])
         # Newest first, and in pages, of which the Hub's hold more.
-        listed = [each for each in reversed(repo.pull_requests) if author in (None, each["author"])]
-        page = [
-            each
-            | {
-                "author": {"name": each["author"]},
-                "createdAt": "2024-01-01T00:00:00.000Z",
-                "repo": {"name": name, "type": kind},
-                "isPullRequest": True,
-            }
-            for each in listed[start : start + 2]
-        ]
-        self.reply(200, {"count": len(listed), "start": start, "discussions": page})
+        proposed = reversed(self.find(kind, name).pull_requests)
+        listed = [each for each in proposed if author in (None, each["author"])]
+        same = {"createdAt": "2024-01-01T00:00:00.000Z", "repo": {"name": name, "type": kind}, "isPullRequest": True}
+        page = [each | {"author": {"name": each["author"]}} | same for each in listed[start : start + 2]]
+        self.reply({"count": len(listed), "start": start, "discussions": page})
 
     def preupload(self, kind: str, name: str, revision: str) -> None:
-        repo = self.find(kind, name, write=True)
-        found = repo and self.tree_of(repo, revision)
-        if not found:
-            return
+        _, stored = self.tree_of(self.find(kind, name, write=True), revision)
         files = [
             {
-                "path": each["path"],
-                "uploadMode": "lfs" if each["path"].endswith(LFS_SUFFIXES) else "regular",
+                "path": path,
+                "uploadMode": "lfs" if path.endswith(LFS_SUFFIXES) else "regular",
                 "shouldIgnore": False,
-                "oid": oid(each["path"], found[1][each["path"]]) if each["path"] in found[1] else None,
+                "oid": oid(path, stored[path]) if path in stored else None,
             }
-            for each in json.loads(self.body)["files"]
+            for path in (each["path"] for each in json.loads(self.body)["files"])
         ]
-        self.reply(200, {"files": files})
+        self.reply({"files": files})
 
     def lfs_batch(self, kind: str, name: str) -> None:
-        if self.find(kind, name, write=True) is None:
-            return
+        self.find(kind, name, write=True)
         objects = [
             {**each, "actions": {"upload": {"href": f"{self.server.url}/lfs/{each['oid']}"}}}
             for each in json.loads(self.body)["objects"]
         ]
-        self.reply(200, {"transfer": "basic", "objects": objects})
+        self.reply({"transfer": "basic", "objects": objects})
 
     def lfs_put(self, digest: str) -> None:
-        if hashlib.sha256(self.body).hexdigest() != digest:
-            self.refuse(400, "", "content and name differ")
-            return
+        assert hashlib.sha256(self.body).hexdigest() == digest
         self.server.lfs[digest] = self.body
-        self.reply(200)
+        self.reply()
 
     def commit(self, kind: str, name: str, revision: str) -> None:
         repo = self.find(kind, name, write=True)
-        found = repo and self.tree_of(repo, revision)
-        if not found:
-            return
-        sha, files = found[0], dict(found[1])
-        for line in self.body.splitlines():
-            entry = json.loads(line)
+        sha, files = self.tree_of(repo, revision)
+        files = dict(files)
+        for entry in map(json.loads, self.body.splitlines()):
             value = entry["value"]
             if entry["key"] == "header":
-                if value.get("parentCommit", sha) != sha:
-                    self.refuse(412, "", "a commit has happened since")
-                    return
+                assert value.get("parentCommit", sha) == sha
             elif entry["key"] == "file":
                 files[value["path"]] = base64.b64decode(value["content"])
             elif entry["key"] == "lfsFile":
@@ -281,68 +235,34 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 del files[value["path"]]
         new = repo.commit(files, revision)
-        self.reply(200, {"commitUrl": f"{self.server.url}/{name}/commit/{new}", "commitOid": new, "hookOutput": ""})
+        self.reply({"commitUrl": f"{self.server.url}/{name}/commit/{new}", "commitOid": new, "hookOutput": ""})
 
     def tree(self, kind: str, name: str, revision: str, path: str) -> None:
-        repo = self.find(kind, name)
-        found = repo and self.tree_of(repo, revision)
-        if not found:
-            return
-        recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
+        _, files = self.tree_of(self.find(kind, name), revision)
+        is_recursive = self.query.get("recursive", ["false"])[0].lower() in ("true", "1")
         prefix = f"{path}/" if path else ""
         entries, folders = [], {}
-        for each, content in sorted(found[1].items()):
-            rest = each.removeprefix(prefix)
+        for each, content in sorted(files.items()):
             if not each.startswith(prefix):
                 continue
-            parents = rest.split("/")[:-1]
-            for depth in range(1, (len(parents) if recursive else min(1, len(parents))) + 1):
+            parents = each.removeprefix(prefix).split("/")[:-1]
+            for depth in range(1, (len(parents) if is_recursive else min(1, len(parents))) + 1):
                 folder = prefix + "/".join(parents[:depth])
                 folders[folder] = {"type": "directory", "path": folder, "oid": "0" * 40, "size": 0}
-            if recursive or not parents:
-                entries.append(file_entry(each, content))
+            if is_recursive or not parents:
+                entry = {"type": "file", "path": each, "size": len(content), "oid": oid(each, content)}
+                if each.endswith(LFS_SUFFIXES):
+                    entry["lfs"] = {"oid": oid(each, content), "size": len(content), "pointerSize": 134}
+                entries.append(entry)
         if path and not entries and not folders:
-            self.refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
-            return
-        self.reply(200, [*folders.values(), *entries])
+            raise Refusal(404, "EntryNotFound", f"{path} does not exist on {revision}")
+        self.reply([*folders.values(), *entries])
 
-    def paths_info(self, kind: str, name: str, revision: str) -> None:
-        repo = self.find(kind, name)
-        found = repo and self.tree_of(repo, revision)
-        if not found:
-            return
-        is_json = "json" in (self.headers.get("Content-Type") or "")
-        paths = json.loads(self.body)["paths"] if is_json else parse_qs(self.body.decode()).get("paths", [])
-        entries = [file_entry(path, found[1][path]) for path in paths if path in found[1]]
-        for path in paths:
-            if path not in found[1] and any(each.startswith(f"{path}/") for each in found[1]):
-                entries.append({"type": "directory", "path": path, "oid": "0" * 40, "size": 0})
-        self.reply(200, entries)
-
-    def refs(self, kind: str, name: str) -> None:
-        repo = self.find(kind, name)
-        if repo is not None:
-            branches = [{"name": n, "ref": f"refs/heads/{n}", "targetCommit": c} for n, c in repo.branches.items()]
-            self.reply(200, {"branches": branches, "converts": [], "tags": []})
-
-    def resolve(self, prefix: str, name: str, revision: str, path: str) -> None:
-        repo = self.find(prefix.rstrip("s/") or "model", name)
-        found = repo and self.tree_of(repo, revision)
-        if not found:
-            return
-        sha, files = found
+    def resolve(self, kind: str, name: str, revision: str, path: str) -> None:
+        sha, files = self.tree_of(self.find(kind, name), revision)
         if path not in files:
-            self.refuse(404, "EntryNotFound", f"{path} does not exist on {revision}")
-            return
-        content = files[path]
-        common = {"X_Repo_Commit": sha, "ETag": f'"{oid(path, content)}"', "Accept_Ranges": "bytes"}
-        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-        if asked:
-            start, end = int(asked[1]), min(int(asked[2] or len(content) - 1), len(content) - 1)
-            where = f"bytes {start}-{end}/{len(content)}"
-            self.reply(206, content[start : end + 1], Content_Range=where, **common)
-        else:
-            self.reply(200, content, **common)
+            raise Refusal(404, "EntryNotFound", f"{path} does not exist on {revision}")
+        self.reply(files[path], X_Repo_Commit=sha, ETag=f'"{oid(path, files[path])}"')
 
 
 def oid(path: str, content: bytes) -> str:
@@ -352,44 +272,21 @@ def oid(path: str, content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def sibling(path: str, content: bytes, with_hashes: bool) -> dict:
-    """A file in `info`."""
-    entry = {"rfilename": path}
-    if with_hashes:
-        entry |= {"size": len(content), "blobId": oid("", content)}
-        if path.endswith(LFS_SUFFIXES):
-            entry["lfs"] = {"sha256": oid(path, content), "size": len(content), "pointerSize": 134}
-    return entry
-
-
-def file_entry(path: str, content: bytes) -> dict:
-    """A file in `tree` and `paths-info`."""
-    entry = {"type": "file", "path": path, "size": len(content), "oid": oid(path, content)}
-    if path.endswith(LFS_SUFFIXES):
-        entry |= {"lfs": {"oid": oid(path, content), "size": len(content), "pointerSize": 134}}
-    return entry
-
-
-_API = r"/api/(?P<kind>model|dataset|space)s/(?P<name>[^/]+/[^/]+)"
+_NAME = r"(?P<name>[^/]+/[^/]+)"
+_API = rf"/api/(?P<kind>model|dataset)s/{_NAME}"
 ROUTES = [
     (r"/api/whoami-v2", Handler.whoami),
     (r"/api/repos/create", Handler.create),
     (r"/api/validate-yaml", Handler.validate_yaml),
-    (_API, lambda handler, **found: handler.info(revision="", **found)),
+    (_API, Handler.info),
     (_API + r"/revision/(?P<revision>[^/]+)", Handler.info),
     (_API + r"/preupload/(?P<revision>[^/]+)", Handler.preupload),
     (_API + r"/commit/(?P<revision>[^/]+)", Handler.commit),
     (_API + r"/tree/(?P<revision>[^/]+)(?:/(?P<path>.*))?", Handler.tree),
-    (_API + r"/paths-info/(?P<revision>[^/]+)", Handler.paths_info),
-    (_API + r"/refs", Handler.refs),
     (_API + r"/discussions", Handler.discussions),
-    (r"/(?P<kind>)(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch", Handler.lfs_batch),
-    (
-        r"/datasets/(?P<name>[^/]+/[^/]+)\.git/info/lfs/objects/batch",
-        lambda handler, name: handler.lfs_batch("dataset", name),
-    ),
+    (rf"/(?P<kind>datasets/|){_NAME}\.git/info/lfs/objects/batch", Handler.lfs_batch),
     (r"/lfs/(?P<digest>[0-9a-f]{64})", Handler.lfs_put),
-    (r"/(?P<prefix>datasets/|spaces/|)(?P<name>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
+    (rf"/(?P<kind>datasets/|){_NAME}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", Handler.resolve),
 ]
 
 

@@ -11,7 +11,8 @@ from types import SimpleNamespace
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from trl import ModelConfig, SFTConfig
+from tiny_runs import quiet_config
+from trl import ModelConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.data.collator import SharedPrefixCollator
@@ -113,22 +114,8 @@ def make_trainer(
     model: VisionQwen, processor: VisionQwenProcessor, features: torch.Tensor, folder: Path
 ) -> VisionSFTTrainer:
     """The recipe's own trainer for three steps."""
-    training = SFTConfig(
-        output_dir=str(folder),
-        max_steps=3,
-        per_device_train_batch_size=3,
-        learning_rate=2e-3,
-        lr_scheduler_type="constant",
-        logging_steps=1,
-        max_length=400,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    settings = {"max_steps": 3, "per_device_train_batch_size": 3, "learning_rate": 2e-3, "max_length": 400}
+    training = quiet_config(folder, lr_scheduler_type="constant", **settings)
     return build_trainer(
         VisionArguments(dataset_name="texts", pack_rows=True),
         training,

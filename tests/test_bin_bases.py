@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
-from hub_server import HubServer, Repo, serve
+from hub_server import OWNER, HubServer, Repo, serve
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.utils import _cache_assets
 from peft import get_peft_model
@@ -269,7 +269,7 @@ def test_weights_without_a_hash_are_not_taken_for_the_same(hub, bases):
 
 
 def test_the_conversion_of_a_private_base_is_its_owners(hub, bases, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_ownerTokenThatNobodyMaySee00000001")
+    monkeypatch.setenv("HF_TOKEN", OWNER)
     files = files_of(bases[0])
     repo = hub.add("me/clip", pickled(files), private=True)
     # Pages hold two: the one that is looked for is on the second.

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_caption_tokenizer import needs_java, put_fake_java
+from fake_java import needs_java, put_fake_java
 
 from vlm_peft.metrics.captions import score_captions
 from vlm_peft.metrics.java_process import package_folder

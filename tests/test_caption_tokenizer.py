@@ -1,23 +1,14 @@
 """Captions keep their place, and the tokenizer without Java does what its text says."""
 
-import shutil
-import stat
 from pathlib import Path
 
 import pytest
+from fake_java import needs_java, put_fake_java
 
 from vlm_peft.metrics.caption_tokenizer import normalise, tokenize
 from vlm_peft.metrics.java_process import package_folder
 
-needs_java = pytest.mark.skipif(shutil.which("java") is None, reason="needs Java: PATH has no program java")
 SAMPLE = Path(__file__).parent / "data" / "tokenizer_sample.txt"
-
-
-def put_fake_java(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None:
-    java = folder / "java"
-    java.write_text(f"#!/bin/sh\n{script}\n")
-    java.chmod(java.stat().st_mode | stat.S_IEXEC)
-    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
 @needs_java

@@ -14,8 +14,6 @@ from vlm_peft import VisionQwen
 from vlm_peft.adapters.fused_lora import FusedLinear, fuse_lora, unfuse_lora
 from vlm_peft.adapters.lora import lora_config
 
-MODES = {"alone": {"stack": False}, "stacked": {}, "wide": {"wide": True}}
-
 
 def make_decoder(device="cpu", **overrides):
     """Two layers with biases, LoRA of several ranks and scales that is far from its start."""
@@ -72,29 +70,26 @@ def mean_distance(actual, expected):
     return float(torch.stack(distances).square().mean().sqrt())
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_gradients_are_pefts(mode):
+def test_gradients_are_pefts():
     model = make_decoder()
     expected = decode(model)
-    assert fuse_lora(model, **MODES[mode]) == []
+    assert fuse_lora(model) == []
     assert distance(decode(model), expected) < 1e-5
     # A second step finds nothing left over from the first.
     assert distance(decode(model), expected) < 1e-5
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_bf16_is_as_near_to_fp32_as_pefts(mode):
+def test_bf16_is_as_near_to_fp32_as_pefts():
     model = make_decoder()
     exact, pefts = decode(model), decode(model, autocast=True)
-    fuse_lora(model, **MODES[mode])
+    fuse_lora(model)
     assert mean_distance(decode(model, autocast=True), exact) < 1.2 * mean_distance(pefts, exact)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_layers_compile_whole_and_as_one_graph(mode):
+def test_layers_compile_whole_and_as_one_graph():
     model = make_decoder(rank_pattern={}, alpha_pattern={})
     expected = decode(model)
-    fuse_lora(model, **MODES[mode])
+    fuse_lora(model)
     graphs = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     for layer in model.base_model.model.layers:
@@ -129,19 +124,18 @@ def test_only_inputs_are_kept_for_the_backward_pass():
     assert sorted(kept) == [100 * 2, 100 * 48]
 
 
-@pytest.mark.parametrize("is_stacked", [True, False])
-def test_neighbours_are_one_product(is_stacked, monkeypatch):
+def test_neighbours_are_one_product(monkeypatch):
     model = make_decoder()
-    fuse_lora(model, stack=is_stacked)
+    fuse_lora(model)
     products = []
     linear = nn.functional.linear
     monkeypatch.setattr(nn.functional, "linear", lambda *arguments: products.append(1) or linear(*arguments))
     decode(model)
     # Query, key and value; output; gate and up; down: in each of two layers.
-    assert len(products) == (8 if is_stacked else 14)
+    assert len(products) == 8
     # What is stacked is held once.
     bases = [module.base_layer for module in model.modules() if isinstance(module, FusedLinear)]
-    assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == (8 if is_stacked else 14)
+    assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 8
 
 
 def test_neighbours_with_inputs_of_their_own_are_right():
@@ -258,11 +252,10 @@ def test_a_vision_qwen_keeps_its_projector_and_tower():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("mode", MODES)
-def test_gradients_are_pefts_on_cuda(mode, autocast):
+def test_gradients_are_pefts_on_cuda(autocast):
     model = make_decoder("cuda")
     exact, expected = decode(model), decode(model, autocast=autocast)
-    fuse_lora(model, **MODES[mode])
+    fuse_lora(model)
     actual = decode(model, autocast=autocast)
     if autocast:
         assert mean_distance(actual, exact) < 1.2 * mean_distance(expected, exact)
@@ -271,11 +264,10 @@ def test_gradients_are_pefts_on_cuda(mode, autocast):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", MODES)
-def test_compiled_layers_are_equal_on_cuda(mode):
+def test_compiled_layers_are_equal_on_cuda():
     model = make_decoder("cuda")
     expected = decode(model)
-    fuse_lora(model, **MODES[mode])
+    fuse_lora(model)
     torch._dynamo.reset()
     for layer in model.base_model.model.layers:
         layer.compile(fullgraph=True)

@@ -3,14 +3,12 @@
 import pytest
 import torch
 from conftest import make_config
+from tiny_decoders import MASK, PROMPTS
 from torch import nn
 from transformers import LogitsProcessorList, MinNewTokensLengthLogitsProcessor
 
 from vlm_peft import VisionQwen
 from vlm_peft.model.greedy import ScreenedArgmax, greedy, make_argmax, make_sampler
-
-PROMPTS = torch.tensor([[256, 65, 66, 67], *([first, first + 1, 66, 67 + first % 3] for first in range(68, 79))])
-MASK = (PROMPTS != 256).long()
 
 
 def exact(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

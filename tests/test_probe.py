@@ -6,8 +6,7 @@ import joined
 import pytest
 import torch
 from conftest import make_config, make_processor
-from test_greedy import MASK, PROMPTS
-from tiny_decoders import decoder_config
+from tiny_decoders import MASK, PROMPTS, decoder_config
 from transformers import MambaConfig
 
 from vlm_peft import VisionQwen

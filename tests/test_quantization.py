@@ -4,25 +4,13 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import get_peft_model
-from test_lifecycle import (
-    NF4,
-    VARIANTS,
-    encoded_rows,
-    load_bases,
-    logits,
-    losses,
-    make_trainer,
-    wide_bases,
-    wide_config,
-)
+from tiny_runs import NF4, VARIANTS, encoded_rows, load_bases, logits, losses, make_trainer, wide_config
 from transformers import BitsAndBytesConfig, Qwen3ForCausalLM
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.lora import lora_config, trainable_table
 from vlm_peft.training.arguments import parse_arguments
 from vlm_peft.training.setup import build_trainer, load_model
-
-__all__ = ["wide_bases"]
 
 FORMATS = {"4bit": NF4, "8bit": {"load_in_8bit": True}}
 LINEAR = "layers.1.mlp.down_proj"

@@ -5,8 +5,8 @@ import sys
 
 import pytest
 from conftest import ROOT
-from hub_server import serve
-from test_hub import IDS, OWNER, environment
+from hub_client import IDS, environment
+from hub_server import OWNER, serve
 
 OPTIONS = """\
 stored_split: test

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_config
 from peft import PromptEncoderConfig, PromptTuningConfig, get_peft_model
-from test_modeling import IMAGE, assert_close, make_batch, make_llava
+from stock_llava import IMAGE, assert_close, make_batch, make_llava
 
 from vlm_peft import VisionQwen
 

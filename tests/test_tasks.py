@@ -1,7 +1,7 @@
 """Tasks: rows of published schemas become prompts and completions; rows without text are refused."""
 
 import pytest
-from test_shared_prefix import RELATIVE, compare
+from separate_samples import RELATIVE, compare
 
 from vlm_peft.tasks import make_task
 from vlm_peft.tasks.caption import caption_example

@@ -14,6 +14,7 @@ from datasets import Dataset
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_runs import quiet_config
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import (
     AutoConfig,
@@ -22,7 +23,6 @@ from transformers import (
     AutoProcessor,
     PreTrainedTokenizerFast,
 )
-from trl import SFTConfig
 
 from recipes import sft
 from vlm_peft import VisionQwen, VisionQwenProcessor
@@ -509,26 +509,12 @@ def test_rows_are_added_only_where_there_are_none(bases, decoders_, joined, name
 def make_trainer(model, processor, folder: Path, *, gradient_checkpointing=False, lora=None, **settings):
     rows = [{**vars(processor.encode_row(CHAT[:1], texts)), "image_ids": [index]} for index, texts in enumerate(ROWS)]
     features = torch.randn(len(rows), 16, 16, generator=torch.Generator().manual_seed(5))
-    arguments = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 3,
-        "max_steps": 3,
-        "learning_rate": 1e-2,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "steps",
-        "save_steps": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": gradient_checkpointing,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
+    settings = {"per_device_train_batch_size": 3, "max_steps": 3, "save_strategy": "steps", "save_steps": 2, **settings}
+    settings |= {"lr_scheduler_type": "constant", "gradient_checkpointing": gradient_checkpointing}
     torch.manual_seed(7)
     return VisionSFTTrainer(
         model=model,
-        args=prepare_training_arguments(SFTConfig(**{**arguments, **settings})),
+        args=prepare_training_arguments(quiet_config(folder, **settings)),
         train_dataset=Dataset.from_list(rows),
         eval_dataset=Dataset.from_list(rows),
         data_collator=SharedPrefixCollator(

@@ -8,6 +8,7 @@ from conftest import make_processor
 from datasets import Dataset
 from host_reads import HostReads
 from peft import get_peft_model
+from tiny_runs import quiet_config
 from transformers import TrainerCallback
 from trl import SFTConfig
 
@@ -42,23 +43,10 @@ def setup(bases):
         ]
         features = torch.randn(len(rows), 16, 16)
         collator = SharedPrefixCollator(256, lambda ids: {"image_features": features[ids]}, image_token_id=259)
-        arguments = {
-            "per_device_train_batch_size": 4,
-            "max_steps": 3,
-            "learning_rate": 1e-2,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-        }
+        arguments = {"per_device_train_batch_size": 4, "max_steps": 3, "lr_scheduler_type": "constant"}
         trainer = VisionSFTTrainer(
             model=model,
-            args=prepare_training_arguments(SFTConfig(**{**arguments, **settings})),
+            args=prepare_training_arguments(quiet_config(**{**arguments, **settings})),
             train_dataset=Dataset.from_list(rows),
             data_collator=collator,
             processing_class=processor,

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
+from hub_client import environment
 from hub_server import serve
 from PIL import Image as PILImage
 from PIL import PngImagePlugin
@@ -567,14 +568,13 @@ def test_tables_on_the_hub_are_text_too_and_are_found_again_offline(tmp_path):
         server.add("me/csv", table, kind="dataset")
         lines = {"data/train.jsonl": b'{"digits": 12.50}\n', "data/test.jsonl": b'{"digits": "007"}\n'}
         server.add("me/json", {"README.md": b""} | lines, kind="dataset")
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")} | {
-            "HF_ENDPOINT": server.url,
-            "HF_HUB_DISABLE_XET": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-        }
         printed = [
             subprocess.run(
-                [sys.executable, "-c", HUB], env=environment | more, capture_output=True, text=True, check=True
+                [sys.executable, "-c", HUB],
+                env=environment(server, tmp_path, **more),
+                capture_output=True,
+                text=True,
+                check=True,
             ).stdout
             for more in ({}, {"HF_HUB_OFFLINE": "1"})
         ]

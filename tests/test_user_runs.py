@@ -171,7 +171,7 @@ def test_a_damaged_tokenizer_is_named(copied, text):
 
 
 def test_weights_that_are_no_numbers_are_not_saved(bases, tmp_path):
-    from test_lifecycle import load_bases, make_trainer
+    from tiny_runs import load_bases, make_trainer
 
     trainer = make_trainer(tmp_path / "run", load_bases(bases), {})
     trainer.save_model()
@@ -518,7 +518,7 @@ def test_a_readme_that_is_no_card_stays(tmp_path):
 
 
 def test_a_save_that_is_killed_leaves_a_whole_adapter_or_none(bases, tmp_path):
-    from test_lifecycle import load_bases, make_trainer
+    from tiny_runs import load_bases, make_trainer
 
     from vlm_peft import VisionQwen
 
@@ -656,7 +656,7 @@ def test_pictures_that_were_being_encoded_leave_nothing_behind(bases, flickr, tm
     ],
 )
 def test_of_equal_scores_the_loss_decides_and_then_the_later_step(bases, tmp_path, caplog, scores, losses, kept):
-    from test_lifecycle import encoded_rows, load_bases, make_trainer
+    from tiny_runs import encoded_rows, load_bases, make_trainer
 
     caplog.set_level("INFO")
     model = load_bases(bases)
@@ -689,7 +689,7 @@ def test_of_equal_scores_the_loss_decides_and_then_the_later_step(bases, tmp_pat
 
 
 def test_a_full_disk_is_said_and_the_last_checkpoint_stays_whole(bases, tmp_path, monkeypatch):
-    from test_lifecycle import load_bases, make_trainer
+    from tiny_runs import load_bases, make_trainer
 
     from vlm_peft.training.checkpoints import newest_whole
 

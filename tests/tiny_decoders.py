@@ -14,6 +14,9 @@ VOCABULARY = 264  # more than the tokenizer's 260, whose last one is the placeho
 WITHOUT_PLACEHOLDER = 259
 # Shorter than a prompt with a picture; two layers of it just see the picture's last tokens from the text.
 WINDOW = 13
+# Of four tokens, the first one padded.
+PROMPTS = torch.tensor([[256, 65, 66, 67], *([first, first + 1, 66, 67 + first % 3] for first in range(68, 79))])
+MASK = (PROMPTS != 256).long()
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,

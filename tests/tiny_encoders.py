@@ -15,6 +15,7 @@ import torch
 import transformers
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
+from tiny_runs import quiet_config
 from transformers import AutoModel
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -23,7 +24,6 @@ from transformers.models.mobilevit.image_processing_pil_mobilevit import MobileV
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
-from trl import SFTConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters.export import check_llava
@@ -273,25 +273,11 @@ def examine(encoder: Path, decoder: Path, folder: Path, **joint) -> Examined:
     rows = [
         {**vars(processor.encode_row(PROMPT, texts)), "image_ids": [number]} for number, texts in enumerate(COMPLETIONS)
     ]
-    arguments = SFTConfig(
-        output_dir=str(folder / "adapter"),
-        per_device_train_batch_size=2,
-        max_steps=_STEPS,
-        learning_rate=1e-2,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
     model.save_pretrained(folder / "full")
     start = {name: value.clone() for name, value in model.model.multi_modal_projector.state_dict().items()}
     trainer = VisionSFTTrainer(
         model=model,
-        args=prepare_training_arguments(arguments),
+        args=prepare_training_arguments(quiet_config(folder / "adapter", max_steps=_STEPS)),
         train_dataset=Dataset.from_list(rows),
         data_collator=SharedPrefixCollator(
             processor.tokenizer.pad_token_id, lambda numbers: {"image_features": cache.get(numbers)}

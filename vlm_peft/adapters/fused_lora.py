@@ -102,13 +102,13 @@ class _SharedInput:
     """Layers that read one input, computed together when the first of them is asked.
 
     Args:
-        layers (`Sequence[FusedLinear]`): One, or several whose frozen weights lie in one buffer from here on.
-        is_wide (`bool`): LoRA as further columns of the frozen product.
+        layers (`Sequence[FusedLinear]`): One, or several whose frozen weights lie in one buffer from here on. Several
+            take LoRA as further columns of the frozen product: one more copy of the input instead of one more pass
+            over the output.
     """
 
-    def __init__(self, layers: Sequence["FusedLinear"], is_wide: bool):
+    def __init__(self, layers: Sequence["FusedLinear"]):
         self.layers = list(layers)
-        self.is_wide = is_wide
         self.sizes = [layer.base_layer.out_features for layer in layers]
         bases: list[Any] = [layer.base_layer for layer in layers]
         self.weight: torch.Tensor = bases[0].weight
@@ -146,7 +146,7 @@ class _SharedInput:
         b = torch.block_diag(*growing) if len(growing) > 1 else growing[0]
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y, _ = _lora_product(rows, self.weight.to(dtype), bias, a, b, self.is_wide)
+        y, _ = _lora_product(rows, self.weight.to(dtype), bias, a, b, len(self.layers) > 1)
         return y.view(*x.shape[:-1], -1)
 
 
@@ -175,18 +175,15 @@ class FusedLinear(lora.Linear):
         )
 
 
-def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = True) -> list[str]:
+def fuse_lora(model: nn.Module) -> list[str]:
     """Lets peft's LoRA layers train in fewer kernels, in place; parameters, files and merging stay peft's.
 
+    Query, key and value are computed in one product, gate and up too: their frozen weights become views of one buffer.
     Gradients are peft's: equal in fp32, and in the compute dtype of autocast rounded at other places. Call it with the
     model on its device and in its dtype, after peft's wrapping and before `layer.compile()`.
 
     Args:
         model (`nn.Module`): With LoRA layers somewhere inside.
-        stack (`bool`, *optional*, defaults to `True`): Computes query, key and value in one product, gate and up too.
-            Their frozen weights become views of one buffer.
-        wide (`bool`, *optional*, defaults to `True`): Layers that are stacked take LoRA as further columns of the
-            frozen product: one more copy of the input instead of one more pass over the output.
 
     Returns:
         `list[str]`: The layers that stay peft's, as `name: reason`.
@@ -204,12 +201,12 @@ def fuse_lora(model: nn.Module, *, stack: bool = True, wide: bool = True) -> lis
                 fused[name] = module
     while fused:
         parent, _, own = next(iter(fused)).rpartition(".")
-        names = next((names for names in _SHARED_INPUT if own in names), ()) if stack else ()
+        names = next((names for names in _SHARED_INPUT if own in names), ())
         neighbours = [f"{parent}.{name}" for name in names]
         if not all(name in fused for name in neighbours) or not _fit([fused[name] for name in neighbours]):
             neighbours = []
         layers = [fused.pop(name) for name in neighbours or [next(iter(fused))]]
-        group = _SharedInput(layers, is_wide=wide and len(layers) > 1)
+        group = _SharedInput(layers)
         for place, layer in enumerate(layers):
             layer.shared_input, layer.place = group, place
     return left_out
