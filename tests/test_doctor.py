@@ -26,7 +26,7 @@ from vlm_peft.training.arguments import parse_arguments
 @pytest.fixture(autouse=True)
 def _short_trial(monkeypatch):
     monkeypatch.setattr(doctor, "TRIAL_STEPS", 2)
-    monkeypatch.setattr(doctor, "_WARM_UP", 2)
+    monkeypatch.setattr(doctor, "WARM_UP", 2)
 
 
 @pytest.fixture
@@ -338,7 +338,7 @@ def test_batches_are_real_and_go_from_light_to_heavy(options):
     patient = doctor.Doctor(*parse_arguments(listed(options | {"gradient_accumulation_steps": 2})))
     lengths = [10 + number % 7 for number in range(40)] + [99]
     batches = patient.draw_batches(lengths)
-    assert len(batches) == 2 * (1 + (doctor._WARM_UP - 1) + doctor.TRIAL_STEPS)
+    assert len(batches) == 2 * (1 + (doctor.WARM_UP - 1) + doctor.TRIAL_STEPS)
     assert all(len(batch) == 4 for batch in batches)
     heaviest = max(batches, key=lambda batch: max(lengths[row] for row in batch))
     assert batches[0] == batches[1] == heaviest

@@ -61,9 +61,10 @@ def test_a_shifted_label_mask_shows(processor, shift):
     wrong = [(piece.text, piece.label) for piece in [*shown.prefix, *shown.branches[0]] if piece.label is not None]
     assert len(wrong) == shown.wrong
     assert all(text != label for text, label in wrong)
-    text = "\n".join(inspect_data._tree(shown, False, False))
+    row = inspect_data.ShownRow("0", sequences=[shown])
+    text = inspect_data.as_text(inspect_data.Inspected("caption", {}, [shown.tokens], None, {}, [row]))
     assert "{a}" in text
-    assert f"{shown.wrong} LABELS ARE NOT THE NEXT TOKEN" in inspect_data.described(shown)
+    assert f"{shown.wrong} LABELS ARE NOT THE NEXT TOKEN" in text
 
 
 def test_labels_on_the_prompt_show(processor):

@@ -88,6 +88,13 @@ def test_nothing_is_found_by_changing_the_path_of_imports():
             assert "sys.path" not in path.read_text(encoding="utf-8"), path
 
 
+def test_tests_import_no_tests():
+    for path in (ROOT / "tests").glob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        names = [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)]
+        assert not [name for name in names if name.startswith("test_")], path
+
+
 def public_definitions(tree: ast.Module):
     """Public functions, classes and methods, and public constants with the node that follows each."""
     for node in tree.body:

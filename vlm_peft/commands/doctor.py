@@ -72,7 +72,7 @@ TRIAL_STEPS = 40
 TRIAL_SECONDS = 20.0
 """Trial steps end after so long, once there are enough of them."""
 
-_WARM_UP = 3  # steps, the heaviest batch among them
+WARM_UP = 3  # steps, the heaviest batch among them
 _ENOUGH = 4  # measured steps
 _ENCODE_AT_ONCE = 64  # as the feature cache does
 _ENCODE_SECONDS = 60.0
@@ -458,7 +458,7 @@ class Doctor:
         count = TRIAL_STEPS * self.training.gradient_accumulation_steps
         places = [int((place + 0.5) * len(drawn) / count) for place in range(count)]
         random.Random(self.training.seed).shuffle(places)
-        warm_up = (_WARM_UP - 1) * self.training.gradient_accumulation_steps
+        warm_up = (WARM_UP - 1) * self.training.gradient_accumulation_steps
         heaviest = [drawn[-1]] * self.training.gradient_accumulation_steps
         return [*heaviest, *(drawn[place] for place in [*places[:warm_up], *places])]
 
@@ -500,7 +500,7 @@ class Doctor:
     def trial_arguments(self, folder: str, batches: int) -> SFTConfig:
         """The run's arguments for a few steps that leave nothing behind."""
         arguments = copy.copy(self.training)
-        steps = _WARM_UP + TRIAL_STEPS
+        steps = WARM_UP + TRIAL_STEPS
         if batches:
             steps = min(steps, batches // self.training.gradient_accumulation_steps)
         changes: dict[str, Any] = {
@@ -530,7 +530,7 @@ class Doctor:
         self.note_peak("training")
         now = dict(trainer.model.named_parameters())
         moved = any(not torch.equal(value, now[name].detach()) for name, value in projector.items())
-        trial = Trial(watch.seconds[_WARM_UP:] or watch.seconds, result.training_loss, moved)
+        trial = Trial(watch.seconds[WARM_UP:] or watch.seconds, result.training_loss, moved)
         mean = statistics.fmean(trial.seconds)
         spread = statistics.pstdev(trial.seconds)
         _say(
@@ -672,7 +672,7 @@ class StepWatch(TrainerCallback):
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
-        measured = self.seconds[_WARM_UP:]
+        measured = self.seconds[WARM_UP:]
         if len(measured) >= _ENOUGH and sum(measured) > TRIAL_SECONDS:
             control.should_training_stop = True
 

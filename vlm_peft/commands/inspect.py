@@ -37,6 +37,11 @@ class Piece:
     """What the label says where it says another token."""
     is_picture: bool = False
 
+    @property
+    def kind(self) -> str:
+        """What the page shows it as."""
+        return "picture" if self.is_picture else "wrong" if self.label is not None else "learnt" if self.learnt else ""
+
 
 @dataclass(frozen=True)
 class Laid:
@@ -49,6 +54,12 @@ class Laid:
     labels: int
     wrong: int
     """Labels that are not the next token of their branch."""
+
+    @property
+    def described(self) -> str:
+        """Its counts."""
+        said = f"{self.tokens:,} tokens, {self.labels:,} labels, {len(self.branches)} branches"
+        return said + (f", {self.wrong} LABELS ARE NOT THE NEXT TOKEN" if self.wrong else "")
 
 
 @dataclass
@@ -74,6 +85,43 @@ class Inspected:
     left_out: dict[str, list[str]]
     """Reason -> names of rows."""
     rows: list[ShownRow]
+
+    @property
+    def bins(self) -> list[tuple[int, int, int]]:
+        """Of the lengths, see [`histogram`]."""
+        return histogram(self.lengths)
+
+    @property
+    def percentiles(self) -> dict[int, int]:
+        """Percent -> length."""
+        return {percent: percentile(self.lengths, percent) for percent in PERCENTILES}
+
+    @property
+    def over(self) -> int:
+        """Rows that are longer than a sequence."""
+        return sum(self.max_length is not None and length > self.max_length for length in self.lengths)
+
+    @property
+    def share_over(self) -> str:
+        """The same as a sentence."""
+        if self.max_length is None:
+            return "no max_length: every row is one sequence"
+        total, percent = len(self.lengths), 100 * self.over / len(self.lengths)
+        said = f"{self.over:,} of {total:,} rows ({percent:.1f} %) exceed max_length {self.max_length:,}"
+        return said + ("; their texts are spread over several sequences" if self.over else "")
+
+    @property
+    def left_out_lines(self) -> list[str]:
+        """One for each reason."""
+        return [
+            f"{len(names):,} row{'s' if len(names) > 1 else ''} left out ({', '.join(names[:5])}): {reason}"
+            for reason, names in self.left_out.items()
+        ] or ["no row is left out for its texts; pictures are opened by `vlm-peft doctor` and by the run"]
+
+    @staticmethod
+    def range(first: int, last: int) -> str:
+        """A bin's name."""
+        return f"{first:,}" if first == last else f"{first:,} to {last:,}"
 
 
 def read_layout(layout: dict, processor, picture_names: Sequence[str]) -> Laid:
@@ -220,28 +268,6 @@ def histogram(lengths: Sequence[int]) -> list[tuple[int, int, int]]:
     return [(low + place * width, low + (place + 1) * width - 1, count) for place, count in enumerate(counts)]
 
 
-def _range(first: int, last: int) -> str:
-    return f"{first:,}" if first == last else f"{first:,} to {last:,}"
-
-
-def share_over(inspected: Inspected) -> str:
-    """Return how many rows are longer than a sequence."""
-    if inspected.max_length is None:
-        return "no max_length: every row is one sequence"
-    over = sum(length > inspected.max_length for length in inspected.lengths)
-    percent = 100 * over / len(inspected.lengths)
-    said = f"{over:,} of {len(inspected.lengths):,} rows ({percent:.1f} %) exceed max_length {inspected.max_length:,}"
-    return said + ("; their texts are spread over several sequences" if over else "")
-
-
-def left_out_lines(inspected: Inspected) -> list[str]:
-    """Return a line for each reason."""
-    return [
-        f"{len(names):,} row{'s' if len(names) > 1 else ''} left out ({', '.join(names[:5])}): {reason}"
-        for reason, names in inspected.left_out.items()
-    ] or ["no row is left out for its texts; pictures are opened by `vlm-peft doctor` and by the run"]
-
-
 def as_text(inspected: Inspected, *, colours: bool = False, ids: bool = False) -> str:
     """Return everything as lines for a terminal.
 
@@ -251,15 +277,15 @@ def as_text(inspected: Inspected, *, colours: bool = False, ids: bool = False) -
         ids: Adds the token ids.
     """
     lines = [inspected.title, *(f"  {name:<10}  {printable(value)}" for name, value in inspected.facts.items()), ""]
-    most = max(count for *_, count in histogram(inspected.lengths))
+    most = max(count for *_, count in inspected.bins)
     bars = [
-        [_range(first, last), f"{count:,}", "#" * -(-30 * count // most)]
-        for first, last, count in histogram(inspected.lengths)
+        [inspected.range(first, last), f"{count:,}", "#" * -(-30 * count // most)]
+        for first, last, count in inspected.bins
     ]
     width = max(len(first) for first, *_ in bars)
     lines += ["tokens a row", *(f"  {name:>{width}}  {count:>8}  {bar}" for name, count, bar in bars)]
-    lines.append("  " + "  ".join(f"{each} %: {percentile(inspected.lengths, each):,}" for each in PERCENTILES))
-    lines += [share_over(inspected), *left_out_lines(inspected)]
+    lines.append("  " + "  ".join(f"{percent} %: {length:,}" for percent, length in inspected.percentiles.items()))
+    lines += [inspected.share_over, *inspected.left_out_lines]
     for row in inspected.rows:
         lines += ["", f"row {printable(row.name)}"]
         lines += [f"  cannot be read: {printable(each)}" for each in row.pictures if isinstance(each, str)]
@@ -267,15 +293,9 @@ def as_text(inspected: Inspected, *, colours: bool = False, ids: bool = False) -
             lines.append(f"  left out: {printable(row.problem)}")
         for number, sequence in enumerate(row.sequences, 1):
             several = f"sequence {number} of {len(row.sequences)}: " if len(row.sequences) > 1 else ""
-            lines.append(f"  {several}{described(sequence)}")
+            lines.append(f"  {several}{sequence.described}")
             lines += _tree(sequence, colours, ids)
     return "\n".join(lines)
-
-
-def described(sequence: Laid) -> str:
-    """Return the counts of a sequence."""
-    said = f"{sequence.tokens:,} tokens, {sequence.labels:,} labels, {len(sequence.branches)} branches"
-    return said + (f", {sequence.wrong} LABELS ARE NOT THE NEXT TOKEN" if sequence.wrong else "")
 
 
 def _tree(sequence: Laid, colours: bool, ids: bool) -> list[str]:
@@ -323,35 +343,6 @@ def printable(text: str) -> str:
     return "".join(shown)
 
 
-STYLE = """
-.tokens { white-space: pre-wrap; overflow-wrap: anywhere; line-height: 1.75; font-size: .95rem; }
-.tokens span { display: inline-block; max-width: 100%; line-height: 1.45; border-radius: 3px;
-  background: var(--card); box-shadow: inset 0 0 0 1px var(--rule); }
-.tokens span.learnt { background: color-mix(in srgb, var(--good) 26%, var(--paper));
-  box-shadow: inset 0 0 0 1px color-mix(in srgb, var(--good) 55%, var(--paper)); }
-.tokens span.wrong { background: color-mix(in srgb, var(--bad) 30%, var(--paper));
-  box-shadow: inset 0 0 0 1px var(--bad); }
-.tokens span.picture { background: color-mix(in srgb, var(--blind) 22%, var(--paper)); padding: 0 .35em;
-  box-shadow: inset 0 0 0 1px color-mix(in srgb, var(--blind) 55%, var(--paper)); }
-.tokens b { color: var(--bad); } .tokens small { color: var(--soft); font-size: .68em; padding: 0 .25em; }
-.seen { display: grid; grid-template-columns: 11rem 1fr; gap: 0 1.4rem; align-items: start;
-  border-top: 1px solid var(--rule); padding: 1rem 0 1.4rem; }
-.seen h3 { grid-column: 1 / -1; margin: 0 0 .5rem; } .seen img { width: 100%; border-radius: .4rem; display: block; }
-.seen h3 small { font-weight: 400; color: var(--soft); margin-left: .6rem; }
-.seen figure { margin: 0 0 .6rem; } .seen figcaption { font-size: .8rem; margin: .2rem 0 0; }
-.tree { margin: 0 0 1rem; min-width: 0; } .tree ol { list-style: none; margin: .4rem 0 0 .5rem; padding: 0;
-  border-left: 2px solid var(--rule); }
-.tree li { position: relative; padding: .15rem 0 .15rem 1.4rem; }
-.tree li::before { content: ""; position: absolute; left: 0; top: 1.05rem; width: 1rem;
-  border-top: 2px solid var(--rule); }
-.problem { color: var(--bad); font-weight: 600; }
-.legend { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.6rem; }
-.legend .tokens { margin-right: .45rem; } .legend .tokens span { padding: 0 .35em; }
-.lengths { margin-bottom: 1.5rem; }
-@media (max-width: 40rem) { .seen { grid-template-columns: 1fr; } .seen figure { max-width: 11rem; } }
-"""
-
-
 def as_page(all_inspected: Sequence[Inspected], title: str, *, ids: bool = False) -> str:
     """Return one HTML page that loads nothing; all that comes from the data is escaped.
 
@@ -360,112 +351,30 @@ def as_page(all_inspected: Sequence[Inspected], title: str, *, ids: bool = False
         title: Of the page.
         ids: Shows the token ids beside the tokens; they are in the tokens' titles anyway.
     """
-    from ..report.pages import page, text
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
 
-    legend = (
-        ("", "token", "context: read, not learnt"),
-        ("learnt", "token", "learnt: a label says this token"),
-        ("wrong", "token", "a label says another token, which follows in red"),
-        ("picture", "picture", "the image tokens of one picture"),
-    )
-    body = [f"<h1>{text(title)}</h1>"]
-    body.append(
-        '<p class="soft">Rows as they are laid out for training. What all texts of a row share, the prefix, is read '
-        "once; each branch sees the prefix and itself, never another branch. A token's id is shown when the pointer "
-        "rests on it. The last token of a branch is learnt but not read.</p>"
-    )
-    items = (f'<li><span class="tokens"><span class="{k}">{w}</span></span>{text(said)}</li>' for k, w, said in legend)
-    body.append(f'<ul class="legend">{"".join(items)}</ul>')
-    for inspected in all_inspected:
-        body.append(_section(inspected, ids))
-    return page(title, "\n".join(body)).replace("</style>", f"{STYLE}</style>", 1)
-
-
-def _section(inspected: Inspected, ids: bool) -> str:
-    from ..report.pages import description, text
-
-    parts = [f"<h2>{text(inspected.title)}</h2>", description(inspected.facts), '<div class="pair lengths"><div>']
-    parts += ["<h3>Tokens a row</h3>", _histogram_chart(inspected), "</div><div>", "<h3>Lengths</h3>"]
-    head = "".join(f"<th>{each} %</th>" for each in PERCENTILES)
-    cells = "".join(f"<td>{percentile(inspected.lengths, each):,}</td>" for each in PERCENTILES)
-    parts.append(
-        f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody><tr>{cells}</tr></tbody></table></div>'
-    )
-    over = inspected.max_length is not None and max(inspected.lengths) > inspected.max_length
-    parts.append(f"<p>{text(share_over(inspected))}{' (orange)' if over else ''}.</p>")
-    parts += [f"<p>{text(line)}</p>" for line in left_out_lines(inspected)]
-    parts.append("</div></div>")
-    parts += [_row_section(row, ids) for row in inspected.rows]
-    return "\n".join(parts)
-
-
-def _histogram_chart(inspected: Inspected) -> str:
-    """Return the lengths as bars, one below the other."""
-    from ..report.pages import text
-
-    bins = histogram(inspected.lengths)
-    most, height = max(count for *_, count in bins), 20
-    parts = []
-    for place, (first, last, count) in enumerate(bins):
-        y = place * height
-        over = inspected.max_length is not None and last > inspected.max_length
-        parts.append(f'<text class="tick" x="98" y="{y + 14}" text-anchor="end">{_range(first, last)}</text>')
-        width = 300 * count / most
-        if count:
-            kind = "blind" if over else "after"
-            parts.append(
-                f'<rect class="bar {kind}" x="106" y="{y + 3}" width="{max(width, 1):.1f}" height="14" rx="2"/>'
-            )
-        parts.append(f'<text class="value" x="{112 + width:.1f}" y="{y + 14}">{count:,}</text>')
-    label = text(f"Tokens a row: {'; '.join(f'{first} to {last}: {count}' for first, last, count in bins)}")
-    return f'<svg viewBox="0 0 480 {len(bins) * height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-
-
-def _row_section(row: ShownRow, ids: bool) -> str:
     from ..report.gallery import thumbnail
-    from ..report.pages import text
+    from ..report.pages import description, page
 
-    pictures = []
-    for number, each in enumerate(row.pictures, 1):
-        if isinstance(each, str):
-            pictures.append(f'<p class="problem">{text(each)}</p>')
-        else:
-            size = "{}x{}".format(*each.size)
-            image = f'<img src="{thumbnail(each).address}" alt="picture {number} of row {text(row.name)}">'
-            pictures.append(f"<figure>{image}<figcaption>picture {number}, {size}</figcaption></figure>")
-    trees = [f'<p class="problem">Left out: {text(row.problem)}</p>'] if row.problem is not None else []
-    for number, sequence in enumerate(row.sequences, 1):
-        if len(row.sequences) > 1:
-            trees.append(f"<p>Sequence {number} of {len(row.sequences)}: {text(described(sequence))}</p>")
-        if sequence.wrong:
-            trees.append(f'<p class="problem">{sequence.wrong} labels are not the next token.</p>')
-        branches = "".join(f"<li>{_tokens(branch, ids)}</li>" for branch in sequence.branches)
-        trees.append(f'<div class="tree">{_tokens(sequence.prefix, ids)}<ol>{branches}</ol></div>')
-    counts = described(row.sequences[0]) if len(row.sequences) == 1 else ""
-    return (
-        f'<section class="seen"><h3>Row {text(row.name)}<small>{text(counts)}</small></h3>'
-        f"<div>{''.join(pictures)}</div><div>{''.join(trees)}</div></section>"
+    folder = Path(__file__).parent
+    templates = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-
-
-def _tokens(pieces: list[Piece], ids: bool) -> str:
-    from ..report.pages import text
-
-    said = []
-    for number, piece in enumerate(pieces):
-        kind = (
-            "picture" if piece.is_picture else "wrong" if piece.label is not None else "learnt" if piece.learnt else ""
-        )
-        title = f"{len(piece.ids)} x {piece.ids[0]}" if piece.is_picture else " ".join(map(str, piece.ids))
-        shown = text(printable(piece.text))
-        if piece.label is not None:
-            shown += f"<b>{text(printable(piece.label))}</b>"
-        shown += f"<small>{title}</small>" if ids else ""
-        # The line ends after the token that ends it, unless nothing else is on it.
-        said.append(
-            f'<span class="{kind}" title="{title}">{shown}</span>' + ("\n" if number and "\n" in piece.text else "")
-        )
-    return f'<div class="tokens">{"".join(said).rstrip()}</div>'
+    templates.filters["printable"] = printable
+    body = templates.get_template("inspect.html.jinja").render(
+        inspected=all_inspected,
+        title=title,
+        ids=ids,
+        description=lambda facts: Markup(description(facts)),
+        address=lambda picture: thumbnail(picture).address,
+    )
+    style = (folder / "inspect.css").read_text(encoding="utf-8")
+    return page(title, body).replace("</style>", f"{style}</style>", 1)
 
 
 def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, concatenate_datasets
-from trl import SFTConfig
 
 from ..data.arguments import DataArguments
 from ..data.leakage import check_overlap, picture_hashes
@@ -72,7 +71,7 @@ def parts(vision: VisionArguments) -> list[Part]:
 
 
 def encode_split(
-    split: Split, processor, training: SFTConfig, *, on_bad_row: str = "skip", first_image: int = 0, whole: bool = False
+    split: Split, processor, training, *, on_bad_row: str = "skip", first_image: int = 0, whole: bool = False
 ) -> EncodedRows:
     """A split's rows as they are trained on; see [`~vlm_peft.data.rows.encode_rows`].
 
@@ -99,12 +98,12 @@ def row_lengths(rows: Dataset) -> list[int]:
     return [len(ids) for ids in rows["input_ids"][:]]
 
 
-def watched(held_out: Iterable[Split], training: SFTConfig) -> list[Split]:
+def watched(held_out: Iterable[Split], training) -> list[Split]:
     """The splits whose loss is taken at evaluations: the first one of each data set."""
     return first_of_each(held_out) if training.eval_strategy != "no" else []
 
 
-def join(encoded: list[Dataset], splits: list[Split], training: SFTConfig) -> Dataset:
+def join(encoded: list[Dataset], splits: list[Split], training) -> Dataset:
     """The training rows of all data sets as one.
 
     Raises:
@@ -156,9 +155,7 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
     return found
 
 
-def load_training(
-    vision: VisionArguments, training: SFTConfig, model, processor, held_out: dict[str, Split]
-) -> TrainingRows:
+def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
     """Training rows of all data sets, checked against the held-out pictures and encoded.
 
     Args:
