@@ -308,6 +308,27 @@ def test_bad_usage_is_told_with_status_2(arguments, capsys):
     assert capsys.readouterr().err.startswith("vlm-peft doctor:")
 
 
+@pytest.mark.parametrize(("percent", "is_busy"), [(100.0, True), (0.0, False)])
+def test_busy_cores_are_told(options, capsys, monkeypatch, percent, is_busy):
+    monkeypatch.setattr(doctor.psutil, "cpu_percent", lambda **_: [percent] * doctor.os.cpu_count())
+    _, _, printed = examine(options, capsys, dataset_name="./nothing")
+    assert ("WARNING: other programs keep" in printed) == is_busy
+    assert ("OMP_NUM_THREADS=1." in printed) == is_busy
+
+
+@pytest.mark.parametrize("task", ["chat", "caption"])
+def test_rows_of_one_picture_that_are_not_joined_are_told(options, capsys, tmp_path, task):
+    rows = flickr_rows()
+    rows["image"] = rows["image"][:12] * 2 + rows["image"][24:]
+    rows["messages"] = [
+        [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": each[0]}]
+        for each in rows["caption"]
+    ]
+    _, _, printed = examine(options, capsys, dataset_name=save_flickr(tmp_path / "twice", rows), task=task)
+    said = "    12 of 24 rows show what another row shows, and the task chat does not join them; single"
+    assert (said in printed) == (task == "chat")
+
+
 def test_a_wrong_value_is_told_with_status_2(capsys):
     assert doctor.main(["--lora_r", "many"]) == 2
     assert "invalid int value: 'many'" in capsys.readouterr().err

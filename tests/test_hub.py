@@ -24,7 +24,7 @@ from yaml import safe_load
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.folder import save_composite_config
 from vlm_peft.adapters.lora import lora_config
-from vlm_peft.hub.datasets import content_hash
+from vlm_peft.hub.datasets import stored_hash
 from vlm_peft.hub.models import LOADED_FILES, HubError, pull_model, push_adapter
 from vlm_peft.report.model_card import write_model_card
 
@@ -480,16 +480,16 @@ def test_a_data_set_with_secrets_or_without_pictures_is_refused(hub, server, hom
     assert not [name for _, name in server.repos if name in ("me/paths", "me/gone")]
 
 
-def test_the_content_hash_knows_content_and_not_where_it_lies(tmp_path):
+def test_the_hash_of_stored_rows_knows_content_and_not_where_it_lies(tmp_path):
     colours = {"red": (250, 0, 0), "blue": (0, 0, 250)}
     rows = walls(tmp_path / "here", colours)
-    expected = content_hash(rows)
-    assert content_hash(walls(tmp_path / "there", colours)) == expected
+    expected = stored_hash(rows)[0]
+    assert stored_hash(walls(tmp_path / "there", colours))[0] == expected
     embedded = [
         {"image": {"bytes": Path(row["image"]["path"]).read_bytes(), "path": None}, "caption": row["caption"]}
         for row in rows.cast_column("image", Image(decode=False))
     ]
-    assert content_hash(Dataset.from_list(embedded).cast_column("image", Image())) == expected
-    assert content_hash(rows.select([1, 0])) != expected
-    assert content_hash(rows.map(lambda row: {"caption": row["caption"] + "."})) != expected
-    assert content_hash(walls(tmp_path / "other", colours | {"red": (250, 0, 1)})) != expected
+    assert stored_hash(Dataset.from_list(embedded).cast_column("image", Image()))[0] == expected
+    assert stored_hash(rows.select([1, 0]))[0] != expected
+    assert stored_hash(rows.map(lambda row: {"caption": row["caption"] + "."}))[0] != expected
+    assert stored_hash(walls(tmp_path / "other", colours | {"red": (250, 0, 1)}))[0] != expected

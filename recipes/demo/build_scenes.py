@@ -209,7 +209,9 @@ def concept_lists(
                 and (only_held_out or all(frozenset((c.noun, k)) in seen_pairs for k in known))
                 and not (only_held_out and any(frozenset((c.noun, k)) in held_out for k in known))
             ]  # fmt: skip
-            chosen.append(fitting[rng.integers(len(fitting))])
+            # Few training pictures show few pairs: a pair that no third object completes stays one.
+            if fitting:
+                chosen.append(fitting[rng.integers(len(fitting))])
         lists.append([chosen[i] for i in rng.permutation(len(chosen))])
     return lists
 
@@ -401,6 +403,8 @@ def main() -> None:
             # "Seen pairs" means seen: the held-out splits use only pairs that training really showed.
             met = {frozenset(p) for r in rows for p in itertools.combinations([o["name"] for o in r["objects"]], 2)}
             shown = [p for p in allowed if frozenset(c.noun for c in p) in met]
+            if not shown:
+                raise SystemExit(f"--train {args.train}: no picture shows two objects; expected at least about 20")
         file = args.output / "data" / f"{name}-00000-of-00001.parquet"
         Dataset.from_list(rows, features=features()).to_parquet(file)
         often = Counter(o["name"] for r in rows for o in r["objects"])

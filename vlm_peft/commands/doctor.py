@@ -17,6 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -213,12 +214,21 @@ class Doctor:
     def show_devices(self) -> None:
         """Cores and memory of this machine, and its accelerators."""
         _title("Devices")
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        memory = psutil.virtual_memory()
+        # One figure a core; of those that this process may use, what others use while it waits.
+        percents = psutil.cpu_percent(interval=0.3, percpu=True)
+        allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(len(percents))
+        cores, threads, memory = len(allowed), torch.get_num_threads(), psutil.virtual_memory()
         _say(
-            f"  CPU: {cores} cores, {torch.get_num_threads()} threads used; memory {_size(memory.available)} free of "
+            f"  CPU: {cores} cores, {threads} threads used; memory {_size(memory.available)} free of "
             f"{_size(memory.total)}"
         )
+        busy = sum(percent for core, percent in enumerate(percents) if core in allowed) / 100
+        if self.training.device.type == "cpu" and busy + threads > cores + 0.5:
+            _say(
+                f"  WARNING: other programs keep {busy:.1f} of {cores} cores busy, and threads wait for the slowest of "
+                "them: a step can take ten times as long. Let them end first, or leave them their cores with "
+                f"OMP_NUM_THREADS={max(1, round(cores - busy))}."
+            )
         for index in range(torch.cuda.device_count()):
             free, total = torch.cuda.mem_get_info(index)
             with torch.cuda.device(index):
@@ -277,6 +287,15 @@ class Doctor:
             except UnreadablePictureError as error:
                 split.unreadable[index] = str(error)
         _say(f"    {len(split.unreadable)} of {len(sample)} pictures tried cannot be read")
+        if not split.task.joins_rows:
+            hashes, total = split.pictures.hashes, len(split.texts)
+            shown = Counter(tuple(hashes[image] for image in split.pictures.of_row(row)) for row in range(total))
+            again = sum(count - 1 for pictures, count in shown.items() if pictures and None not in pictures)
+            if again:
+                _say(
+                    f"    {again:,} of {total:,} rows show what another row shows, and the task {split.task.name} does "
+                    "not join them; single questions with answers share their picture, and its tokens, with --task vqa"
+                )
 
     def encode_training_rows(self) -> Dataset | IterableDataset | None:
         """Lays all training rows out, and tells their lengths; None when there is none to train on.

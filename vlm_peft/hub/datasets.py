@@ -80,30 +80,13 @@ def push_dataset(
         contents: Contents = {}
         hashes, sizes = {}, {}
         for name, rows in splits.items():
-            hashes[name], sizes[name] = _hash_and_size(rows)
+            hashes[name], sizes[name] = stored_hash(rows)
             contents |= _write_shards(rows, name, sizes[name], Path(staging))
         readme = Path(data) / "README.md" if isinstance(data, str | Path) else None
         contents["README.md"] = _data_card(splits, hashes, sizes, contents, repo_id, readme).encode()
         refuse_secrets({"README.md": contents["README.md"]}, token)
         with one_line_errors(repo_id, token, revision):
             return commit(api, repo_id, "dataset", contents, ["data/*.parquet"], private, revision, head)
-
-
-def content_hash(rows: Dataset) -> str:
-    """Hash of a data set's columns and rows, in order, by content.
-
-    Pictures count by their encoded bytes, wherever they lie; how rows are cut into files does not matter.
-
-    Args:
-        rows (`Dataset`): One split.
-
-    Returns:
-        `str`: 32 hexadecimal digits (xxh3, 128 bits).
-
-    Raises:
-        FileNotFoundError: When a picture's file is not there.
-    """
-    return _hash_and_size(rows)[0]
 
 
 def _load_splits(data: str | Path | Dataset | DatasetDict) -> DatasetDict:
@@ -136,8 +119,21 @@ def _refuse_secrets_in_columns(split: str, rows: Dataset, token: str) -> None:
             refuse_secret(f"Column {name} of split {split}", values, token)
 
 
-def _hash_and_size(rows: Dataset) -> tuple[str, int]:
-    """Hash of the content, and its size in bytes."""
+def stored_hash(rows: Dataset) -> tuple[str, int]:
+    """Hash of a data set's columns and rows as they are stored, in order, by content; and their size in bytes.
+
+    Pictures count by their encoded bytes, wherever they lie; how rows are cut into files does not matter. What a run
+    makes of them, [`~vlm_peft.data.splits.content_hash`], is another value.
+
+    Args:
+        rows (`Dataset`): One split.
+
+    Returns:
+        `tuple[str, int]`: 32 hexadecimal digits (xxh3, 128 bits), and bytes.
+
+    Raises:
+        FileNotFoundError: When a picture's file is not there.
+    """
     digest, size = xxhash.xxh3_128(), 0
     digest.update(json.dumps({name: str(feature) for name, feature in sorted(rows.features.items())}).encode())
 
@@ -218,7 +214,7 @@ def _data_card(
         "|---|---|",
         *(f"| `{name}` | `{feature}` |" for name, feature in first.features.items()),
         "",
-        "| split | rows | bytes | content hash (xxh3, 128 bits) |",
+        "| split | rows | bytes | hash of the stored rows (xxh3, 128 bits) |",
         "|---|---|---|---|",
         *(f"| {name} | {len(rows):,} | {sizes[name]:,} | `{hashes[name]}` |" for name, rows in splits.items()),
         "",
