@@ -36,7 +36,7 @@ def model() -> VisionQwen:
 def way(request, monkeypatch) -> str:
     """How the head is computed; tiles of 64 tokens, so that there are several."""
     monkeypatch.setattr(beams, "is_large_on_cpu", lambda weight: request.param == "tiles")
-    monkeypatch.setattr(beams, "_TILE", 64)
+    monkeypatch.setattr(beams, "TILE", 64)
     return request.param
 
 

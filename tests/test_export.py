@@ -338,7 +338,7 @@ def test_an_interrupted_export_leaves_nothing(adapters, tmp_path, monkeypatch):
         assert any(path.name == "model.safetensors" for path in tmp_path.rglob("*"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "_write_card", interrupt)
+    monkeypatch.setattr(export, "write_card", interrupt)
     for export_to in (export_llava, export_merged):
         with pytest.raises(KeyboardInterrupt):
             export_to(adapters["mlp"], tmp_path / "out")
@@ -346,19 +346,19 @@ def test_an_interrupted_export_leaves_nothing(adapters, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_answers_differently_is_given_up(adapters, tmp_path, monkeypatch):
-    to_llava = export._to_llava
+    convert = export.to_llava
 
     def damage(model):
-        llava = to_llava(model)
+        llava = convert(model)
         with torch.no_grad():
             llava.model.multi_modal_projector.linear_2.bias.add_(0.01)
         return llava
 
     with monkeypatch.context() as patch:
-        patch.setattr(export, "_to_llava", damage)
+        patch.setattr(export, "to_llava", damage)
         with pytest.raises(ValueError, match=r"answers differently than .*mlp: its logits differ by .* was given up"):
             export_llava(adapters["mlp"], tmp_path / "out")
-    monkeypatch.setattr(export, "_select_strategy", lambda config: "full")
+    monkeypatch.setattr(export, "select_strategy", lambda config: "full")
     with pytest.raises(ValueError, match=r"makes \d+ tokens of a prompt, the source's \d+, and not the same"):
         export_llava(adapters["mlp"], tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -224,18 +224,18 @@ def test_a_picture_that_changes_while_it_is_encoded_is_stored_under_no_name(run,
 def test_an_interrupted_run_keeps_finished_shards_and_leaves_no_half_file(run, monkeypatch):
     whole = run.build(dtype="float32").get(list(range(6)))
     shutil.rmtree(run.folder)
-    original = feature_cache._encode_batch
+    original = feature_cache.encode_batch
 
     def stop(batch, **arguments):
         if 2 in batch["index"]:
             raise KeyboardInterrupt
         return original(batch, **arguments)
 
-    monkeypatch.setattr(feature_cache, "_encode_batch", stop)
+    monkeypatch.setattr(feature_cache, "encode_batch", stop)
     with pytest.raises(KeyboardInterrupt):
         run.build(dtype="float32")
     assert len(list(run.folder.iterdir())) == 1
-    monkeypatch.setattr(feature_cache, "_encode_batch", original)
+    monkeypatch.setattr(feature_cache, "encode_batch", original)
     resumed = run.build(dtype="float32")
     assert run.encoded == 4
     assert torch.equal(resumed.get(list(range(6))), whole)
@@ -259,7 +259,7 @@ def test_a_full_disk_is_refused_with_both_figures(run, monkeypatch):
     free = 3_100_000_000
     monkeypatch.setattr(feature_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(OSError, match=r"needs 4\.20 GB in .*cache, which has 3\.10 GB free: point --feature_cache_dir"):
-        feature_cache._check_disk(run.folder / "cache", 4_200_000_000)
+        feature_cache.check_disk(run.folder / "cache", 4_200_000_000)
     free = 6 * 16 * 16 * 2 - 1
     with pytest.raises(OSError, match="The feature cache needs"):
         run.build()
@@ -303,14 +303,14 @@ def test_processes_share_the_shards(run, monkeypatch):
         )
 
     encoded_by: dict[str, list[int]] = {"0": [], "1": []}
-    original = feature_cache._encode_batch
+    original = feature_cache.encode_batch
 
     def recorded(batch, **arguments):
         encoded_by[threading.current_thread().name] += batch["index"]
         return original(batch, **arguments)
 
     monkeypatch.setattr(feature_cache, "PartialState", state)
-    monkeypatch.setattr(feature_cache, "_encode_batch", recorded)
+    monkeypatch.setattr(feature_cache, "encode_batch", recorded)
     caches = {}
 
     def build():
@@ -375,8 +375,8 @@ def test_pictures_prepared_by_threads_are_those_of_one_batch(run):
     processor = run.processor.image_processor
     batch = processor([pictures.open(index) for index in range(9)], return_tensors="pt")["pixel_values"]
     with ThreadPoolExecutor(4) as threads:
-        prepare = partial(feature_cache._prepare, image_processor=processor, pictures=pictures)
-        batches = list(feature_cache._prepare_batches(threads, prepare, range(9), 4, ahead=1))
+        prepare = partial(feature_cache.prepare_picture, image_processor=processor, pictures=pictures)
+        batches = list(feature_cache.prepare_batches(threads, prepare, range(9), 4, ahead=1))
     assert [len(prepared) for prepared in batches] == [4, 4, 1]
     assert torch.equal(torch.stack([*chain(*batches)]), batch)
 
@@ -390,7 +390,7 @@ def test_so_many_batches_are_prepared_ahead_and_not_more(ahead):
         return index
 
     with ThreadPoolExecutor(1) as threads:
-        batches = feature_cache._prepare_batches(threads, prepare, range(10, 20), 2, ahead)
+        batches = feature_cache.prepare_batches(threads, prepare, range(10, 20), 2, ahead)
         assert next(batches) == [10, 11]
         threads.submit(int).result()
         assert begun == list(range(10, 12 + 2 * ahead))

@@ -186,7 +186,7 @@ def test_prompts_about_one_picture_read_it_once_and_equal_single_prompts(world, 
         )[0]
         for prompt, ids in zip(prompts, images, strict=True)
     ]
-    monkeypatch.setattr("vlm_peft.evaluation.generation._common_prefix", lambda sequences: [])
+    monkeypatch.setattr("vlm_peft.evaluation.generation.common_prefix", lambda sequences: [])
     plain, tokens_read = texts(batch_size)
     monkeypatch.undo()
     monkeypatch.setattr(VisionQwenModel, "forward", counted)

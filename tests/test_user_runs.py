@@ -630,7 +630,7 @@ def test_pictures_that_were_being_encoded_leave_nothing_behind(bases, flickr, tm
     child = os.fork()
     if child == 0:
         try:
-            feature_cache._encode_batch = lambda *arguments, **others: os.kill(os.getpid(), signal.SIGKILL)
+            feature_cache.encode_batch = lambda *arguments, **others: os.kill(os.getpid(), signal.SIGKILL)
             encode_pictures(split, model, processor, feature_cache=True, directory=str(tmp_path))
         finally:
             os._exit(1)

@@ -94,12 +94,12 @@ def export_llava(
     output = _check_output(output)
     source = _load_source(Path(folder), vision, text, dtype, check_llava)
     with _new_folder(output) as partial:
-        _to_llava(source.model).save_pretrained(partial)
+        to_llava(source.model).save_pretrained(partial)
         processor = _to_llava_processor(source)
         processor.save_pretrained(partial)
         # transformers before 5 and some servers look for it under this name only.
         processor.image_processor.save_pretrained(partial)
-        _write_card(source, partial, output.name, _check_reload(source, partial), is_llava=True)
+        write_card(source, partial, output.name, _check_reload(source, partial), is_llava=True)
     return output
 
 
@@ -131,7 +131,7 @@ def export_merged(
         source.processor.save_pretrained(partial)
         if (source.folder / TASK_FILE).is_file():
             shutil.copyfile(source.folder / TASK_FILE, partial / TASK_FILE)
-        _write_card(source, partial, output.name, _check_reload(source, partial), is_llava=False)
+        write_card(source, partial, output.name, _check_reload(source, partial), is_llava=False)
     return output
 
 
@@ -282,7 +282,7 @@ def _merge(adapted: PeftModel, processor: VisionQwenProcessor, instruction: str)
     return model, difference
 
 
-def _to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
+def to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
     """The stock model with the same weights."""
     config = model.config
     vision_config, text_config = config.vision_tower_config.to_dict(), config.text_config.to_dict()
@@ -326,7 +326,7 @@ def _to_llava(model: VisionQwen) -> LlavaForConditionalGeneration:
         projector_hidden_act=hidden_act,
         multimodal_projector_bias=config.projector_bias,
         vision_feature_layer=layers[0] if isinstance(config.vision_feature_layer, int) else layers,
-        vision_feature_select_strategy=_select_strategy(config),
+        vision_feature_select_strategy=select_strategy(config),
         tie_word_embeddings=config.tie_word_embeddings,
     )
     llava = LlavaForConditionalGeneration.from_pretrained(
@@ -350,7 +350,7 @@ def _hub_name(name: str, config: VisionQwenConfig) -> str:
     return name
 
 
-def _select_strategy(config: VisionQwenConfig) -> str:
+def select_strategy(config: VisionQwenConfig) -> str:
     """`"default"` drops the first token of the tower, `"full"` none."""
     return "full" if config.keep_class_token or not config.num_prefix_tokens else "default"
 
@@ -362,7 +362,7 @@ def _to_llava_processor(source: _Source) -> LlavaProcessor:
         image_processor=processor.image_processor,
         tokenizer=processor.tokenizer,
         patch_size=config.vision_config.patch_size,
-        vision_feature_select_strategy=_select_strategy(config),
+        vision_feature_select_strategy=select_strategy(config),
         chat_template=processor.chat_template,
         image_token=processor.image_token,
         num_additional_image_tokens=config.num_prefix_tokens,
@@ -423,7 +423,7 @@ def _check_reload(source: _Source, written: Path) -> float:
     return difference
 
 
-def _write_card(source: _Source, written: Path, title: str, difference: float, *, is_llava: bool) -> None:
+def write_card(source: _Source, written: Path, title: str, difference: float, *, is_llava: bool) -> None:
     """The folder's README.md: where it comes from, how it loads, and what was measured."""
     card = source.folder / "README.md"
     known = ModelCard.load(card, ignore_metadata_errors=True).data.to_dict() if card.is_file() else {}

@@ -130,7 +130,7 @@ def build_feature_cache(
     wanted = len(firsts.keys() - known.keys())
     if wanted:
         bytes_per_picture = picture_bytes(model.config, dtype)
-        _check_disk(directory, wanted * bytes_per_picture)
+        check_disk(directory, wanted * bytes_per_picture)
         if state.is_main_process:
             logger.info(
                 "Encoding %d pictures once: %.1f MB of %s features in %s.",
@@ -236,7 +236,12 @@ def encoder_key(model: VisionQwen, image_processor, dtype: str) -> str:
     return digest.hexdigest()
 
 
-def _check_disk(directory: Path, needed: int) -> None:
+def check_disk(directory: Path, needed: int) -> None:
+    """Checks that so many bytes have room.
+
+    Raises:
+        OSError: With what is needed and what is free.
+    """
     free = shutil.disk_usage(directory).free
     if needed > free:
         raise OSError(
@@ -258,11 +263,11 @@ def _encode_shard(
     """Encodes pictures, hash -> number, in a folder of this process, and gives their file its name when it is whole."""
     # Pillow and NumPy give the interpreter free while they work.
     threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
-    prepare = partial(_prepare, image_processor=image_processor, pictures=pictures)
+    prepare = partial(prepare_picture, image_processor=image_processor, pictures=pictures)
     # An encoder on the CPU has all cores to itself: threads beside its own make it wait (190 pictures/s for 228).
     ahead = 0 if model.model.vision_tower.device.type == "cpu" else 1
     numbers = [*shard.values()]
-    prepared = _prepare_batches(threads, prepare, numbers, batch_size, ahead)
+    prepared = prepare_batches(threads, prepare, numbers, batch_size, ahead)
     content = xxhash.xxh3_128_hexdigest("".join(shard).encode())
     file = directory / f"{key}-{content}.arrow"
     sweep(directory)
@@ -270,7 +275,7 @@ def _encode_shard(
     draft.mkdir()
     try:
         Dataset.from_dict({"hash": [*shard], "index": numbers}).map(
-            partial(_encode_batch, model=model, prepared=prepared, dtype=dtype),
+            partial(encode_batch, model=model, prepared=prepared, dtype=dtype),
             batched=True,
             batch_size=batch_size,
             remove_columns=["index"],
@@ -286,7 +291,7 @@ def _encode_shard(
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _prepare(index: int, image_processor, pictures: Pictures) -> torch.Tensor | str:
+def prepare_picture(index: int, image_processor, pictures: Pictures) -> torch.Tensor | str:
     """`pixel_values` `(3, H, W)` of one picture, or why it cannot be read."""
     prepared: torch.Tensor | str
     try:
@@ -301,7 +306,7 @@ def _prepare(index: int, image_processor, pictures: Pictures) -> torch.Tensor | 
     return prepared
 
 
-def _prepare_batches(
+def prepare_batches(
     threads: ThreadPoolExecutor, prepare: Callable, indices: Sequence[int], batch_size: int, ahead: int
 ) -> Iterator[list[torch.Tensor | str]]:
     """Results of `prepare` in order, batch by batch; so many batches are begun before they are asked for."""
@@ -315,7 +320,7 @@ def _prepare_batches(
 
 
 @torch.inference_mode()
-def _encode_batch(batch: dict, model: VisionQwen, prepared: Iterator[list[torch.Tensor | str]], dtype: str) -> dict:
+def encode_batch(batch: dict, model: VisionQwen, prepared: Iterator[list[torch.Tensor | str]], dtype: str) -> dict:
     """Features of one batch of picture numbers; a picture that cannot be read gets the reason instead."""
     of_batch = next(prepared)
     readable = [pixels for pixels in of_batch if not isinstance(pixels, str)]

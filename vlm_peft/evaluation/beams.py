@@ -23,7 +23,7 @@ from ..data.probe import probe
 from ..model.cuda.generation import CapturedBeams
 from ..model.greedy import is_large_on_cpu
 
-_TILE = 8192
+TILE = 8192
 """Tokens of a tile of logits; larger ones are slower with many beams, smaller ones with few."""
 
 _BLOCK = 32
@@ -191,12 +191,12 @@ def _search_in_tiles(
     """As [`Search`]: the C best tokens are in the C blocks whose best tokens are the best."""
     rows = hidden.flatten(0, 1)  # (B * K, D_t)
     # A thread that allocates its tiles itself takes twice as long.
-    buffers = rows.new_empty(torch.get_num_threads(), len(rows) * _TILE)
+    buffers = rows.new_empty(torch.get_num_threads(), len(rows) * TILE)
 
     def read(buffer: torch.Tensor, starts: range) -> tuple[torch.Tensor, torch.Tensor]:
         tops, totals = [], []
         for first in starts:
-            keys = weight[first : first + _TILE]
+            keys = weight[first : first + TILE]
             tile = torch.mm(rows, keys.t(), out=buffer[: len(rows) * len(keys)].view(len(rows), len(keys)))
             tile[:, [token - first for token in banned if first <= token < first + len(keys)]] = -torch.inf
             tile = nn.functional.pad(tile, (0, -len(keys) % _BLOCK), value=-torch.inf)
@@ -206,7 +206,7 @@ def _search_in_tiles(
             totals.append(highest + tile.sub_(highest).exp_().sum(-1, keepdim=True).log_())
         return torch.cat(tops, dim=1), torch.cat(totals, dim=1)
 
-    tops, totals = zip(*_on_all_cores(read, buffers, range(0, len(weight), _TILE)), strict=True)
+    tops, totals = zip(*_on_all_cores(read, buffers, range(0, len(weight), TILE)), strict=True)
     # As in transformers, tokens that are not chosen have their share of the probability.
     total = torch.cat([*totals, torch.mm(rows, weight[banned].t())], dim=1).logsumexp(-1).view_as(scores)
     of_blocks = torch.cat(tops, dim=1).view(*scores.shape, -1) - (total - scores)[..., None]  # (B, K, blocks)

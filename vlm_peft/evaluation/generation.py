@@ -158,7 +158,7 @@ def _prefill(
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, pictures in enumerate(image_ids):
         groups.setdefault(tuple(pictures), []).append(row)
-    prefixes = [_common_prefix([encoded[row] for row in rows]) for rows in groups.values()]
+    prefixes = [common_prefix([encoded[row] for row in rows]) for rows in groups.values()]
     ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
     rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
     longest = max(map(len, prefixes)) + max(map(len, rests)) + max_new_tokens
@@ -190,7 +190,7 @@ def _prefill(
     }
 
 
-def _common_prefix(sequences: list[list[int]]) -> list[int]:
+def common_prefix(sequences: list[list[int]]) -> list[int]:
     """The longest beginning that all have, without the last token of any."""
     prefix = sequences[0][: min(map(len, sequences)) - 1]
     for ids in sequences[1:]:
