@@ -20,7 +20,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import islice
 from typing import Any
@@ -116,21 +115,6 @@ def main(arguments: list[str]) -> int:
         data_logger.setLevel(level)
         if was_caching:
             datasets.enable_caching()
-
-
-@dataclass
-class Trial:
-    """What a few steps took.
-
-    Args:
-        seconds (`list[float]`): Of each measured optimizer step.
-        loss (`float`): Mean over the steps.
-        moved (`bool`): Whether the projector changed.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    loss: float = math.nan
-    moved: bool = False
 
 
 class Doctor:
@@ -427,9 +411,9 @@ class Doctor:
             _say(f"  {describe_layout(probe(self.model), rows)}")
             _say(f"  adapter file: {adapter / 1e6:.2f} MB")
             check_trainable(table, vision_tower_trains=self.vision.lora_vision)
-            trial = self.try_steps(trainer, watch)
+            step = self.try_steps(trainer, watch)
         seconds = self.try_texts(adapted)
-        self.predict(rows, trial, adapter, to_encode, encode_rate, seconds)
+        self.predict(rows, step, adapter, to_encode, encode_rate, seconds)
 
     def check_disk(self) -> int:
         """Room for the features that are not stored yet; returns their number."""
@@ -538,8 +522,8 @@ class Doctor:
             setattr(arguments, name, value)
         return arguments
 
-    def try_steps(self, trainer, watch: "StepWatch") -> Trial:
-        """Trains a few steps."""
+    def try_steps(self, trainer, watch: "StepWatch") -> float:
+        """Trains a few steps; returns the seconds of one."""
         projector = {
             name: parameter.detach().clone()
             for name, parameter in trainer.model.named_parameters()
@@ -549,18 +533,17 @@ class Doctor:
         self.note_peak("training")
         now = dict(trainer.model.named_parameters())
         moved = any(not torch.equal(value, now[name].detach()) for name, value in projector.items())
-        trial = Trial(watch.seconds[WARM_UP:] or watch.seconds, result.training_loss, moved)
-        mean = statistics.fmean(trial.seconds)
-        spread = statistics.pstdev(trial.seconds)
+        measured, loss = watch.seconds[WARM_UP:] or watch.seconds, result.training_loss
+        mean = statistics.fmean(measured)
         _say(
-            f"  {len(watch.seconds)} steps tried, the heaviest batch first: {mean:.3g} s a step (deviation {spread:.2g}"
-            f"), loss {trial.loss:.3f}"
+            f"  {len(watch.seconds)} steps tried, the heaviest batch first: {mean:.3g} s a step (deviation "
+            f"{statistics.pstdev(measured):.2g}), loss {loss:.3f}"
         )
-        if not math.isfinite(trial.loss):
-            self.problem(f"The loss of the trial steps is {trial.loss}: lower --learning_rate, or use float32.")
+        if not math.isfinite(loss):
+            self.problem(f"The loss of the trial steps is {loss}: lower --learning_rate, or use float32.")
         elif not moved:
             self.problem("The projector did not change in the trial steps: check --learning_rate and its own rate.")
-        return trial
+        return mean
 
     def try_texts(self, trained: PeftModel) -> float:
         """Loads the model again, as the run does after saving, and generates the batch with the longest prompts.
@@ -591,12 +574,11 @@ class Doctor:
         return (time.perf_counter() - start) / len(questions)
 
     def predict(
-        self, rows: Dataset | IterableDataset, trial: Trial, adapter: int, to_encode: int, rate: float, text: float
+        self, rows: Dataset | IterableDataset, step: float, adapter: int, to_encode: int, rate: float, text: float
     ) -> None:
         """Extrapolates to the whole run."""
         _title("Prediction for one process")
         steps, said = self.count_steps(rows)
-        step = statistics.fmean(trial.seconds)
         texts = self.count_texts()
         encode = to_encode / rate if to_encode else 0.0
         _say(f"  steps    {steps:,} {said}, {step:.3g} s each")
