@@ -8,9 +8,11 @@ Each function takes a joined model of the tests' size, and gives a figure or rai
 from pathlib import Path
 from types import SimpleNamespace
 
+import separate_samples
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from separate_samples import gradients
 from tiny_runs import quiet_config
 from trl import ModelConfig
 
@@ -39,6 +41,9 @@ def ask(text: str) -> list[dict]:
     return [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
 
 
+CONVERSATIONS = [(ask(prompt), texts) for prompt, texts in ROWS]
+
+
 def make_features(model: VisionQwen) -> torch.Tensor:
     """Of three pictures, `(3, N_v, D_v)`; and a projector that makes each of them another one."""
     generator = torch.Generator().manual_seed(1)
@@ -50,10 +55,7 @@ def make_features(model: VisionQwen) -> torch.Tensor:
 
 
 def encode(processor: VisionQwenProcessor) -> list[dict]:
-    return [
-        {**vars(processor.encode_row(ask(prompt), texts)), "image_ids": [picture]}
-        for picture, (prompt, texts) in enumerate(ROWS)
-    ]
+    return separate_samples.encode(processor, CONVERSATIONS)
 
 
 def largest_difference(
@@ -89,25 +91,7 @@ def largest_difference(
 
 def separate_loss(model: VisionQwen, processor: VisionQwenProcessor, features: torch.Tensor) -> torch.Tensor:
     """Mean over the labels of all texts, each run alone."""
-    total, count = torch.zeros((), device=model.device), 0
-    for picture, (prompt, texts) in enumerate(ROWS):
-        for text in texts:
-            row = processor.encode_row(ask(prompt), [text])
-            labels = torch.tensor([row.shift_labels])
-            inputs = {"input_ids": torch.tensor([row.input_ids]), "image_features": features[[picture]]}
-            inputs |= {"shift_labels": labels}
-            output = model(**{name: value.to(model.device) for name, value in inputs.items()})
-            labelled = int((labels != -100).sum())
-            total, count = total + output.loss * labelled, count + labelled
-    return total / count
-
-
-def gradients(model: VisionQwen, loss: torch.Tensor) -> dict[str, torch.Tensor]:
-    model.zero_grad(set_to_none=True)
-    loss.backward()
-    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return found
+    return separate_samples.separate_loss(model, processor, CONVERSATIONS, features)
 
 
 def make_trainer(

@@ -70,7 +70,9 @@ def separate_loss(model, processor, rows, features):
 def gradients(model, loss):
     model.zero_grad(set_to_none=True)
     loss.backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def largest_difference(actual, expected):

@@ -129,10 +129,10 @@ def test_neighbours_are_one_product(monkeypatch):
     fuse_lora(model)
     products = []
     linear = nn.functional.linear
-    monkeypatch.setattr(nn.functional, "linear", lambda *arguments: products.append(1) or linear(*arguments))
+    monkeypatch.setattr(nn.functional, "linear", lambda x, *rest: products.append(x.shape[-1]) or linear(x, *rest))
     decode(model)
-    # Query, key and value; output; gate and up; down: in each of two layers.
-    assert len(products) == 8
+    # Query, key and value, and gate and up, with their ranks as further columns; output; down: in each of two layers.
+    assert products == [32 + 4 + 6 + 4, 64, 32 + 4 + 4, 48] * 2
     # What is stacked is held once.
     bases = [module.base_layer for module in model.modules() if isinstance(module, FusedLinear)]
     assert len({base.weight.untyped_storage().data_ptr() for base in bases}) == 8
