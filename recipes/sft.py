@@ -159,7 +159,7 @@ def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None
                 split,
                 run.output_dir / "eval" / f"{name}{suffix}",
                 model_name=str(run.output_dir),
-                blind=suffix == "-blind",
+                condition=suffix.removeprefix("-") or "after",
                 batch_size=run.vision.generation_batch_size,
                 max_new_tokens=run.vision.max_new_tokens,
                 num_beams=run.vision.num_beams,

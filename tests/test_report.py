@@ -16,10 +16,10 @@ from vlm_peft.commands.score import METRICS
 from vlm_peft.evaluation.records import write_predictions, write_scores
 from vlm_peft.evaluation.task_scores import Scores, score_rows
 from vlm_peft.metrics.boxes import LabelledBox
-from vlm_peft.report import pages as report_html
 from vlm_peft.report import report
 from vlm_peft.report.charts import box_overlay, finite_points, step_chart
-from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path, ranking, save_gallery_pictures
+from vlm_peft.report.explained import EXPLAINED, ranking
+from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path, save_gallery_pictures
 
 EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(2)>'
 ALLOWED = set(
@@ -153,7 +153,7 @@ def test_page_of_several_tasks_is_text_too(tmp_path, evil):
     source = report.build_report(make_mixture(tmp_path, evil)).read_text(encoding="utf-8")
     page = Page(source)
     assert set(page.tags) <= ALLOWED
-    shown = evil.replace("\ud800", "?")
+    shown = evil.replace("\ud800", "\ufffd")
     for said in ("What colour{}?", "red{} (7 of 10)", "blue{} (3 of 10)", "other{}", "dog{}", "Berlin{} (page 3)"):
         assert said.format(shown) in page.text
     for chart in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
@@ -232,7 +232,7 @@ def test_boxes_of_the_gallery_are_those_of_the_row(tmp_path):
 
 def test_every_metric_is_explained_with_its_range(tmp_path):
     with_pictures = {"CLIPScore", "RefCLIPScore"}  # Of eval/run.py alone: a file of texts has no pictures.
-    assert {name for names in METRICS.values() for name in names} | with_pictures == set(report_html.EXPLAINED)
+    assert {name for names in METRICS.values() for name in names} | with_pictures == set(EXPLAINED)
     text = Page(report.build_report(make_run(tmp_path)).read_text(encoding="utf-8")).text
     assert "rare ones counting more; 0 to 10\n" in text
     assert "that a reference has, too; 0 to 1\n" in text
