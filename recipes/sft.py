@@ -311,8 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if push is not None:
             from vlm_peft.hub.models import push_adapter
+            from vlm_peft.report.model_card import card_for_others
 
-            run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
+            run.say(f"pushed   {push_adapter(run.output_dir, card=card_for_others, **push)}")
     return 0
 
 

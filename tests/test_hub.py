@@ -27,7 +27,7 @@ from vlm_peft.adapters.folder import save_composite_config
 from vlm_peft.adapters.lora import lora_config
 from vlm_peft.hub.datasets import content_hash
 from vlm_peft.hub.models import LOADED_FILES, HubError, pull_model, push_adapter
-from vlm_peft.report.model_card import write_model_card
+from vlm_peft.report.model_card import card_for_others, write_model_card
 
 OWNER = "hf_ownerTokenThatNobodyMaySee00000001"
 GUEST = "hf_guestTokenThatNobodyMaySee00000002"
@@ -41,9 +41,11 @@ sys.argv = ["vlm-peft"]
 from huggingface_hub import constants
 from vlm_peft.hub import models as hub
 from vlm_peft.hub import datasets as hub_datasets
+from vlm_peft.report.model_card import card_for_others
 for line in sys.stdin:
     name, endpoint, arguments = json.loads(line)
     constants.ENDPOINT = endpoint
+    arguments |= {"card": card_for_others} if name == "push_adapter" else {}
     try:
         answer = ["ok", str(getattr(hub if hasattr(hub, name) else hub_datasets, name)(**arguments))]
     except Exception as error:
@@ -375,7 +377,7 @@ def test_each_error_of_the_hub_is_one_line_with_what_to_do(push, hub, server):
 def test_offline_is_said_as_such(run):
     # The tests' own process is offline.
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
-        push_adapter(run, "me/run", token=OWNER, **IDS)
+        push_adapter(run, "me/run", card=card_for_others, token=OWNER, **IDS)
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
         pull_model("me/run")
 

@@ -1,4 +1,4 @@
-"""Foreign text on a card or a page is text: what Markdown would take for markup is escaped; HTML is jinja2's to escape."""
+"""Foreign text stays text: what Markdown would take for markup is escaped here, HTML where pages are made."""
 
 import re
 from typing import Any

@@ -6,7 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from ..hub.markup import code, markdown, visible
+from ..hub.markup import Markdown, code, markdown, visible
 
 _LOADER = PackageLoader("vlm_peft.report")
 _KEPT: dict[str, Any] = {
@@ -16,11 +16,14 @@ _KEPT: dict[str, Any] = {
     "keep_trailing_newline": True,
 }
 _HTML = Environment(
-    loader=_LOADER, autoescape=True, finalize=lambda value: value if isinstance(value, Markup) else visible(value), **_KEPT
+    loader=_LOADER,
+    autoescape=True,
+    finalize=lambda value: value if isinstance(value, Markup) else visible(value),
+    **_KEPT,
 )
 # Markdown has no autoescape of its own: what is written out goes through `markdown` instead.
 _MARKDOWN = Environment(loader=_LOADER, autoescape=False, finalize=markdown, **_KEPT)
-_MARKDOWN.filters["code"] = code
+_MARKDOWN.filters |= {"code": code, "listed": lambda values: Markdown(", ".join(map(markdown, values)))}
 
 
 def render(template: str, **values: Any) -> str:

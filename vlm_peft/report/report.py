@@ -22,7 +22,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from ..evaluation.records import CONDITIONS, read_all_scores, read_predictions, write_text
+from ..evaluation.records import CONDITIONS, Row, read_all_scores, read_predictions, write_text
 from ..metrics.boxes import parse_boxes
 from .charts import Point, bar_chart, box_overlay, finite_points, step_chart
 from .explained import EXPLAINED, HIGHEST, digits, ranking
@@ -78,7 +78,9 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
         missing.append("log_history.json: the loss curve")
     if scores:
         there = {condition for conditions in scores.values() for condition in conditions}
-        missing += [f"scores.json of the condition {each}: {what}" for each, what in _CONTROLS.items() if each not in there]
+        missing += [
+            f"scores.json of the condition {each}: {what}" for each, what in _CONTROLS.items() if each not in there
+        ]
     else:
         missing.append("scores.json of any split: the scores")
     if not gallery:
@@ -312,7 +314,7 @@ def _gallery(
     }
 
 
-def _card(row: Mapping[str, Any], picture: Thumbnail | None, metric: str) -> dict[str, Any]:
+def _card(row: Row, picture: Thumbnail | None, metric: str) -> dict[str, Any]:
     question, boxes = row.get("question"), true_boxes(row)
     drawn = None
     if picture is not None and boxes is not None:
