@@ -32,10 +32,10 @@ VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any word may stand in these; they come from a base as they are."""
 
 _SECRETS = (
-    # As their makers say that they look.
-    r"(?<![A-Za-z0-9])(?:(hf_|api_org_)[A-Za-z0-9]{30,}|(gh[opsur]_|github_pat_)\w{30,}|(sk-)[A-Za-z0-9_-]{20,}"
+    # As their makers say that they look; JSON may have `\n` before them, base64 has any letters in it.
+    r"(?:(?<![A-Za-z0-9+/])|(?<=\\[nrt]))(?:(hf_|api_org_)[A-Za-z0-9]{30,}|(gh[opsur]_|github_pat_)\w{30,}|(sk-)[A-Za-z0-9_-]{20,}"
     r"|(AKIA)[0-9A-Z]{16}(?![0-9A-Z])|(xox[abprs]-)[A-Za-z0-9-]{20,}|(AIza)[A-Za-z0-9_-]{35}|(glpat-)[A-Za-z0-9_-]{20,})",
-    r"(-----BEGIN [A-Z ]*PRIVATE KEY-----)",
+    r"-----(BEGIN [A-Z ]*PRIVATE KEY)-----",
     # Long values, with letters and digits, of options and keys that are named so.
     r"(?i)(token|secret|password|passwd|api[_-]?key|access[_-]?key)"
     r"(?:[\"']?\s*[=:]\s*|\s+)[\"']?(?=[\w+/=.-]*\d)(?=[\w+/=.-]*[a-z])[\w+/=.-]{16,}",

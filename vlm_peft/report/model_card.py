@@ -24,7 +24,7 @@ from yaml import YAMLError
 from ..evaluation.records import CONDITIONS, read_all_scores, read_predictions, write_text
 from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
-from ..hub.markup import Markdown, code, markdown, one_line
+from ..hub.markup import Markdown, code, markdown, one_line, visible
 from ..hub.models import Published
 from .explained import ranking
 from .gallery import best_and_worst, picture_path, references_of
@@ -110,7 +110,7 @@ def card_for_others(folder: Path, published: Published) -> str:
     card.data.base_model = published.base_model
     card.data["base_model_relation"] = "adapter"
     card.data.license = card.data.license or common_licence(published.licences.values())
-    renamed = dict(zip(here.splitlines(), there.splitlines(), strict=False))
+    renamed = dict(zip(*(ModelCard(made).text.splitlines() for made in (here, there)), strict=True))
     card.text = "\n".join(renamed.get(line, line) for line in card.text.splitlines()) + "\n"
     return str(card)
 
@@ -175,7 +175,7 @@ def model_card(
         datasets=datasets,
         parameters=summary["parameters"],
         trained=summary["trainable_parameters"],
-        adapter=Markdown(json.dumps(adapter, ensure_ascii=False)),
+        adapter=Markdown(json.dumps(visible(adapter), ensure_ascii=False)),
         rows=[row for split, conditions in scores.items() for row in _score_rows(split, conditions)],
         made_by=_made_by(scores),
         samples=samples,
@@ -230,8 +230,8 @@ def _made_by(scores: Mapping[str, Mapping[str, Any]]) -> dict[Markdown, list[str
         shown = _trained_first(conditions)[0]
         decoding = {name: value for name, value in (shown.get("decoding") or {}).items() if name != "blind"}
         made = [f"tokenizer of the metrics: {markdown(shown['tokenizer'])}"] if shown.get("tokenizer") else []
-        made += [f"decoding: {code(json.dumps(decoding))}"] if decoding else []
-        made += [f"left out: {code(json.dumps(shown['skipped']))}"] if shown.get("skipped") else []
+        made += [f"decoding: {code(json.dumps(decoding, ensure_ascii=False))}"] if decoding else []
+        made += [f"left out: {code(json.dumps(shown['skipped'], ensure_ascii=False))}"] if shown.get("skipped") else []
         made += [markdown(str(note)) for note in shown.get("notes") or []]
         if made:
             made_by.setdefault(Markdown("; ".join(made)), []).append(split)
@@ -247,6 +247,7 @@ def _eval_results(scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
             dataset = str(each.get("dataset") or next(iter(datasets)))
+            revision = datasets.get(dataset)
             kind = next((known for start, known in METRIC_TYPES.items() if metric.startswith(start)), metric.lower())
             results.append(
                 EvalResult(
@@ -255,7 +256,7 @@ def _eval_results(scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str
                     dataset_type=dataset if _is_hub_id(dataset) else _named(Path(dataset).name),
                     dataset_name=_named(Path(dataset).name),
                     dataset_split=split,
-                    dataset_revision=datasets.get(dataset),
+                    dataset_revision=_named(revision) if revision else None,
                     metric_type=_named(kind),
                     metric_name=_named(metric),
                     metric_value=round(float(value), 6),
