@@ -178,7 +178,7 @@ def save_run(adapted, folder: Path, bases, home: Path) -> Path:
         "command": f"accelerate launch recipes/sft.py --output_dir {folder} --cache {home}/home/cache",
         "vision_model": str(bases[0]),
         "text_model": str(bases[1]),
-        "dataset": str(folder),
+        "dataset": str(folder / "eval"),
         "device": "cpu",
         "seed": 7,
         "parameters": 1000,
@@ -291,7 +291,11 @@ def test_the_card_files_it_as_an_adapter_of_both_bases_with_its_scores(push, ser
 
 def test_what_the_owner_wrote_in_the_card_stays(push, server, run):
     path = run / "README.md"
-    card = path.read_text().replace("---\n\n# run", "language: de\n---\n\n# Walls")
+    card = (
+        path.read_text()
+        .replace("---\n\n# run", "language: de\n---\n\n# Walls")
+        .replace("`: not known", "`: not stated", 2)
+    )
     path.write_text(card + f"\n## Mine\n\nTrained in {run.parent}.\n")
     assert push("me/own")[0] == "ok"
     pushed = server.repos["model", "me/own"].files["README.md"].decode()
@@ -300,7 +304,6 @@ def test_what_the_owner_wrote_in_the_card_stays(push, server, run):
     assert "# Walls\n" in pushed
     assert f"## Mine\n\nTrained in {run.parent.name}.\n" in pushed
     # The lines left alone are those of a card that was not touched.
-    path.unlink()
     write_model_card(run)
     assert push("me/made")[0] == "ok"
     made = server.repos["model", "me/made"].files["README.md"].decode().replace("me/made", "me/own")

@@ -110,9 +110,15 @@ def card_for_others(folder: Path, published: Published) -> str:
     card.data.base_model = published.base_model
     card.data["base_model_relation"] = "adapter"
     card.data.license = card.data.license or common_licence(published.licences.values())
-    renamed = dict(zip(*(ModelCard(made).text.splitlines() for made in (here, there)), strict=True))
-    card.text = "\n".join(renamed.get(line, line) for line in card.text.splitlines()) + "\n"
+    before, after = (ModelCard(made).text.splitlines() for made in (here, there))
+    renamed = dict(zip(map(_without_licence, before), after, strict=True))
+    card.text = "\n".join(renamed.get(_without_licence(line), line) for line in card.text.splitlines()) + "\n"
     return str(card)
+
+
+def _without_licence(line: str) -> str:
+    # A base's card may lie here that did not when the run wrote its own.
+    return line.partition("`: ")[0] if line.startswith(("- encoder `", "- decoder `")) else line
 
 
 def _card_of(folder: Path, summary: Mapping[str, Any], published: Published | None = None) -> str:
