@@ -603,6 +603,13 @@ def test_image_folders_and_saved_data_sets_are_pushed_with_their_pictures(hub, s
         assert found == {"a red wall": (250, 0, 0), "a blue wall": (0, 0, 250)}
 
 
+def test_a_columns_name_is_text_on_the_card(hub, server, tmp_path):
+    Dataset.from_dict({"a|b`<i>": ["x"]}).to_parquet(tmp_path / "rows.parquet")
+    assert hub("push_dataset", data=tmp_path / "rows.parquet", repo_id="me/columns", token=OWNER)[0] == "ok"
+    card = server.repos["dataset", "me/columns"].files["README.md"].decode()
+    assert r"| ``a\|b`<i>`` | `Value('string')` |" in card
+
+
 def test_a_data_set_with_secrets_or_without_pictures_is_refused(hub, server, home, tmp_path):
     Dataset.from_dict({"file": [f"{home}/home/a.png"]}).to_parquet(tmp_path / "paths.parquet")
     kind, message = hub("push_dataset", data=tmp_path / "paths.parquet", repo_id="me/paths", token=OWNER)

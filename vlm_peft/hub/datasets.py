@@ -218,7 +218,7 @@ def _data_card(
         "| column | type |",
         "|---|---|",
         *(
-            " | ".join(["", *(code(each).replace("|", r"\|") for each in column), ""]).strip()
+            "| {} | {} |".format(*(code(each).replace("|", r"\|") for each in column))
             for column in first.features.items()
         ),
         "",
