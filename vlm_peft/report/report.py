@@ -25,7 +25,7 @@ from markupsafe import Markup
 from ..evaluation.records import CONDITIONS, Row, read_all_scores, read_predictions, write_text
 from ..metrics.boxes import parse_boxes
 from .charts import Point, bar_chart, box_overlay, finite_points, step_chart
-from .explained import EXPLAINED, HIGHEST, digits, ranking
+from .explained import METRICS, digits, ranking
 from .gallery import (
     Picture,
     Thumbnail,
@@ -185,8 +185,8 @@ def _task(name: str, splits: Scores) -> dict[str, Any]:
     ]
     explained: dict[str, list[str]] = {}
     for column in columns:
-        if column in EXPLAINED:
-            explained.setdefault(f"{EXPLAINED[column]}; 0 to {HIGHEST.get(column, 1)}", []).append(column)
+        if known := METRICS.get(column):
+            explained.setdefault(f"{known.explanation}; 0 to {known.highest}", []).append(column)
     breakdowns = [table for split, conditions in splits.items() for table in _breakdowns(split, conditions)]
     return {"name": name, "columns": columns, "rows": rows, "explained": explained, "breakdowns": breakdowns}
 
@@ -267,7 +267,7 @@ def _scores_in_training(scores: Scores, log_history: Sequence[Mapping[str, Any]]
     found: dict[str, dict[str, list[Point]]] = {}
     for key in dict.fromkeys(key for entry in log_history for key in entry if key.startswith("eval_")):
         # The longest: page_f1 is not the f1 of a set called page.
-        metric = max((m for m in EXPLAINED if key.endswith(f"_{m}")), key=len, default=None)
+        metric = max((m for m in METRICS if key.endswith(f"_{m}")), key=len, default=None)
         points = finite_points(log_history, key)
         if metric is not None and points:
             split = key.removeprefix("eval_").removesuffix(metric).removesuffix("_")
