@@ -182,6 +182,7 @@ def test_nothing_from_a_run_or_its_data_is_markup(folder, harmless, hostile):
     # Six of them are in JSON, which may write it otherwise.
     assert said.count(shown[: LONGEST - 1]) >= harmless[1].count("plain words") - 6
     assert "\r" not in text
+    assert all(len(line) < 8 * LONGEST for line in text.splitlines() if line.startswith("| !"))
     assert not [c for c in text if (ord(c) < 32 and c != "\n") or "\u202a" <= c <= "\u202e"]
     metadata = text.removesuffix(card.text)
     assert not {"<", ">"} & set(metadata)
@@ -193,6 +194,7 @@ def test_markdown_is_escaped_where_it_would_mark_something_and_only_there():
     plain = 'a dog_house, 3.5 (of 7): it\'s 50 % - "so" + x = y; f(x) / 2 @ http:8080. 1.5'
     assert markdown(plain) == plain
     assert markdown(12345) == "12,345"
+    assert [markdown(each) for each in ("- a", "1. a", "12) a", "===")] == [r"\- a", r"1\. a", r"12\) a", r"\==="]
     assert markdown("_a_ http://b www.c") == r"\_a\_ http\://b www\.c"
     assert markdown(markdown("*")) == r"\*"
     assert [code(each) for each in ("a", "a`b", "``", "")] == ["`a`", "``a`b``", "``` `` ```", "`  `"]
