@@ -159,7 +159,7 @@ def evaluate(run: Run, model, processor, splits: dict, suffix: str = "") -> None
                 split,
                 run.output_dir / "eval" / f"{name}{suffix}",
                 model_name=str(run.output_dir),
-                blind=suffix == "-blind",
+                condition=suffix.removeprefix("-") or "after",
                 batch_size=run.vision.generation_batch_size,
                 max_new_tokens=run.vision.max_new_tokens,
                 num_beams=run.vision.num_beams,
@@ -311,8 +311,9 @@ def main(arguments: list[str] | None = None) -> int:
         )
         if push is not None:
             from vlm_peft.hub.models import push_adapter
+            from vlm_peft.report.model_card import card_for_others
 
-            run.say(f"pushed   {push_adapter(run.output_dir, **push)}")
+            run.say(f"pushed   {push_adapter(run.output_dir, card=card_for_others, **push)}")
     return 0
 
 

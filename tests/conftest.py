@@ -29,6 +29,36 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>"]
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    "</style></main><script>alert(1)</script><!--",
+    '\' onmouseover=alert(1) " autofocus onfocus=alert(1) x="',
+    "| a | b |\n|---|---|\n| c | d |",
+    "```\n# x\n```",
+    "` `` `",
+    "\\`\\",
+    "[x](javascript:alert(1))",
+    "![x](http://example.com/x.png) <http://example.com> http://example.com www.example.com",
+    "[x]: http://example.com",
+    "---\nlicense: mit\n---\n",
+    "# heading",
+    "- item",
+    "1. item",
+    "12) item",
+    "> quote",
+    "***bold*** __bold__ ~~gone~~ $x$ _a_",
+    "&lt;b&gt; &amp; &#60;",
+    "one\n\n    code\n\ntwo\n===",
+    "\u2028# x\u2029\x85- y\r\n* z",
+    "\x00\x1b[31mred\x07\x7f\x9b",
+    "\u202egnp.exe\u2066",
+    "\ud800",
+    "word " * 2000,
+    "x" * 5000,
+    "{{ 7 * 7 }}{% if x %}{# no #}",
+)
+"""Texts that a page or a card might take for markup; in data, in names, in whatever a run was told."""
+
 LOOPBACK = {"127.0.0.1", "::1", "localhost"}
 
 

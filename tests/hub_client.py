@@ -18,9 +18,11 @@ sys.argv = ["vlm-peft"]
 from huggingface_hub import constants
 from vlm_peft.hub import models as hub
 from vlm_peft.hub import datasets as hub_datasets
+from vlm_peft.report.model_card import card_for_others
 for line in sys.stdin:
     name, endpoint, arguments = json.loads(line)
     constants.ENDPOINT = endpoint
+    arguments |= {"card": card_for_others} if name == "push_adapter" else {}
     try:
         answer = ["ok", str(getattr(hub if hasattr(hub, name) else hub_datasets, name)(**arguments))]
     except Exception as error:

@@ -69,6 +69,7 @@ def test_blind_swaps_the_pictures(evaluate):
     seen, blind = texts(evaluate()[0]), evaluate("--blind")
     assert texts(blind[0]) == seen[2:] + seen[:2]
     assert blind[1]["decoding"]["blind"] is True
+    assert blind[1]["condition"] == "blind"
 
 
 def test_swapping_gives_every_row_as_many_wrong_pictures():

@@ -24,10 +24,20 @@ from yaml import safe_load
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.folder import save_composite_config
 from vlm_peft.adapters.lora import lora_config
+from vlm_peft.hub.access import refuse_secret
 from vlm_peft.hub.datasets import stored_hash
 from vlm_peft.hub.models import LOADED_FILES, HubError, pull_model, push_adapter
-from vlm_peft.report.model_card import write_model_card
+from vlm_peft.report.model_card import card_for_others, write_model_card
 
+SECRETS = (
+    "hf_" + "aB3" * 12,
+    "ghp_" + "aB3" * 12,
+    "sk-" + "aB3-" * 10,
+    "AKIA" + "AB34" * 4,
+    "-----BEGIN RSA PRIVATE KEY-----\nMIIaB3",
+    "--api_key " + "aB3" * 8,
+    "password=" + "aB3" * 8,
+)
 PREDICTION = {"id": "a/b", "prediction": "a red wall", "references": ["red wall", "a wall"]}
 
 PULL = """
@@ -94,7 +104,7 @@ def save_run(adapted, folder: Path, bases, home: Path) -> Path:
         "command": f"accelerate launch recipes/sft.py --output_dir {folder} --cache {home}/home/cache",
         "vision_model": str(bases[0]),
         "text_model": str(bases[1]),
-        "dataset": str(folder),
+        "dataset": str(folder / "eval"),
         "device": "cpu",
         "seed": 7,
         "parameters": 1000,
@@ -205,6 +215,27 @@ def test_the_card_files_it_as_an_adapter_of_both_bases_with_its_scores(push, ser
     assert front["model-index"][0]["results"][0]["metrics"] == [{"type": "cider", "value": 1.25, "name": "CIDEr"}]
 
 
+def test_what_the_owner_wrote_in_the_card_stays(push, server, run):
+    path = run / "README.md"
+    card = (
+        path.read_text()
+        .replace("---\n\n# run", "language: de\n---\n\n# Walls")
+        .replace("`: not known", "`: not stated", 2)
+    )
+    path.write_text(card + f"\n## Mine\n\nTrained in {run.parent}.\n")
+    assert push("me/own")[0] == "ok"
+    pushed = server.repos["model", "me/own"].files["README.md"].decode()
+    front = safe_load(pushed.split("---")[1])
+    assert (front["language"], front["base_model"]) == ("de", ["tiny/qwen3", "tiny/clip"])
+    assert "# Walls\n" in pushed
+    assert f"## Mine\n\nTrained in {run.parent.name}.\n" in pushed
+    # The lines left alone are those of a card that was not touched.
+    write_model_card(run)
+    assert push("me/made")[0] == "ok"
+    made = server.repos["model", "me/made"].files["README.md"].decode().replace("me/made", "me/own")
+    assert set(made.partition("# run")[2].splitlines()) <= set(pushed.splitlines())
+
+
 def test_a_name_without_an_owner_is_the_users(push, server):
     assert push("mine") == ("ok", f"{server.url}/me/mine")
 
@@ -303,7 +334,7 @@ def test_each_error_of_the_hub_is_one_line_with_what_to_do(push, hub, server):
 def test_offline_is_said_as_such(run):
     # The tests' own process is offline.
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
-        push_adapter(run, "me/run", token=OWNER, **IDS)
+        push_adapter(run, "me/run", card=card_for_others, token=OWNER, **IDS)
     with pytest.raises(HubError, match=r"^HF_HUB_OFFLINE is set, and me/run cannot be had without http"):
         pull_model("me/run")
 
@@ -344,6 +375,11 @@ def leak_token(run: Path) -> None:
     (run / "run_summary.json").write_text(json.dumps({"command": f"sft.py --hub_token {OWNER}"}))
 
 
+def leak_another(run: Path) -> None:
+    rows = [PREDICTION, {**PREDICTION, "id": "c", "prediction": f"it reads {SECRETS[0]}"}]
+    (run / "eval" / "test" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def link_out(run: Path) -> None:
     (run.parent / "private").write_text("{}")
     (run / "task.json").symlink_to(run.parent / "private")
@@ -361,6 +397,7 @@ def link_out(run: Path) -> None:
         (lambda run: (run / "README.md").write_text("![a](eval/a.webp)"), "shows eval/a.webp, which is not there"),
         (break_weights, "adapter_model.safetensors is damaged"),
         (leak_token, "run_summary.json is not pushed: it holds your access token"),
+        (leak_another, "eval/test/predictions.jsonl is not pushed: line 2 holds what looks like a secret (hf_...)"),
         (link_out, "task.json leads out of the folder"),
     ],
 )
@@ -370,7 +407,32 @@ def test_a_folder_that_is_not_fit_for_others_is_refused(push, server, run, spoil
     assert kind in ("ValueError", "FileNotFoundError")
     assert message in said
     assert OWNER not in said
+    assert SECRETS[0] not in said
     assert ("model", "me/spoilt") not in server.repos
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_looks_like_a_secret_is_refused_without_being_shown(secret):
+    for text in (f"--option {secret} --next", json.dumps({"said": f"a\n{secret}"}), f"\n{secret}"):
+        with pytest.raises(
+            ValueError, match=r"^a\.json is not pushed: line \d holds what looks like a secret \("
+        ) as refused:
+            refuse_secret("a.json", text, OWNER)
+        assert secret.rpartition(" ")[2] not in str(refused.value)
+    refuse_secret("vocab.json", secret, OWNER, is_vocabulary=True)
+
+
+def test_what_an_adapter_folder_says_is_no_secret():
+    said = [path.read_text() for path in (ROOT / "tests/data/old_adapter").rglob("*.json")]
+    said += [path.read_text() for path in ROOT.rglob("*.md") if ".venv" not in path.parts]
+    said += [
+        "--hub_token *** --max_new_tokens 32 --output_dir outputs/run-2026-01-02T03-04",
+        '{"eos_token": "<|endoftext|>", "content_hash": "0123456789abcdef0123456789abcdef", "num_tokens": 1234567890}',
+        f"{'aB3/' * 5}AIza{'aB3x' * 10} + {'AB34' * 5}AKIA{'AB34' * 4}",
+        "a task-0123456789abcdef0123 of hf_hub_download; the secret is a password of letters",
+    ]
+    for text in said:
+        refuse_secret("README.md", text, OWNER)
 
 
 def test_a_prediction_that_names_the_home_folder_is_refused(push, server, run, home):
@@ -465,6 +527,13 @@ def test_image_folders_and_saved_data_sets_are_pushed_with_their_pictures(hub, s
         stored = pq.read_table(io.BytesIO(files["data/train-00000-of-00001.parquet"])).to_pylist()
         found = {row["caption"]: PILImage.open(io.BytesIO(row["image"]["bytes"])).getpixel((0, 0)) for row in stored}
         assert found == {"a red wall": (250, 0, 0), "a blue wall": (0, 0, 250)}
+
+
+def test_a_columns_name_is_text_on_the_card(hub, server, tmp_path):
+    Dataset.from_dict({"a|b`<i>": ["x"]}).to_parquet(tmp_path / "rows.parquet")
+    assert hub("push_dataset", data=tmp_path / "rows.parquet", repo_id="me/columns", token=OWNER)[0] == "ok"
+    card = server.repos["dataset", "me/columns"].files["README.md"].decode()
+    assert r"| ``a\|b`<i>`` | `Value('string')` |" in card
 
 
 def test_a_data_set_with_secrets_or_without_pictures_is_refused(hub, server, home, tmp_path):

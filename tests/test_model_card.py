@@ -3,13 +3,16 @@
 import json
 
 import pytest
+from conftest import HOSTILE
 from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
 from PIL import Image
 from yaml import safe_load
 
 from vlm_peft.hub.licences import common_licence, licence_line, stated_licence
+from vlm_peft.hub.markup import code, markdown, one_line
 from vlm_peft.report.gallery import picture_path
-from vlm_peft.report.model_card import write_model_card
+from vlm_peft.report.model_card import LONGEST, write_model_card
 
 SUMMARY = {
     "title": "run",
@@ -109,6 +112,94 @@ def test_samples_are_the_best_and_the_worst_that_the_run_kept(folder):
     assert "the 1 best and the 1 worst by CIDEr" in text
 
 
+def test_samples_are_ranked_by_the_metric_of_the_task_and_show_the_question(folder):
+    write_scores(folder, "test", {"f1": 0.5}, task="slides", primary="f1")
+    rows = [
+        {"id": str(index), "prediction": f"says {index}", "references": ["a", "b", "b"], "question": "Why?", **scores}
+        for index, scores in enumerate([{"f1": 0.1, "cider": 9.0}, {"f1": 0.9, "cider": 0.0}])
+    ]
+    add_pictures(folder, rows)
+    text = write_model_card(folder).read_text()
+    assert "the 1 best and the 1 worst by f1" in text
+    assert "| best | Why? | says 1 | b (2 of 3) |" in text
+    assert "| worst | Why? | says 0 | b (2 of 3) |" in text
+
+
+def test_boxes_are_what_is_right_for_a_row_without_references(folder):
+    write_scores(folder, "test", {"f1_50": 0.5}, task="grounding", primary="f1_50")
+    add_pictures(folder, [{"id": 1, "prediction": "dog", "boxes": [{"label": "dog", "box": [0, 1, 2, 3]}]}])
+    assert r"| first | dog | dog \[0, 1, 2, 3\] |" in write_model_card(folder).read_text()
+
+
+def parsed(markdown_text):
+    """Block and inline elements in their order, and all text."""
+    elements, said = [], ""
+    for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown_text):
+        elements.append((token.type, token.tag))
+        said += token.content if token.type in ("fence", "code_block", "html_block") else ""
+        for child in token.children or []:
+            # In a code span a bar is escaped, too, but here no table has one.
+            elements += [(child.type, child.tag)] * (child.type not in ("text", "code_inline"))
+            said += child.content
+    return elements, said
+
+
+def write_everywhere(folder, said):
+    """A run in which all that can come from elsewhere is one text."""
+    names = ("title", "date", "command", "vision_model", "text_model", "device", "adapter", "dataset")
+    # Some are looked for as files.
+    texts = dict.fromkeys((*names, "vision_revision", "dataset_revision"), said[:200])
+    data = {said: {"rows": 1, "content_hash": said}}
+    write_summary(folder, **texts, seed=said, seconds={said: 1.0}, versions={said: said}, data=data)
+    found = {"tokenizer": said, "decoding": {said: said}, "skipped": {said: said}, "notes": [said], "dataset": said}
+    write_scores(folder, "test", {"f1": 0.5, f"f1[kind={said}]": 1.0}, task=said, primary="f1", **found)
+    add_pictures(folder, [{"id": 1, "prediction": said, "references": [said], "question": said, "f1": 1.0}])
+
+
+def add_pictures(folder, rows):
+    (folder / "eval" / "test" / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for row in rows:
+        path = picture_path(folder, "test", row["id"])
+        path.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(path)
+
+
+@pytest.fixture(scope="module")
+def harmless(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harmless")
+    write_everywhere(folder, "plain words")
+    return parsed(ModelCard(write_model_card(folder).read_text()).text)
+
+
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_nothing_from_a_run_or_its_data_is_markup(folder, harmless, hostile):
+    write_everywhere(folder, hostile)
+    text = write_model_card(folder).read_text(encoding="utf-8")
+    card = ModelCard(text)
+    elements, said = parsed(card.text)
+    assert elements == harmless[0]
+    shown = one_line(hostile)
+    # Six of them are in JSON, which may write it otherwise.
+    assert said.count(shown[: LONGEST - 1]) >= harmless[1].count("plain words") - 6
+    assert "\r" not in text
+    assert all(len(line) < 8 * LONGEST for line in text.splitlines() if line.startswith("| !"))
+    assert not [c for c in text if (ord(c) < 32 and c != "\n") or "\u202a" <= c <= "\u202e"]
+    metadata = text.removesuffix(card.text)
+    assert not {"<", ">"} & set(metadata)
+    assert safe_load(metadata.strip("-\n"))["library_name"] == "peft"
+    assert len(max(card.text.splitlines(), key=len)) < max(2000, 12 * len(hostile))
+
+
+def test_markdown_is_escaped_where_it_would_mark_something_and_only_there():
+    plain = 'a dog_house, 3.5 (of 7): it\'s 50 % - "so" + x = y; f(x) / 2 @ http:8080. 1.5'
+    assert markdown(plain) == plain
+    assert markdown(12345) == "12,345"
+    assert [markdown(each) for each in ("- a", "1. a", "12) a", "===")] == [r"\- a", r"1\. a", r"12\) a", r"\==="]
+    assert markdown("_a_ http://b www.c") == r"\_a\_ http\://b www\.c"
+    assert markdown(markdown("*")) == r"\*"
+    assert [code(each) for each in ("a", "a`b", "``", "")] == ["`a`", "``a`b``", "``` `` ```", "`  `"]
+
+
 def test_data_and_revisions_are_named_when_the_run_knows_them(folder):
     assert "at revision" not in (text := write_model_card(folder).read_text())
     assert "- revision of" not in text
@@ -169,5 +260,8 @@ def test_without_scores_there_is_no_table(folder):
 
 def test_without_a_run_there_is_no_card(tmp_path):
     with pytest.raises(FileNotFoundError):
+        write_model_card(tmp_path)
+    (tmp_path / "run_summary.json").write_text(json.dumps({key: SUMMARY[key] for key in SUMMARY if key != "date"}))
+    with pytest.raises(ValueError, match=r"run_summary.json: date missing, which the card shows"):
         write_model_card(tmp_path)
     assert not (tmp_path / "README.md").exists()

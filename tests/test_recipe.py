@@ -206,6 +206,7 @@ def test_evaluation_files(whole):
         assert scores["n"] == 4
         assert scores["decoding"]["num_beams"] == 3
         assert scores["decoding"]["blind"] == (name == "test-blind")
+        assert scores["condition"] == {"test": "after", "test-blind": "blind"}[name]
 
 
 def test_blind_control_gets_other_pictures(whole):

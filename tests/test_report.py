@@ -9,17 +9,18 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
+from conftest import HOSTILE
 from PIL import Image
 
 from eval import report as script
-from vlm_peft.commands.score import METRICS
-from vlm_peft.evaluation.records import write_predictions, write_scores
+from vlm_peft.evaluation.records import read_all_scores, write_predictions, write_scores
 from vlm_peft.evaluation.task_scores import Scores, score_rows
+from vlm_peft.hub.markup import visible
 from vlm_peft.metrics.boxes import LabelledBox
-from vlm_peft.report import pages as report_html
 from vlm_peft.report import report
 from vlm_peft.report.charts import box_overlay, finite_points, step_chart
-from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path, ranking, save_gallery_pictures
+from vlm_peft.report.explained import ranking
+from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path, save_gallery_pictures
 
 EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(2)>'
 ALLOWED = set(
@@ -148,12 +149,36 @@ def test_page_is_self_contained_and_everything_in_it_is_text(tmp_path, evil):
     assert source.count("<svg") == 2
 
 
+def page_of(folder: Path, said: list[str]) -> Page:
+    """Of a run in which all that can come from elsewhere are these texts."""
+    make_run(folder, said[0], n=1)
+    rows = [{"prediction": each, "references": [each], "question": each, "answer_type": each} for each in said]
+    add_split(folder, "asked", "vqa", rows)
+    boxes = [{"prediction": "none", "boxes": [{"label": each, "box": [1, 1, 9, 9]}]} for each in said]
+    add_split(folder, "boxes", "grounding", boxes)
+    return Page(report.build_report(folder).read_text(encoding="utf-8"))
+
+
+def test_no_text_of_a_row_becomes_part_of_the_page(tmp_path):
+    # Short ones: names of the fixture's files are made of some.
+    texts = [each for each in HOSTILE if len(each) < 1000]
+    page, plain = (
+        page_of(tmp_path / name, said)
+        for name, said in (("a", texts), ("b", [f"plain {n}" for n in range(len(texts))]))
+    )
+    assert page.tags == plain.tags
+    seen = " ".join(page.text.split())
+    for each in texts:
+        assert seen.count(" ".join(visible(each).split())) >= 3
+    assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", page.text.replace("\r", ""))
+
+
 @pytest.mark.parametrize("evil", ["", EVIL, "\ud800"])
 def test_page_of_several_tasks_is_text_too(tmp_path, evil):
     source = report.build_report(make_mixture(tmp_path, evil)).read_text(encoding="utf-8")
     page = Page(source)
     assert set(page.tags) <= ALLOWED
-    shown = evil.replace("\ud800", "?")
+    shown = evil.replace("\ud800", "\ufffd")
     for said in ("What colour{}?", "red{} (7 of 10)", "blue{} (3 of 10)", "other{}", "dog{}", "Berlin{} (page 3)"):
         assert said.format(shown) in page.text
     for chart in re.findall(r"<svg.*?</svg>", source, re.DOTALL):
@@ -231,8 +256,6 @@ def test_boxes_of_the_gallery_are_those_of_the_row(tmp_path):
 
 
 def test_every_metric_is_explained_with_its_range(tmp_path):
-    with_pictures = {"CLIPScore", "RefCLIPScore"}  # Of eval/run.py alone: a file of texts has no pictures.
-    assert {name for names in METRICS.values() for name in names} | with_pictures == set(report_html.EXPLAINED)
     text = Page(report.build_report(make_run(tmp_path)).read_text(encoding="utf-8")).text
     assert "rare ones counting more; 0 to 10\n" in text
     assert "that a reference has, too; 0 to 1\n" in text
@@ -245,6 +268,30 @@ def test_scores_from_before_there_were_tasks(tmp_path):
         path.write_text(json.dumps({key: stored[key] for key in stored.keys() - {"task", "primary"}}))
     text = Page(report.build_report(run).read_text(encoding="utf-8")).text
     assert re.findall(r"^(\w+) on (\w+): \n([0-9.]+)", text, re.MULTILINE) == [("CIDEr", "test", "1.95")]
+
+
+def test_a_scores_file_says_what_was_scored_and_old_ones_are_read_by_their_names(tmp_path):
+    rows = [{"prediction": "red", "references": ["red"] * 10, "answer_type": "a=b]"}]
+    add_split(tmp_path, "test", "vqa", rows)
+    add_split(tmp_path, "test-blind", "vqa", rows)
+    path = tmp_path / "eval" / "test-blind" / "scores.json"
+    stored = json.loads(path.read_text())
+    assert stored["breakdowns"] == {"vqa_accuracy": {"answer_type": {"a=b]": 1.0}}}
+    found = read_all_scores(tmp_path)
+    assert {split: list(each) for split, each in found.items()} == {"test": ["after", "blind"]}
+    for condition, expected in (
+        ("before", {"test": ["after"], "test-blind": ["before"]}),
+        ("after", {"test": ["after"], "test-blind": ["after"]}),
+        ("blind", {"test": ["after", "blind"]}),
+    ):
+        path.write_text(json.dumps(stored | {"condition": condition}))
+        assert {split: list(each) for split, each in read_all_scores(tmp_path).items()} == expected
+    del stored["breakdowns"], stored["condition"]
+    path.write_text(json.dumps(stored))
+    assert read_all_scores(tmp_path)["test"]["blind"] == found["test"]["blind"]
+    path.write_text("[]")
+    with pytest.raises(ValueError, match=r"test-blind/scores.json: expected a JSON object, got list"):
+        read_all_scores(tmp_path)
 
 
 def test_best_pictures_come_first_then_the_worst(tmp_path):

@@ -346,7 +346,14 @@ def test_scores_file_has_the_promised_keys(tmp_path):
     rows = [{"prediction": text, "references": ["a dog"]} for text in ("a dog", "a cat")]
     scores = score_rows("slides", [{**row, "id": index} for index, row in enumerate(rows)])
     write_scores(
-        tmp_path / "s.json", scores, model="m", dataset="d", task="slides", split="test", decoding={"num_beams": 3}
+        tmp_path / "s.json",
+        scores,
+        model="m",
+        dataset="d",
+        task="slides",
+        split="test",
+        condition="blind",
+        decoding={"num_beams": 3},
     )
     written = json.loads((tmp_path / "s.json").read_text())
     # "dog" is 1 and "cat" 0 in each; the mean of two draws from them is 0 a quarter of the time.
@@ -356,10 +363,12 @@ def test_scores_file_has_the_promised_keys(tmp_path):
         "task": "slides",
         "primary": "f1",
         "metrics": {"exact_match": 0.5, "f1": 0.5, "anls": 0.5},
+        "breakdowns": {},
         "intervals": written["intervals"],
         "model": "m",
         "dataset": "d",
         "split": "test",
+        "condition": "blind",
         "decoding": {"num_beams": 3},
         "tokenizer": None,
         "skipped": dict.fromkeys(("page_precision", "page_recall", "page_f1"), "the rows have no evidence_pages"),

@@ -302,10 +302,12 @@ def push(options: argparse.Namespace) -> int:
     ids: --vision and --text.
     """
     from .hub.models import push_adapter
+    from .report.model_card import card_for_others
 
     address = push_adapter(
         options.model,
         options.repository,
+        card=card_for_others,
         private=options.private,
         revision=options.revision,
         vision=options.vision,

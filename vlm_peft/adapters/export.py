@@ -41,6 +41,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ..drafts import draft_of, sweep
 from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
+from ..hub.markup import markdown
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
@@ -444,7 +445,7 @@ def write_card(source: _Source, written: Path, title: str, difference: float, *,
     parts = json.dumps([{"type": "image", "url": "picture.jpg"}, {"type": "text", "text": source.instruction}])
     lines = [
         f"---\n{data.to_yaml()}\n---",
-        f"# {title}\n",
+        f"# {markdown(title)}\n",
         f"{kind}, exported with vlm_peft{merged}. It is made of\n",
         *(licence_line(part, name, licence) for part, name, licence in bases),
         "\n```python",

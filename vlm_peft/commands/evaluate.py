@@ -140,7 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         leave_out(split, options.on_bad_row),
         options.output_dir,
         model_name=options.model,
-        blind=options.blind,
+        condition="blind" if options.blind else "after",
         batch_size=options.batch_size,
         max_new_tokens=options.max_new_tokens or settings.max_new_tokens,
         num_beams=options.num_beams or settings.num_beams,

@@ -28,7 +28,7 @@ def evaluate_split(
     output_dir: Path | str,
     *,
     model_name: str | None = None,
-    blind: bool = False,
+    condition: str = "after",
     batch_size: int = 64,
     max_new_tokens: int = 32,
     num_beams: int = 1,
@@ -46,7 +46,7 @@ def evaluate_split(
         split: What to evaluate.
         output_dir: Gets `predictions.jsonl` and `scores.json`.
         model_name: Recorded in scores.json.
-        blind: Swaps the pictures, see the module's text.
+        condition: One of `records.CONDITIONS`; recorded. `"blind"` swaps the pictures, see the module's text.
         batch_size: Prompts at a time on each process.
         max_new_tokens, num_beams: Decoding; recorded.
         meteor, spice, tokenizer: See `score_captions`.
@@ -61,7 +61,7 @@ def evaluate_split(
     if PartialState().is_main_process:
         for file in files:
             file.unlink(missing_ok=True)
-    questions = list(split.questions())
+    questions, blind = list(split.questions()), condition == "blind"
     rows = generate_rows(
         model,
         processor,
@@ -96,6 +96,7 @@ def evaluate_split(
             "dataset": split.data.dataset_name,
             "task": split.task.name,
             "split": split.name,
+            "condition": condition,
             "decoding": {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "blind": blind},
         }
         write_predictions(files[0], rows, scores.per_row)
@@ -160,7 +161,8 @@ def generate_rows(
     """Answers questions on all processes.
 
     Args:
-        model, processor, blind, batch_size, max_new_tokens, num_beams: See `evaluate_split`.
+        model, processor, batch_size, max_new_tokens, num_beams: See `evaluate_split`.
+        blind: Swaps the pictures, see the module's text.
         questions: Of `Split.questions`.
         fetch_images: Of the split.
         progress: Title of a progress bar on the main process.

@@ -7,6 +7,7 @@ have the row's own scores under their names in lower case (`"cider"`, 0..10). Ot
 
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from .task_scores import Scores
 
 Row = dict[str, Any]
 """One line of predictions.jsonl."""
+
+CONDITIONS = ("before", "after", "blind")
+"""What was scored: the model before training, after it, and after it with other pictures than a row's own."""
 
 
 def write_text(path: Path | str, text: str) -> None:
@@ -130,12 +134,14 @@ def score_summary(
     dataset: str | None = None,
     task: str | None = None,
     split: str | None = None,
+    condition: str | None = None,
     decoding: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return what scores.json holds; what is not known is null.
 
-    `n` is the number of rows, `primary` the metric that stands for the task, and `intervals` has the 95 % bootstrap
-    intervals `[low, high]` of the metrics that each row has, unless there is one row only.
+    `n` is the number of rows, `primary` the metric that stands for the task, `condition` one of `CONDITIONS`;
+    `intervals` has the 95 % bootstrap intervals `[low, high]` of the metrics that each row has, unless there is one row
+    only, and `breakdowns` the scores of kinds of rows: `{"vqa_accuracy": {"answer_type": {"number": 0.5}}}`.
     """
     n = len(scores.per_row[scores.primary])
     intervals = {name: list(bootstrap_interval(values)) for name, values in scores.per_row.items()} if n > 1 else {}
@@ -144,10 +150,12 @@ def score_summary(
         "task": task,
         "primary": scores.primary,
         "metrics": scores.metrics,
+        "breakdowns": _breakdowns(scores.metrics),
         "intervals": intervals,
         "model": model,
         "dataset": dataset,
         "split": split,
+        "condition": condition,
         "decoding": None if decoding is None else dict(decoding),
         "tokenizer": scores.tokenizer,
         "skipped": scores.skipped,
@@ -155,19 +163,57 @@ def score_summary(
     }
 
 
-def write_scores(
-    path: Path | str,
-    scores: Scores,
-    *,
-    model: str | None = None,
-    dataset: str | None = None,
-    task: str | None = None,
-    split: str | None = None,
-    decoding: Mapping[str, Any] | None = None,
-) -> None:
-    """Write scores.json, see `score_summary`; its folder is made."""
-    summary = score_summary(scores, model=model, dataset=dataset, task=task, split=split, decoding=decoding)
-    write_text(path, json.dumps(summary, indent=2) + "\n")
+def write_scores(path: Path | str, scores: Scores, **described: Any) -> None:
+    """Write scores.json; its folder is made. `described` are the further arguments of `score_summary`."""
+    write_text(path, json.dumps(score_summary(scores, **described), indent=2) + "\n")
+
+
+def read_scores(path: Path | str) -> dict[str, Any]:
+    """Read scores.json.
+
+    Files that do not say so are of the condition that their folder's name ends with (`test-blind`), or else `after`,
+    and have scores of kinds of rows only under names such as `vqa_accuracy[answer_type=number]`.
+
+    Raises:
+        ValueError: if it is no JSON object.
+        OSError: if it cannot be read.
+    """
+    path = Path(path)
+    summary = _json(_text(path), str(path))
+    if not isinstance(summary, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {type(summary).__name__}")
+    ending = path.parent.name.rpartition("-")[2]
+    known = {
+        "condition": summary.get("condition") or (ending if ending in ("before", "blind") else "after"),
+        "breakdowns": summary.get("breakdowns") or _breakdowns(summary.get("metrics") or {}),
+    }
+    return summary | known
+
+
+def read_all_scores(output_dir: Path | str) -> dict[str, dict[str, dict[str, Any]]]:
+    """Read `eval/*/scores.json` of a run: folder of a split -> condition, in the order of `CONDITIONS` -> scores.
+
+    Raises:
+        ValueError, OSError: as `read_scores`.
+    """
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for path in sorted(Path(output_dir).glob("eval/*/scores.json")):
+        summary = read_scores(path)
+        split, condition = path.parent.name, summary["condition"]
+        split = split if condition == "after" else split.removesuffix(f"-{condition}")
+        found.setdefault(split, {})[condition] = summary
+    return {
+        split: {name: conditions[name] for name in CONDITIONS if name in conditions}
+        for split, conditions in sorted(found.items())
+    }
+
+
+def _breakdowns(metrics: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name, value in metrics.items():
+        if match := re.fullmatch(r"(\w+)\[(\w+)=(.*)\]", name, re.DOTALL):
+            found.setdefault(match[1], {}).setdefault(match[2], {})[match[3]] = value
+    return found
 
 
 def _text(path: Path | str) -> str:

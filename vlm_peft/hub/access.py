@@ -31,6 +31,16 @@ Contents = dict[str, Path | bytes]
 VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "merges.txt")
 """Any word may stand in these; they come from a base as they are."""
 
+_SECRETS = (
+    # As their makers say that they look; JSON may have `\n` before them, base64 has any letters in it.
+    r"(?:(?<![A-Za-z0-9+/])|(?<=\\[nrt]))(?:(hf_|api_org_)[A-Za-z0-9]{30,}|(gh[opsur]_|github_pat_)\w{30,}|(sk-)[A-Za-z0-9_-]{20,}"
+    r"|(AKIA)[0-9A-Z]{16}(?![0-9A-Z])|(xox[abprs]-)[A-Za-z0-9-]{20,}|(AIza)[A-Za-z0-9_-]{35}|(glpat-)[A-Za-z0-9_-]{20,})",
+    r"-----(BEGIN [A-Z ]*PRIVATE KEY)-----",
+    # Long values, with letters and digits, of options and keys that are named so.
+    r"(?i)(token|secret|password|passwd|api[_-]?key|access[_-]?key)"
+    r"(?:[\"']?\s*[=:]\s*|\s+)[\"']?(?=[\w+/=.-]*\d)(?=[\w+/=.-]*[a-z])[\w+/=.-]{16,}",
+)
+
 _BINARIES = (".safetensors", ".parquet", ".webp", ".png", ".jpg", ".jpeg", ".model")
 
 
@@ -227,18 +237,28 @@ def refuse_secrets(contents: Contents, token: str) -> None:
     """Looks through the text files of a push.
 
     Raises:
-        ValueError: for one that holds the token, or, outside of vocabularies, the home folder's path.
+        ValueError: for one that holds the token, or, outside of vocabularies, what looks like a token or a password, or
+            the home folder's path.
     """
     for name, content in contents.items():
         if not name.lower().endswith(_BINARIES):
             raw = content if isinstance(content, bytes) else content.read_bytes()
-            refuse_secret(name, raw.decode("utf-8", "replace"), token, may_name_home=name in VOCABULARIES)
+            refuse_secret(name, raw.decode("utf-8", "replace"), token, is_vocabulary=name in VOCABULARIES)
 
 
-def refuse_secret(what: str, text: str, token: str, *, may_name_home: bool = False) -> None:
+def refuse_secret(what: str, text: str, token: str, *, is_vocabulary: bool = False) -> None:
     """As [`refuse_secrets`], for one text; `what` names it in the message."""
     if token in text:
         raise ValueError(f"{what} is not pushed: it holds your access token. Remove it there, and renew the token.")
+    if is_vocabulary:
+        return
+    for pattern in _SECRETS:
+        if found := re.search(pattern, text):
+            kind, line = next(filter(None, found.groups())), text.count("\n", 0, found.start()) + 1
+            raise ValueError(
+                f"{what} is not pushed: line {line} holds what looks like a secret ({kind}...). Remove it there, and "
+                "renew it if it is one."
+            )
     home = _home_pattern()
-    if home and not may_name_home and home.search(text):
+    if home and home.search(text):
         raise ValueError(f"{what} is not pushed: it names your home folder. Remove the path there.")

@@ -39,6 +39,7 @@ from .access import (
     without_local_paths,
 )
 from .licences import licence_of
+from .markup import code
 
 _SHARD_BYTES = 500_000_000
 _SECTION = "## Stored data"
@@ -212,7 +213,10 @@ def _data_card(
         "",
         "| column | type |",
         "|---|---|",
-        *(f"| `{name}` | `{feature}` |" for name, feature in first.features.items()),
+        *(
+            "| {} | {} |".format(*(code(each).replace("|", r"\|") for each in column))
+            for column in first.features.items()
+        ),
         "",
         "| split | rows | bytes | hash of the stored rows (xxh3, 128 bits) |",
         "|---|---|---|---|",

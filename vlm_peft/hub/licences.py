@@ -11,6 +11,7 @@ from huggingface_hub import RepoCard, try_to_load_from_cache
 from yaml import YAMLError
 
 from .access import RepoType, is_hub_id
+from .markup import Markdown, code, markdown
 
 
 def stated_licence(name: str, *, revision: str | None = None, repo_type: RepoType = "model") -> str | None:
@@ -50,10 +51,10 @@ def licence_of(metadata: Any) -> str:
     return ", ".join(stated) if isinstance(stated, list) else str(stated or "")
 
 
-def licence_line(what: str, name: str, licence: str | None) -> str:
+def licence_line(what: str, name: str, licence: str | None) -> Markdown:
     """A card's line on one licence, for what [`stated_licence`] returns."""
     unknown = "not known: its card was not at hand" if licence is None else "not stated by its card"
-    return f"- {what} `{name}`: {licence or unknown}"
+    return Markdown(f"- {what} {code(name)}: {markdown(licence or unknown)}")
 
 
 def common_licence(licences: Iterable[str | None]) -> str | None:

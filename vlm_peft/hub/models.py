@@ -7,14 +7,14 @@ names and paths on the way.
 import json
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from huggingface_hub import HfApi, ModelCard, get_token, snapshot_download
+from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
-from yaml import YAMLError
 
 from .access import (
     VOCABULARIES,
@@ -29,7 +29,7 @@ from .access import (
     refuse_secrets,
     without_local_paths,
 )
-from .licences import common_licence, licence_line, licence_of
+from .licences import licence_of
 
 NEEDED_FILES = (
     "README.md",
@@ -67,10 +67,40 @@ _PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 _NAMES = {"vision": "encoder", "text": "decoder"}
 
 
+@dataclass(frozen=True)
+class Published:
+    """What an adapter and its bases are called on the Hub."""
+
+    repo_id: str
+    """Of the adapter."""
+    bases: dict[str, str]
+    """Id of each base, by `"vision"` and `"text"`."""
+    revisions: dict[str, str | None]
+    """Newest commit of each."""
+    licences: dict[str, str]
+    """What the card of each states; empty when it states none."""
+
+    @property
+    def base_model(self) -> list[str]:
+        """As a card's metadata name the bases."""
+        return [self.bases["text"], self.bases["vision"]]
+
+    def summary(self, recorded: dict[str, Any]) -> dict[str, Any]:
+        """What `run_summary.json` holds, with ids in place of local names."""
+        named: dict[str, Any] = {"adapter": self.repo_id}
+        for part, base in self.bases.items():
+            named[f"{part}_model"] = base
+            if f"{part}_revision" in recorded and recorded.get(f"{part}_model") != base:
+                # The recorded revision was of another repository.
+                named[f"{part}_revision"] = self.revisions[part]
+        return recorded | named
+
+
 def push_adapter(
     folder: str | Path,
     repo_id: str,
     *,
+    card: Callable[[Path, Published], str],
     private: bool | None = None,
     revision: str | None = None,
     token: str | None = None,
@@ -85,6 +115,7 @@ def push_adapter(
     Args:
         folder (`str` or `Path`): An adapter folder with its card and processor.
         repo_id (`str`): `owner/name`, or a name under the token's user.
+        card (`Callable`): Makes the card for others: `report.model_card.card_for_others`.
         private (`bool`, *optional*): Visibility of a new repository; the owner's default when left out.
         revision (`str`, *optional*): Branch that is there already; `main` by default.
         token (`str`, *optional*): With write permission; the one of `hf auth login` or `HF_TOKEN` by default.
@@ -96,7 +127,7 @@ def push_adapter(
 
     Raises:
         FileNotFoundError: When the folder is not complete; names what is missing.
-        ValueError: When a file is damaged, a base is a local folder, or a text names the home folder or the token.
+        ValueError: When a file is damaged, a base is a local folder, or a text names the home folder or holds a token.
         HubError: When the name is invalid, there is no token, or the Hub refuses or cannot be reached.
     """
     folder = Path(folder)
@@ -109,7 +140,11 @@ def push_adapter(
     with one_line_errors(repo_id, token, revision):
         repo_id, head = look_up(api, repo_id, "model", private, revision)
         found = {part: _look_up_base(api, part, name) for part, name in bases.items()}
-    contents = _for_others(folder, files, repo_id, bases, found)
+    revisions, licences = (
+        {part: sha for part, (sha, _) in found.items()},
+        {part: said for part, (_, said) in found.items()},
+    )
+    contents = _for_others(folder, files, Published(repo_id, bases, revisions, licences), card)
     refuse_secrets(contents, token)
     stale = [*NEEDED_FILES, *LOADED_FILES, *MEASURED_FILES, *(f"eval/*/pictures/*{suffix}" for suffix in _PICTURES)]
     with one_line_errors(repo_id, token, revision):
@@ -235,7 +270,7 @@ def adapter_files(folder: str | Path) -> list[str]:
 
 def _shown_pictures(card: str) -> list[str]:
     """Relative links of a card's pictures, as paths."""
-    links = re.findall(r"!\[[^\]]*\]\(([^)\s]+)\)", card) + re.findall(r"<img[^>]*\ssrc=\"([^\"]+)\"", card)
+    links = re.findall(r"!\[(?:\\.|[^\]\\])*\]\(([^)\s]+)\)", card) + re.findall(r"<img[^>]*\ssrc=\"([^\"]+)\"", card)
     paths = [unquote(link) for link in links if not re.match(r"[a-z]+:", link)]
     return [path for path in paths if path.lower().endswith(_PICTURES)]
 
@@ -251,19 +286,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _for_others(
-    folder: Path, files: list[str], repo_id: str, bases: dict[str, str], found: dict[str, tuple[str | None, str]]
+    folder: Path, files: list[str], published: Published, card: Callable[[Path, Published], str]
 ) -> Contents:
     """The files to push: as they lie in the folder, or with ids in place of local names."""
-    config = _read_json(folder / "config.json")
+    config, bases = _read_json(folder / "config.json"), published.bases
     summary = _read_json(folder / "run_summary.json") if "run_summary.json" in files else {}
-    own_names = {str(folder), str(folder.resolve()), folder.resolve().name, summary.get("adapter"), "THIS_FOLDER_OR_ID"}
-    renamed = {name: bases[part] for part in bases for name in (config.get(f"{part}_name_or_path"),) if name}
-    renamed |= {name: bases[part] for part in bases for name in (summary.get(f"{part}_model"),) if name}
+    own_names = {str(folder), str(folder.resolve()), folder.resolve().name, summary.get("adapter")}
+    renamed = {config.get(f"{part}_name_or_path"): base for part, base in bases.items()}
+    renamed |= {summary.get(f"{part}_model"): base for part, base in bases.items()}
     contents: Contents = {}
     for name in files:
         path = folder / name
         if name == "README.md":
-            contents[name] = _card_for_others(path, repo_id, own_names, renamed, bases, found).encode()
+            contents[name] = without_local_paths(card(folder, published)).encode()
             continue
         if path.suffix != ".json" or name in VOCABULARIES:
             contents[name] = path
@@ -274,52 +309,19 @@ def _for_others(
             for part, base in bases.items():
                 if value.get(f"{part}_name_or_path") != base:
                     # The commit that was found now: the recorded revision was of another repository.
-                    value |= {f"{part}_name_or_path": base, f"{part}_revision": found[part][0]}
+                    value |= {f"{part}_name_or_path": base, f"{part}_revision": published.revisions[part]}
                 if "_name_or_path" in (value.get(f"{part}_config") or {}):
                     value[f"{part}_config"]["_name_or_path"] = base
         elif name == "adapter_config.json":
             base_model = value.get("base_model_name_or_path")
-            value["base_model_name_or_path"] = renamed.get(base_model, base_model)
+            value["base_model_name_or_path"] = base_model and renamed.get(base_model, base_model)
         elif name == "run_summary.json":
-            value |= {f"{part}_model": base for part, base in bases.items()} | {"adapter": repo_id}
+            value = published.summary(value)
         elif path.name == "scores.json" and value.get("model") in own_names:
-            value["model"] = repo_id
+            value["model"] = published.repo_id
         value = _map_strings(value, without_local_paths)
         contents[name] = path if value == stored else (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
     return contents
-
-
-def _card_for_others(
-    path: Path,
-    repo_id: str,
-    own_names: set[str | None],
-    renamed: dict[str, str],
-    bases: dict[str, str],
-    found: dict[str, tuple[str | None, str]],
-) -> str:
-    """The card with ids in place of local names, and the metadata by which the Hub files it as an adapter."""
-    try:
-        card = ModelCard(path.read_text(encoding="utf-8"))
-    except (ValueError, YAMLError) as error:
-        raise ValueError(f"{path} has damaged metadata ({error}).") from error
-    card.data.library_name = "peft"
-    card.data.pipeline_tag = "image-text-to-text"
-    card.data.base_model = [bases["text"], bases["vision"]]
-    card.data["base_model_relation"] = "adapter"
-    card.data.license = card.data.license or common_licence(licence for _, licence in found.values())
-    body = str(card)
-    for old, new in renamed.items():
-        body = body.replace(f"`{old}`", f"`{new}`")
-    for part, base in bases.items():
-        line = licence_line(_NAMES[part], base, found[part][1])
-        # A backslash in a replacement would be an escape.
-        body = re.sub(rf"(?m)^- {_NAMES[part]} `{re.escape(base)}`: .*$", line.replace("\\", r"\\"), body)
-    body = re.sub(
-        r'(from_adapter|from_pretrained)\("([^"]+)"',
-        lambda match: f'{match[1]}("{repo_id}"' if match[2] in own_names else match[0],
-        body,
-    )
-    return without_local_paths(body)
 
 
 def _map_strings(value: Any, change: Callable[[str], str]) -> Any:

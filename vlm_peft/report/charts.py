@@ -5,10 +5,12 @@ Colours come from the page's style sheet.
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
+from markupsafe import Markup
+
 from ..metrics.boxes import GRID, LabelledBox
+from .pages import text
 
 _WIDTH, _HEIGHT = 480, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 14, 44
@@ -29,7 +31,7 @@ def finite_points(log_history: Sequence[Mapping[str, Any]], key: str) -> list[Po
     return sorted(points)
 
 
-def step_chart(title: str, series: Mapping[str, Sequence[Point]]) -> str:
+def step_chart(title: str, series: Mapping[str, Sequence[Point]]) -> Markup:
     """Return values by step as lines, from 0 upwards.
 
     Long runs are drawn as the means of up to 240 groups of neighbouring steps.
@@ -79,7 +81,7 @@ def step_chart(title: str, series: Mapping[str, Sequence[Point]]) -> str:
 
 def bar_chart(
     title: str, groups: Mapping[str, Sequence[tuple[str, float, tuple[float, float] | None]]], digits: int
-) -> str:
+) -> Markup:
     """Return scores as bars.
 
     Args:
@@ -94,15 +96,15 @@ def bar_chart(
     scale = (_WIDTH - left - right) / high
     parts, y = [], 0.0
     for split, group in groups.items():
-        parts.append(f'<text class="name" x="0" y="{y + 18:.0f}">{_text(split)}</text>')
+        parts.append(f'<text class="name" x="0" y="{y + 18:.0f}">{text(split)}</text>')
         y += _GROUP - 6
         for name, value, interval in group:
             middle = y + _BAR / 2
             width = max(value * scale, 1.0)
-            label = f'x="{left - 8}" y="{middle + 4.5:.1f}" text-anchor="end">{_text(name)}'
+            label = f'x="{left - 8}" y="{middle + 4.5:.1f}" text-anchor="end">{text(name)}'
             parts.append(f'<text class="tick" {label}</text>')
             box = f'x="{left}" y="{y + 3:.1f}" width="{width:.1f}" height="{_BAR - 6}" rx="2"'
-            parts.append(f'<rect class="bar {_text(name)}" {box}/>')
+            parts.append(f'<rect class="bar {text(name)}" {box}/>')
             end = width
             if interval is not None:
                 low_x, high_x = left + interval[0] * scale, left + interval[1] * scale
@@ -123,7 +125,7 @@ def bar_chart(
     return _svg(max(y - 8, 40), f"{title} by split. {'; '.join(said)}", parts)
 
 
-def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledBox], width: int, height: int) -> str:
+def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledBox], width: int, height: int) -> Markup:
     """Return boxes to be laid over a picture of that size, scaled as `object-fit: contain` scales it.
 
     Predicted boxes have their label above, true ones, where no predicted box has the same label, below. Each has a
@@ -144,21 +146,18 @@ def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledB
                 y = min(max(y1 - 14 if name == "predicted" else y2 + 46, 46), height - 16)
                 # Towards the middle of the picture, where there is room.
                 x, anchor = (x1, "start") if x1 + x2 < width else (x2, "end")
-                parts.append(f'<text class="{name}" x="{x}" y="{y}" text-anchor="{anchor}">{_text(each.label)}</text>')
+                parts.append(f'<text class="{name}" x="{x}" y="{y}" text-anchor="{anchor}">{text(each.label)}</text>')
     said = [f"{len(predicted)} boxes predicted", f"{len(references)} true"]
-    label = _text(", ".join(said))
-    return f'<svg class="boxes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    label = text(", ".join(said))
+    return Markup(
+        f'<svg class="boxes" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
+    )
 
 
-def _text(value: str) -> str:
-    # A lone surrogate, which JSON can hold, has no UTF-8 form.
-    return escape(value.encode("utf-8", "replace").decode("utf-8"))
-
-
-def _svg(height: float, label: str, parts: Sequence[str]) -> str:
-    return (
-        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{_text(label)}">'
-        f"<title>{_text(label)}</title>{''.join(parts)}</svg>"
+def _svg(height: float, label: str, parts: Sequence[str]) -> Markup:
+    return Markup(
+        f'<svg viewBox="0 0 {_WIDTH} {height:.0f}" role="img" aria-label="{text(label)}">'
+        f"<title>{text(label)}</title>{''.join(parts)}</svg>"
     )
 
 

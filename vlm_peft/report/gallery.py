@@ -1,9 +1,9 @@
-"""The pictures of a report: which ones, where their thumbnails lie, and how they get into a page."""
+"""The rows and pictures of a report: which ones, where their thumbnails lie, and how they get into a page."""
 
 import base64
 import hashlib
 import io
-import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,9 @@ from urllib.parse import quote
 
 from PIL import Image
 
-from ..evaluation.records import Row, read_predictions
+from ..evaluation.records import Row, read_predictions, read_scores
+from ..metrics.boxes import LabelledBox
+from .explained import ranking
 
 THUMBNAIL_PIXELS = 336
 """Longest side of a stored thumbnail; twice the width of a card, for screens with two pixels to a point."""
@@ -31,15 +33,6 @@ class Thumbnail:
     """Pixels."""
     height: int
     """Pixels."""
-
-
-def ranking(summary: Mapping[str, Any]) -> list[str]:
-    """Return the metrics by which a scores.json ranks its rows: the task's own, then, for ties, what else each row has.
-
-    Before there were tasks, a scores.json did not name its metric, which was CIDEr.
-    """
-    primary = summary.get("primary") or "CIDEr"
-    return [primary, *(name for name in summary.get("intervals") or {} if name != primary)]
 
 
 def best_and_worst(rows: Sequence[Row], metrics: Sequence[str], n: int = 24) -> tuple[list[Row], list[Row]]:
@@ -71,9 +64,42 @@ def choose_gallery(folder: Path | str, n: int = 24) -> list[str | int]:
         ValueError: if a file is not what it should be.
         OSError: if one cannot be read.
     """
-    summary = json.loads(Path(folder, "scores.json").read_text(encoding="utf-8"))
+    summary = read_scores(Path(folder, "scores.json"))
     best, worst = best_and_worst(read_predictions(Path(folder, "predictions.jsonl")), ranking(summary), n)
     return [row["id"] for row in [*best, *worst]]
+
+
+def true_boxes(row: Row) -> list[LabelledBox] | None:
+    """Return the `boxes` of a row, None if its task has none.
+
+    Raises:
+        ValueError: if they are no boxes; names the row.
+    """
+    if "boxes" not in row:
+        return None
+    try:
+        return [LabelledBox(each["label"], tuple(each["box"])) for each in row["boxes"]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        expected = 'a list of {"label", "box": [x1, y1, x2, y2]}'
+        raise ValueError(
+            f"row {row['id']!r}: expected {expected} as boxes, got {row['boxes']!r} ({error!r})"
+        ) from error
+
+
+def references_of(row: Row) -> list[str]:
+    """Return what is right for a row as texts, the most frequent first: references, or true boxes; and pages.
+
+    Raises:
+        ValueError: as `true_boxes`.
+    """
+    boxes = true_boxes(row) or []
+    references = row.get("references") or [f"{each.label} {list(each.box)}" for each in boxes] or ["none"]
+    counts = Counter(references)
+    said = [f"{each} ({n} of {counts.total()})" if n > 1 else each for each, n in counts.most_common()]
+    pages = row.get("evidence_pages")
+    if isinstance(pages, list) and pages:
+        said.append(f"{'pages' if len(pages) > 1 else 'page'} {', '.join(map(str, pages))}")
+    return said
 
 
 def picture_path(output_dir: Path | str, split: str, picture_id: str | int) -> Path:

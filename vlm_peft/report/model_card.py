@@ -13,23 +13,50 @@ Licences are those that the cards of the bases and of the data set state, as far
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from yaml import YAMLError
 
-from ..evaluation.records import read_predictions, write_text
+from ..evaluation.records import CONDITIONS, read_all_scores, read_predictions, write_text
+from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
-from .gallery import picture_path
+from ..hub.markup import Markdown, code, markdown, one_line, visible
+from ..hub.models import Published
+from .explained import ranking
+from .gallery import best_and_worst, picture_path, references_of
+from .pages import render
 
 SAMPLES = 3
 """Sample pictures of each kind: best, worst."""
 
+LONGEST = 500
+"""Characters of a text in the table of samples; the rest is cut off."""
+
 METRIC_TYPES = {"Bleu": "bleu", "ROUGE_L": "rouge", "METEOR": "meteor", "CIDEr": "cider", "SPICE": "spice"}
 """What the Hub calls a metric, by how its name begins; others keep their name in small letters."""
+
+NEEDED = (
+    "title",
+    "date",
+    "command",
+    "vision_model",
+    "text_model",
+    "dataset",
+    "device",
+    "seed",
+    "parameters",
+    "trainable_parameters",
+    "seconds",
+    "versions",
+)
+"""What `run_summary.json` must say."""
+
+Licences = Sequence[tuple[str, str, str | None]]
+"""Of the encoder, the decoder and the data sets: what it is, its name, what its card states (see `stated_licence`)."""
 
 
 def write_model_card(output_dir: Path | str) -> Path:
@@ -43,59 +70,128 @@ def write_model_card(output_dir: Path | str) -> Path:
         ValueError: if one of the files is not what it should be.
     """
     output_dir = Path(output_dir)
-    summary = json.loads((output_dir / "run_summary.json").read_text(encoding="utf-8"))
-    scores = {
-        path.parent.name: json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(output_dir.glob("eval/*/scores.json"))
-    }
-    encoder, decoder, datasets = summary["vision_model"], summary["text_model"], _datasets(summary)
-    licences = {
-        "encoder": stated_licence(encoder, revision=summary.get("vision_revision")),
-        "decoder": stated_licence(decoder, revision=summary.get("text_revision")),
-    }
-    # Local folders are no ids: the Hub would show broken links.
-    bases = [name for name in (decoder, encoder) if _is_hub_id(name)]
-    title = str(summary["title"])
+    path = output_dir / "run_summary.json"
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    missing = [name for name in NEEDED if name not in summary]
+    if missing:
+        raise ValueError(f"{path}: {', '.join(missing)} missing, which the card shows")
+    target = output_dir / "README.md"
+    write_text(target, _card_of(output_dir, summary))
+    return target
+
+
+def card_for_others(folder: Path, published: Published) -> str:
+    """Return the folder's card with the names under which others find the adapter and its bases.
+
+    A card that is as the run wrote it is made anew. Lines that its owner wrote stay; only the metadata by which the Hub
+    files it as an adapter is completed.
+
+    Args:
+        folder: With `README.md`.
+        published: What to call the adapter and its bases.
+
+    Raises:
+        ValueError: if the card's metadata or one of the run's files is damaged.
+    """
+    path, summary = folder / "README.md", folder / "run_summary.json"
+    written = path.read_text(encoding="utf-8")
+    recorded = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    here = there = ""
+    if set(NEEDED) <= recorded.keys():
+        here, there = _card_of(folder, recorded), _card_of(folder, published.summary(recorded), published)
+        if written == here:
+            return there
+    try:
+        card = ModelCard(written)
+    except (ValueError, YAMLError) as error:
+        raise ValueError(f"{path} has damaged metadata ({error}).") from error
+    card.data.library_name = "peft"
+    card.data.pipeline_tag = "image-text-to-text"
+    card.data.base_model = published.base_model
+    card.data["base_model_relation"] = "adapter"
+    card.data.license = card.data.license or common_licence(published.licences.values())
+    before, after = (ModelCard(made).text.splitlines() for made in (here, there))
+    renamed = dict(zip(map(_without_licence, before), after, strict=True))
+    card.text = "\n".join(renamed.get(_without_licence(line), line) for line in card.text.splitlines()) + "\n"
+    return str(card)
+
+
+def _without_licence(line: str) -> str:
+    # A base's card may lie here that did not when the run wrote its own.
+    return line.partition("`: ")[0] if line.startswith(("- encoder `", "- decoder `")) else line
+
+
+def _card_of(folder: Path, summary: Mapping[str, Any], published: Published | None = None) -> str:
+    encoder, decoder = summary["vision_model"], summary["text_model"]
+    if published is None:
+        # Local folders are no ids: the Hub would show broken links.
+        bases = [name for name in (decoder, encoder) if _is_hub_id(name)]
+        stated = {"vision": stated_licence(encoder, revision=summary.get("vision_revision"))}
+        stated["text"] = stated_licence(decoder, revision=summary.get("text_revision"))
+    else:
+        bases, stated = published.base_model, dict(published.licences)
+    licences = [("encoder", encoder, stated["vision"]), ("decoder", decoder, stated["text"])]
+    for name, revision in _datasets(summary).items():
+        licences.append(("data", name, stated_licence(name, revision=revision, repo_type="dataset")))
+    adapter = str(summary.get("adapter") or folder.resolve().name)
+    scores = read_all_scores(folder)
+    return model_card(summary, scores, _samples(folder, scores), licences, bases=bases, adapter=adapter)
+
+
+def model_card(
+    summary: Mapping[str, Any],
+    scores: Mapping[str, Mapping[str, Any]],
+    samples: Mapping[str, Any] | None,
+    licences: Licences,
+    *,
+    bases: Sequence[str],
+    adapter: str,
+) -> str:
+    """Return the card: metadata and Markdown in which all that comes from a run or a data set is text.
+
+    Args:
+        summary: Of `run_summary.json`.
+        scores: Of `read_all_scores`.
+        samples: `split`, `how` they were chosen, `has_questions`, and `rows` with `kind`, `link`, `question`,
+            `prediction` and `reference`; None for no samples.
+        licences: What cards state.
+        bases: Ids on the Hub of the decoder and the encoder, as far as there are any.
+        adapter: What to pass to `from_adapter`.
+    """
+    datasets = _datasets(summary)
     relation: Any = {"base_model_relation": "adapter"} if bases else {}
     metadata = ModelCardData(
         library_name="peft",
         pipeline_tag="image-text-to-text",
-        license=common_licence((licences["encoder"], licences["decoder"])),
-        base_model=bases or None,
+        license=common_licence(licence for what, _, licence in licences if what != "data"),
+        base_model=list(bases) or None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
         tags=["vlm_peft", "lora", "vision-language"],
-        model_name=title,
-        eval_results=_eval_results(scores, summary) or None,
+        model_name=_named(summary["title"]),
+        eval_results=_eval_results(scores, datasets) or None,
         **relation,
     )
-    trained, total = summary["trainable_parameters"], summary["parameters"]
-    adapter = json.dumps(str(summary.get("adapter") or output_dir.resolve().name), ensure_ascii=False)
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---\n",
-        f"# {title}\n",
-        f"An adapter (LoRA and projector, {trained:,} trained of {total:,} parameters, {100 * trained / total:.2f} %) "
-        f"that joins the encoder `{encoder}` and the decoder `{decoder}`, made with vlm_peft on "
-        f"{', '.join(f'`{name}`' for name in datasets)}.\n",
-        "```python\nfrom vlm_peft import VisionQwen, VisionQwenProcessor\n"
-        f"model = VisionQwen.from_adapter({adapter})\n"
-        f"processor = VisionQwenProcessor.from_pretrained({adapter})\n```\n",
-        _scores_table(scores),
-        _samples(output_dir, scores),
-        "## Data\n",
-        *_data_lines(summary),
-        "\n## Licences\n",
-        licence_line("encoder", encoder, licences["encoder"]),
-        licence_line("decoder", decoder, licences["decoder"]),
-        *(
-            licence_line("data", name, stated_licence(name, revision=revision, repo_type="dataset"))
-            for name, revision in datasets.items()
-        ),
-        "\n## How it was made\n",
-        *_making_lines(summary),
-    ]
-    target = output_dir / "README.md"
-    write_text(target, "\n".join(part for part in parts if part) + "\n")
-    return target
+    revisions = {"encoder": summary.get("vision_revision"), "decoder": summary.get("text_revision")}
+    return render(
+        "card.md.jinja",
+        metadata=Markdown(metadata.to_yaml()),
+        title=summary["title"],
+        encoder=summary["vision_model"],
+        decoder=summary["text_model"],
+        datasets=datasets,
+        parameters=summary["parameters"],
+        trained=summary["trainable_parameters"],
+        adapter=Markdown(json.dumps(visible(adapter), ensure_ascii=False)),
+        rows=[row for split, conditions in scores.items() for row in _score_rows(split, conditions)],
+        made_by=_made_by(scores),
+        samples=samples,
+        data={split: _facts(facts) for split, facts in (summary.get("data") or {}).items()},
+        licences=[licence_line(*each) for each in licences],
+        revisions={what: revision for what, revision in revisions.items() if revision},
+        seconds=[f"{name} {value:g}" for name, value in summary["seconds"].items()],
+        versions=[f"{name} {value}" for name, value in summary["versions"].items()],
+        **{name: str(summary[name]) for name in ("command", "date", "device", "seed")},
+    )
 
 
 def _datasets(summary: Mapping[str, Any]) -> dict[str, str | None]:
@@ -106,147 +202,122 @@ def _datasets(summary: Mapping[str, Any]) -> dict[str, str | None]:
     return dict(zip(map(str, names), revisions, strict=True))
 
 
-def _of_split(scores: Mapping[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
-    """Folder of a split -> `""`, `"before"` or `"blind"` -> scores.json."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    for name, each in scores.items():
-        split, dash, condition = name.rpartition("-")
-        if not dash or condition not in ("before", "blind"):
-            split, condition = name, ""
-        found.setdefault(split, {})[condition] = each
-    return found
+def _trained_first(conditions: Mapping[str, Any]) -> list[Any]:
+    return [conditions[name] for name in ("after", *CONDITIONS) if name in conditions]
 
 
-def _scores_table(scores: Mapping[str, Any]) -> str:
-    """One line for each split and metric, with the score before training and the blind control beside it."""
-    if not scores:
-        return ""
-    lines = [
-        "## Scores\n",
-        "In brackets 95 % intervals. Before: the same model before training. Blind: the trained model, each picture "
-        "swapped for another one. Empty: not measured in this run.\n",
-        "| split | task | metric | n | score | before | blind |",
-        "|---|---|---|---|---|---|---|",
+def _score_rows(split: str, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line for each metric, with the score before training and the blind control beside it."""
+    some = _trained_first(conditions)
+    metrics = dict.fromkeys(name for each in some for name in each["metrics"])
+    known = {"split": split, "task": _task(some[0]), "n": some[0]["n"]}
+    return [
+        {**known, "metric": metric, **{name: _score(conditions.get(name), metric) for name in CONDITIONS}}
+        for metric in metrics
     ]
-    made_by: dict[str, list[str]] = {}
-    for split, conditions in _of_split(scores).items():
-        some = next(iter(conditions.values()))
-        metrics = dict.fromkeys(name for each in conditions.values() for name in each["metrics"])
-        for metric in metrics:
-            cells = [_score(conditions.get(condition), metric) for condition in ("", "before", "blind")]
-            lines.append(f"| {split} | {_task(some)} | {metric} | {some['n']:,} | {' | '.join(cells)} |")
-        shown = conditions.get("", some)
-        decoding = {name: value for name, value in (shown.get("decoding") or {}).items() if name != "blind"}
-        made = [f"tokenizer of the metrics: {shown['tokenizer']}"] if shown.get("tokenizer") else []
-        made += [f"decoding: {json.dumps(decoding)}"] if decoding else []
-        made += [f"left out: {json.dumps(shown['skipped'])}"] if shown.get("skipped") else []
-        made += [str(note) for note in shown.get("notes") or []]
-        made_by.setdefault("; ".join(made), []).append(split)
-    lines.append("")
-    lines += [f"- {', '.join(splits)}: {made}" for made, splits in made_by.items() if made]
-    return "\n".join(lines) + "\n"
 
 
 def _task(scores: Mapping[str, Any]) -> str:
     return str(scores.get("task") or "caption")
 
 
-def _score(scores: Mapping[str, Any] | None, metric: str) -> str:
+def _score(scores: Mapping[str, Any] | None, metric: str) -> Markdown:
     value = None if scores is None else scores["metrics"].get(metric)
     if scores is None or value is None:
-        return ""
+        return Markdown()
     interval = (scores.get("intervals") or {}).get(metric)
-    return f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return Markdown(f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
 
 
-def _eval_results(scores: Mapping[str, Any], summary: Mapping[str, Any]) -> list[EvalResult]:
+def _made_by(scores: Mapping[str, Mapping[str, Any]]) -> dict[Markdown, list[str]]:
+    """How texts were made and scored -> the splits of which that is so."""
+    made_by: dict[Markdown, list[str]] = {}
+    for split, conditions in scores.items():
+        shown = _trained_first(conditions)[0]
+        decoding = {name: value for name, value in (shown.get("decoding") or {}).items() if name != "blind"}
+        made = [f"tokenizer of the metrics: {markdown(shown['tokenizer'])}"] if shown.get("tokenizer") else []
+        made += [f"decoding: {code(json.dumps(decoding, ensure_ascii=False))}"] if decoding else []
+        made += [f"left out: {code(json.dumps(shown['skipped'], ensure_ascii=False))}"] if shown.get("skipped") else []
+        made += [markdown(str(note)) for note in shown.get("notes") or []]
+        if made:
+            made_by.setdefault(Markdown("; ".join(made)), []).append(split)
+    return made_by
+
+
+def _eval_results(scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str, str | None]) -> list[EvalResult]:
     """The scores after training, for the Hub's `model-index`."""
-    revisions = _datasets(summary)
     results = []
-    for split, conditions in _of_split(scores).items():
-        each = conditions.get("", {})
+    for split, conditions in scores.items():
+        each = conditions.get("after", {})
         for metric, value in each.get("metrics", {}).items():
             if not isinstance(value, int | float) or not math.isfinite(value):
                 continue
-            dataset = str(each.get("dataset") or next(iter(revisions)))
+            dataset = str(each.get("dataset") or next(iter(datasets)))
+            revision = datasets.get(dataset)
             kind = next((known for start, known in METRIC_TYPES.items() if metric.startswith(start)), metric.lower())
             results.append(
                 EvalResult(
                     task_type="image-text-to-text",
-                    task_name=_task(each),
-                    dataset_type=dataset if _is_hub_id(dataset) else Path(dataset).name,
-                    dataset_name=Path(dataset).name,
+                    task_name=_named(_task(each)),
+                    dataset_type=dataset if _is_hub_id(dataset) else _named(Path(dataset).name),
+                    dataset_name=_named(Path(dataset).name),
                     dataset_split=split,
-                    dataset_revision=revisions.get(dataset),
-                    metric_type=kind,
-                    metric_name=metric,
+                    dataset_revision=_named(revision) if revision else None,
+                    metric_type=_named(kind),
+                    metric_name=_named(metric),
                     metric_value=round(float(value), 6),
                 )
             )
     return results
 
 
-def _samples(output_dir: Path, scores: Mapping[str, Any]) -> str:
+def _samples(output_dir: Path, scores: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
     """Pictures that the training never saw, with what the model says: the best and the worst of the first split."""
-    for split, conditions in _of_split(scores).items():
+    for split, conditions in scores.items():
         path = output_dir / "eval" / split / "predictions.jsonl"
-        if "" not in conditions or not path.is_file():
+        if "after" not in conditions or not path.is_file():
             continue
         rows = [row for row in read_predictions(path) if picture_path(output_dir, split, row["id"]).is_file()]
-        ranked = sorted((row for row in rows if row.get("cider") is not None), key=lambda row: -float(row["cider"]))
-        half = min(SAMPLES, len(ranked) // 2)
-        kinds = {"best": ranked[:half], "worst": ranked[len(ranked) - half :][::-1]}
-        if not half:
-            kinds = {"first": rows[: 2 * SAMPLES]}
-        lines = [
-            f"| ![{split}, {kind}]({_link(output_dir, split, row['id'])}) | {kind} | {_cell(row['prediction'])} | "
-            f"{_cell(row['references'][0])} |"
-            for kind, shown in kinds.items()
-            for row in shown
+        metrics = ranking(conditions["after"])
+        half = min(SAMPLES, sum(row.get(metrics[0].lower()) is not None for row in rows) // 2)
+        best, worst = best_and_worst(rows, metrics, 2 * half)
+        kinds = {"best": best, "worst": worst} if half else {"first": rows[: 2 * SAMPLES]}
+        shown = [
+            {
+                "kind": kind,
+                # The thumbnail's file name may hold percent signs of its own.
+                "link": Markdown(quote(picture_path(output_dir, split, row["id"]).relative_to(output_dir).as_posix())),
+                "question": _short(row.get("question") or ""),
+                "prediction": _short(row["prediction"]),
+                "reference": _short(references_of(row)[0]),
+            }
+            for kind, chosen in kinds.items()
+            for row in chosen
         ]
-        if lines:
-            how = f"the {half} best and the {half} worst by CIDEr" if half else "the first ones"
-            head = f"## What it says\n\nPictures of split {split}, {how} among those that the run kept.\n"
-            table = ["| picture | | the model | first reference |", "|---|---|---|---|", *lines]
-            return "\n".join([head, *table]) + "\n"
-    return ""
+        if shown:
+            how = f"the {half} best and the {half} worst by {metrics[0]}" if half else "the first ones"
+            has_questions = any(row["question"] for row in shown)
+            return {"split": split, "how": how, "has_questions": has_questions, "rows": shown}
+    return None
 
 
-def _link(output_dir: Path, split: str, picture_id: Any) -> str:
-    """Relative address of a stored thumbnail; its file name may hold percent signs of its own."""
-    return quote(picture_path(output_dir, split, picture_id).relative_to(output_dir).as_posix())
+def _short(text: Any) -> str:
+    text = one_line(text)
+    return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def _cell(text: str) -> str:
-    """Text of a model or a data set as one cell: no markup gets through, and no line ends."""
-    text = " ".join(str(text).split())
-    return re.sub(r"([\\`*_{}\[\]<>#|!~$&])", r"\\\1", text)
+def _named(value: Any) -> str:
+    # What does not know metadata takes it for a part of the text.
+    return one_line(value).replace("<", "\u2039").replace(">", "\u203a")
 
 
-def _data_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = [
-        f"- `{name}`" + (f" at revision `{revision}`" if revision else "")
-        for name, revision in _datasets(summary).items()
-    ]
-    for split, facts in (summary.get("data") or {}).items():
-        shown = [f"{facts[name]:,} {name}" for name in ("rows", "pictures") if facts.get(name) is not None]
-        if facts.get("content_hash"):
-            shown.append(f"content hash `{facts['content_hash']}`")
-        lines.append(f"- split {split}: {', '.join(shown)}")
-    return lines
-
-
-def _making_lines(summary: Mapping[str, Any]) -> list[str]:
-    lines = [f"- command: `{summary['command']}`"]
-    for name, what in (("vision", "encoder"), ("text", "decoder")):
-        if summary.get(f"{name}_revision"):
-            lines.append(f"- revision of the {what}: `{summary[f'{name}_revision']}`")
-    lines.append(f"- date: {summary['date']}, device: {summary['device']}, seed: {summary['seed']}")
-    lines.append("- seconds: " + ", ".join(f"{name} {value:g}" for name, value in summary["seconds"].items()))
-    lines.append("- versions: " + ", ".join(f"{name} {value}" for name, value in summary["versions"].items()))
-    return lines
+def _facts(facts: Mapping[str, Any]) -> list[str]:
+    shown = [f"{facts[name]:,} {name}" for name in ("rows", "pictures") if facts.get(name) is not None]
+    if facts.get("content_hash"):
+        shown.append(Markdown(f"content hash {code(facts['content_hash'])}"))
+    return shown
 
 
 def _is_hub_id(name: str) -> bool:
     """`owner/name` that is no folder here."""
-    return name.count("/") == 1 and not name.startswith((".", "/", "~")) and not Path(name).exists()
+    return "/" in name and is_hub_id(name) and not Path(name).exists()
