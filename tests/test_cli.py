@@ -58,7 +58,7 @@ def trained(adapter):
 def run(monkeypatch, capsys):
     """Runs a command in this process: exit status, standard output, standard error."""
     # What a program hides for good, a test must leave as it was.
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
 
     def run(*arguments, stdin: bytes = b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -150,7 +150,7 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["zzz"])
     err = capsys.readouterr().err
-    assert "no command 'zzz': there are caption, chat, demo, " in err
+    assert "no command 'zzz': there are train, eval, score, inspect, doctor, caption, chat, demo, " in err
 
 
 @pytest.mark.parametrize(

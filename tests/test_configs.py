@@ -102,7 +102,7 @@ def test_command_line_overrides_the_file(tmp_path):
 def test_resume_names_what_is_missing_and_takes_the_newest_complete_checkpoint(tmp_path):
     from types import SimpleNamespace
 
-    from recipes.sft import checkpoint_to_resume
+    from vlm_peft.training.checkpoints import checkpoint_to_resume
 
     def ask(value):
         return checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))

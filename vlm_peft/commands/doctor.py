@@ -49,6 +49,7 @@ from ..evaluation.generation import generate_texts
 from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..training.arguments import VisionArguments, parse_arguments
+from ..training.callbacks import PrintedLines
 from ..training.setup import (
     bases,
     build_trainer,
@@ -60,7 +61,6 @@ from ..training.setup import (
     training_sources,
     training_stream,
 )
-from ..training.trainer import PrintedLines
 
 PROGRAM = "vlm-peft doctor"
 
