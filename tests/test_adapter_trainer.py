@@ -4,9 +4,9 @@ import pytest
 import torch
 from conftest import make_processor
 from datasets import Dataset
-from peft import get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
-from transformers import TrainingArguments
+from transformers import AutoConfig, CLIPModel, TrainingArguments
 
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.lora import lora_config
@@ -92,3 +92,17 @@ def test_scores_and_a_rate_of_its_own_need_no_trl(make, tmp_path):
     assert trainer.evaluate(trainer.train_dataset)["eval_CIDEr"] == 1.5
     with pytest.raises(ValueError, match=r"The loss is nan at step 0: lower --learning_rate"):
         trainer.log({"loss": float("nan")})
+
+
+def test_another_model_is_saved_with_its_configuration(bases, tmp_path):
+    def adapted():
+        clip = CLIPModel.from_pretrained(bases[0])
+        return get_peft_model(clip, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+
+    settings = TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    AdapterTrainer(adapted(), settings).save_model()
+    model = PeftModel.from_pretrained(CLIPModel.from_pretrained(bases[0]), tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert saved.keys() == get_peft_model_state_dict(model).keys()
+    assert all(torch.equal(saved[name], value) for name, value in get_peft_model_state_dict(model).items())
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "clip"

@@ -66,7 +66,7 @@ def test_scores_are_logged_and_choose_the_best_checkpoint(train, capsys):
     assert "expected" in log
 
 
-def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(monkeypatch):
+def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(model, monkeypatch):
     """Some words are in two pictures of four, and in one of the first two: only the whole split tells their weight."""
     references = [["a red dog runs"], ["a blue cat sits"], ["a red cat sits"], ["a green dog sits"]]
     said = ["a red dog sits", "a blue dog sits", "a red cat runs", "a green cat sits"]
@@ -81,7 +81,7 @@ def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(monkeypatch):
     )
     vision = SimpleNamespace(eval_samples=2, generation_batch_size=1, max_new_tokens=1, num_beams=1)
     run = SimpleNamespace(vision=vision, say=lambda text: None)
-    in_training = phases.make_scorer(run, None, {"val": split})(None)["CIDEr"]
+    in_training = phases.make_scorer(run, None, {"val": split})(model)["CIDEr"]
     whole = score_rows("caption", generate(None, None, questions, None)).per_row["CIDEr"]
     alone = score_rows("caption", generate(None, None, questions[:2], None)).metrics["CIDEr"]
     assert in_training == pytest.approx(sum(whole[:2]) / 2, abs=1e-12)
