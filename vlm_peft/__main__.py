@@ -185,21 +185,21 @@ def eval_(options: argparse.Namespace) -> int:
     """Generates for a held-out split with a trained model, and scores it: as eval/run.py in a clone."""
     from .commands.evaluate import main as evaluate
 
-    return evaluate(options.arguments)
+    return evaluate(options.arguments, f"{PROGRAM} eval")
 
 
 def score(options: argparse.Namespace) -> int:
     """Scores predictions that anybody made: as eval/score.py in a clone."""
     from .commands.score import main as score_files
 
-    return score_files(options.arguments)
+    return score_files(options.arguments, f"{PROGRAM} score")
 
 
 def inspect_(options: argparse.Namespace) -> int:
     """Shows what the model will really see: rows laid out for training. As eval/inspect_data.py in a clone."""
     from .commands.inspect import main as show
 
-    return show(options.arguments)
+    return show(options.arguments, f"{PROGRAM} inspect")
 
 
 def caption(options: argparse.Namespace) -> int:
