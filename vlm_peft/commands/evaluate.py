@@ -1,6 +1,6 @@
 """Generate for a held-out split with a trained model, and score it.
 
-    accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
+    accelerate launch -q eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
 
 Writes predictions.jsonl (`{"id", "prediction", "references"}` and the scores of the row, one a line) and scores.json to
 --output_dir. The model is asked as it was in training (task.json beside the adapter) unless the options say otherwise.
