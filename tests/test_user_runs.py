@@ -265,6 +265,18 @@ def test_a_finished_run_that_is_resumed_trains_nothing_saves_and_scores(train, f
     assert (tmp_path / "run/eval/test/scores.json").is_file()
 
 
+def test_a_save_that_reads_back_otherwise_ends_the_run(train, monkeypatch):
+    save = phases.save_whole
+
+    def spoil(run, trainer):
+        save(run, trainer)
+        change_tensors(run.output_dir, lambda name, value: value + 1e-3)
+
+    monkeypatch.setattr(phases, "save_whole", spoil)
+    with pytest.raises(RuntimeError, match=r"The saved adapter's logits differ from the trained model's by \d"):
+        train(*RESUME)
+
+
 def test_more_steps_go_on_where_the_finished_run_ended(train, tmp_path):
     assert train(*RESUME, "--max_steps", "5") == 0
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
