@@ -227,7 +227,7 @@ def test_unreadable_picture_stops_the_run_and_names_the_row(runs):
     # The launcher makes 1 of every status; the recipe's own is 2.
     assert run.status == 1
     message = run.log[run.log.index("sft.py: ") :]
-    assert len(message.splitlines()) == 1
+    assert len(message.splitlines()) == 2
     assert "1 of 24 rows cannot be used" in message
     assert f"({BAD_ROW})" in message
     assert "--on_bad_row skip" in message
