@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Tra
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
-from ..adapters.folder import check_finite, save_composite_config
+from ..adapters.folder import check_finite, rows_in_place, save_composite_config
 from ..adapters.lora import PROJECTOR
 from ..adapters.pissa import is_pissa, load_pissa_from_lora, lora_state, save_pissa_as_lora
 from .callbacks import PrintedLines, ProgressLines
@@ -107,7 +107,9 @@ class AdapterTrainer(Trainer):
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         if self._score is not None:
-            scores = self._score(self.accelerator.unwrap_model(self.model))
+            model: Any = self.accelerator.unwrap_model(self.model)
+            with rows_in_place(model):
+                scores = self._score(model)
             assert output.metrics is not None
             output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in scores.items()})
         return output

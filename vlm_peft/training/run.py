@@ -20,7 +20,6 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .. import __version__
-from ..adapters.folder import rows_in_place
 from ..adapters.lora import check_trainable, format_trainable_table, trainable_table, unadapted_experts
 from ..adapters.pissa import is_pissa
 from ..console import quiet_progress
@@ -153,7 +152,7 @@ def make_scorer(run: Run, processor, held_out: dict[str, Split]) -> Callable[[An
     def score(model) -> dict[str, float]:
         found: dict[str, float] = {}
         for split, asked, others in watched:
-            with plain_decoder(model), rows_in_place(model):
+            with plain_decoder(model):
                 rows = generate_rows(model, processor, asked, split.fetch_images, **_decoding(run))
             # Document frequencies of the whole split: these figures then compare with the final ones.
             idf: Any = {"idf_references": [each.references for each in others]} if split.task.name == "caption" else {}
