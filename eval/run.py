@@ -1,10 +1,6 @@
 """Generate for a held-out split with a trained model, and score it; see `--help`."""
 
-import os
 import sys
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from vlm_peft.commands.evaluate import main
 from vlm_peft.console import run_script

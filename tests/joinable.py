@@ -54,7 +54,7 @@ def measure_decoder(name: str, vision: Path, folder: Path) -> Found:
     from vlm_peft import VisionQwen, VisionQwenProcessor
     from vlm_peft.adapters.export import check_llava, export_llava, export_merged
     from vlm_peft.data.probe import probe
-    from vlm_peft.training.trainer import PrintedLines
+    from vlm_peft.training.callbacks import PrintedLines
 
     text = save_decoder(name, folder / "decoder")
     model = VisionQwen.from_vision_text_pretrained(vision, text)
@@ -146,11 +146,11 @@ def write_between_marks(readme: Path, text: str) -> None:
     """Replaces what stands between the two marks of a file.
 
     Raises:
-        ValueError: When a mark is missing.
+        SystemExit: When a mark is missing.
     """
     content = readme.read_text(encoding="utf-8")
     if content.count(BEGIN) != 1 or content.count(END) != 1:
-        raise ValueError(f"{readme}: expected the lines {BEGIN} and {END}, once each.")
+        raise SystemExit(f"joinable.py: {readme}: expected the lines {BEGIN} and {END}, once each.")
     before, _, rest = content.partition(BEGIN)
     _, _, after = rest.partition(END)
     readme.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")

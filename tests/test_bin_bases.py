@@ -352,7 +352,7 @@ def served(monkeypatch, tmp_path):
 
 
 def test_converted_bases_are_the_bases(served, bases, batch, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
     for name, base, shape in zip(NAMES, bases, ("single", "sharded"), strict=True):
         files = files_of(base) | {"notes.py": b"", "tf_model.h5.index.json": b"{}", "LICENSE": b"mine"}
         served.add(name, pickled(files) if shape == "single" else sharded(files, "bin"))
@@ -401,7 +401,7 @@ class Evil:
 
 
 def test_a_pickle_that_would_run_a_program_is_refused_in_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
     base, marker = tmp_path / "base", tmp_path / "ran"
     base.mkdir()
     torch.save({"weight": torch.ones(2), "more": Evil(marker)}, base / "pytorch_model.bin")

@@ -22,6 +22,7 @@ import vlm_peft
 from vlm_peft import VisionQwen, __main__
 from vlm_peft.adapters.loading import load_model
 from vlm_peft.commands import caption as captioning
+from vlm_peft.commands import inspect as inspecting
 from vlm_peft.commands.caption import ask, caption_pictures, find_pictures
 from vlm_peft.commands.chat import Conversation
 from vlm_peft.data.pictures import open_picture
@@ -58,7 +59,7 @@ def trained(adapter):
 def run(monkeypatch, capsys):
     """Runs a command in this process: exit status, standard output, standard error."""
     # What a program hides for good, a test must leave as it was.
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
 
     def run(*arguments, stdin: bytes = b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
@@ -89,6 +90,27 @@ def records(out: str) -> list[dict]:
 
 
 # --- the program ---
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval"], "vlm-peft eval: error: the following arguments are required: --model, --dataset"),
+        (["score", "nowhere.jsonl"], "vlm-peft score: [Errno 2] No such file or directory: 'nowhere.jsonl'"),
+        (["inspect", "--rows", "0"], "vlm-peft inspect: error: --rows: expected at least 1, got 0"),
+        (["inspect", "--lora_q", "3", "--use_cpu", "true"], "vlm-peft inspect: unknown option: 'lora_q'"),
+        (["train", "--lora_q", "3", "--use_cpu", "true"], "vlm-peft train: unknown option: 'lora_q'"),
+    ],
+)
+def test_commands_with_options_of_their_own_are_called_by_their_names(monkeypatch, capsys, arguments, said):
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
+    monkeypatch.setattr(inspecting, "quiet_imports", lambda: None)
+    try:
+        status = __main__.main(arguments)
+    except SystemExit as error:
+        status = error.code
+    assert status == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(said)
 
 
 @pytest.mark.parametrize("program", [["-m", "vlm_peft"], [str(SCRIPT)]], ids=["module", "script"])
@@ -150,7 +172,7 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["zzz"])
     err = capsys.readouterr().err
-    assert "no command 'zzz': there are caption, chat, demo, " in err
+    assert "no command 'zzz': there are train, eval, score, inspect, doctor, caption, chat, demo, " in err
 
 
 @pytest.mark.parametrize(

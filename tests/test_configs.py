@@ -82,6 +82,7 @@ def test_wrong_value_is_one_line_without_a_list_of_all_options(capsys):
 
 
 def test_paths_are_found_from_anywhere_and_missing_ones_named(tmp_path, monkeypatch):
+    from vlm_peft.training import setup
     from vlm_peft.training.setup import local
 
     monkeypatch.chdir(tmp_path)
@@ -89,6 +90,10 @@ def test_paths_are_found_from_anywhere_and_missing_ones_named(tmp_path, monkeypa
     assert local("openai/clip-vit-base-patch32", "vision_model") == "openai/clip-vit-base-patch32"
     with pytest.raises(FileNotFoundError, match=r"--vision_model \./clip is not there"):
         local("./clip", "vision_model")
+    # Of an installed package, the folder above holds other packages, whose names may be those of data sets.
+    (tmp_path / "site-packages" / "datasets").mkdir(parents=True)
+    monkeypatch.setattr(setup, "CLONE", tmp_path / "site-packages")
+    assert local("datasets", "dataset_name") == "datasets"
 
 
 def test_command_line_overrides_the_file(tmp_path):
@@ -102,7 +107,7 @@ def test_command_line_overrides_the_file(tmp_path):
 def test_resume_names_what_is_missing_and_takes_the_newest_complete_checkpoint(tmp_path):
     from types import SimpleNamespace
 
-    from recipes.sft import checkpoint_to_resume
+    from vlm_peft.training.checkpoints import checkpoint_to_resume
 
     def ask(value):
         return checkpoint_to_resume(SimpleNamespace(resume_from_checkpoint=value, output_dir=str(tmp_path)))

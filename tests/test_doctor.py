@@ -105,7 +105,7 @@ def test_a_good_configuration_passes_and_leaves_no_trace(options, capsys, tmp_pa
 
 
 def test_a_decoder_that_mixes_texts_is_told_with_its_cost_and_trains(options, capsys, tmp_path):
-    from recipes import sft
+    from vlm_peft.training import sft
 
     options |= {"model_name_or_path": save_decoder("LFM2", tmp_path / "lfm2"), "max_steps": 2}
     status, problems, printed = examine(options, capsys)
@@ -120,8 +120,8 @@ def test_a_decoder_that_mixes_texts_is_told_with_its_cost_and_trains(options, ca
 
 @pytest.mark.parametrize("implementation", ["flash_attention_2", "unheard_of"])
 def test_attention_that_cannot_keep_texts_apart_is_one_line_in_the_recipe(options, capsys, implementation):
-    from recipes import sft
     from vlm_peft.console import run_script
+    from vlm_peft.training import sft
 
     options["attn_implementation"] = implementation
     assert run_script(lambda: sft.main(listed(options)), "sft.py") == 2
@@ -132,7 +132,7 @@ def test_attention_that_cannot_keep_texts_apart_is_one_line_in_the_recipe(option
 
 
 def test_the_saved_adapter_is_as_large_as_predicted(options, capsys):
-    from recipes import sft
+    from vlm_peft.training import sft
 
     # Of a small adapter, the names in the file's header would be most.
     options |= {"lora_r": 256, "max_steps": 1}

@@ -188,16 +188,11 @@ def test_errors_of_use_are_one_line_and_others_keep_their_traceback(capsys):
         console.run_script(theirs, "run.py")
 
 
-def test_an_error_inside_a_library_that_lies_beside_the_scripts_keeps_its_traceback(tmp_path, monkeypatch, capsys):
+def test_an_error_inside_a_library_that_lies_beside_the_scripts_keeps_its_traceback(capsys):
     """`make` puts `.venv` into the clone."""
-    library = tmp_path / ".venv" / "lib" / "site-packages"
-    monkeypatch.setattr(console, "LIBRARIES", {library})
-    for folder, is_ours in ((library, False), (tmp_path / "eval", True)):
-        folder.mkdir(parents=True)
-        code = compile("def fail():\n    raise ValueError('here')\n", str(folder / "code.py"), "exec")
-        (folder / "code.py").write_text("")
+    for folder, is_ours in ((ROOT / ".venv" / "lib" / "site-packages", False), (ROOT / "vlm_peft" / "data", True)):
         names: dict = {}
-        exec(code, names)
+        exec(compile("def fail():\n    raise ValueError('here')\n", str(folder / "code.py"), "exec"), names)
         if is_ours:
             assert console.run_script(names["fail"], "run.py") == 2
             assert capsys.readouterr().err == "run.py: here\n"

@@ -17,9 +17,9 @@ ROOMS = (
     "tasks",
     "data",
     "adapters",
-    "training",
     "evaluation",
     "report",
+    "training",
     "commands",
     "__main__",
 )

@@ -61,7 +61,7 @@ class Finished:
 @pytest.fixture
 def run(tmp_path, bases, capsys):
     """Trains with a shipped configuration, in which only names, sizes and lengths are others."""
-    from recipes import sft
+    from vlm_peft.training import sft
 
     def train(name: str, data: Path | None = None, config: Path | None = None, **overrides) -> Finished:
         vision, text = bases

@@ -299,7 +299,7 @@ def save_refcoco(folder, image_folder):
 @pytest.fixture
 def train(tmp_path, bases, monkeypatch):
     """Runs a configuration for two steps in this process; returns its folder."""
-    from recipes import sft
+    from vlm_peft.training import sft
 
     def run(config: str, *overrides: str):
         vision, text = bases

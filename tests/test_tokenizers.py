@@ -24,7 +24,6 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from recipes import sft
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters.export import export_llava, export_merged
 from vlm_peft.adapters.loading import load_model
@@ -35,6 +34,7 @@ from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.hub.models import LOADED_FILES
 from vlm_peft.model.cuda.training import can_capture
 from vlm_peft.model.turns import choose_turns
+from vlm_peft.training import sft
 from vlm_peft.training.trainer import VisionSFTTrainer, prepare_training_arguments
 
 PICTURES = "<|image_pad|>" * 16

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from recipes import sft
 from vlm_peft.data.splits import Question
-from vlm_peft.evaluation import evaluate as evaluation
 from vlm_peft.evaluation.task_scores import score_rows
+from vlm_peft.training import run as phases
+from vlm_peft.training import sft
 
 TRAINING = """\
 stored_split: test
@@ -66,7 +66,7 @@ def test_scores_are_logged_and_choose_the_best_checkpoint(train, capsys):
     assert "expected" in log
 
 
-def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(monkeypatch):
+def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(model, monkeypatch):
     """Some words are in two pictures of four, and in one of the first two: only the whole split tells their weight."""
     references = [["a red dog runs"], ["a blue cat sits"], ["a red cat sits"], ["a green dog sits"]]
     said = ["a red dog sits", "a blue dog sits", "a red cat runs", "a green cat sits"]
@@ -75,13 +75,13 @@ def test_a_subset_in_training_scores_as_it_does_in_the_whole_split(monkeypatch):
     def generate(model, processor, asked, fetch_images, **arguments):
         return [{"id": each.id, "prediction": said[int(each.id)], "references": each.references} for each in asked]
 
-    monkeypatch.setattr(evaluation, "generate_rows", generate)
+    monkeypatch.setattr(phases, "generate_rows", generate)
     split = SimpleNamespace(
         name="val", data=None, task=SimpleNamespace(name="caption"), fetch_images=None, questions=lambda: questions
     )
     vision = SimpleNamespace(eval_samples=2, generation_batch_size=1, max_new_tokens=1, num_beams=1)
     run = SimpleNamespace(vision=vision, say=lambda text: None)
-    in_training = sft.make_scorer(run, None, {"val": split})(None)["CIDEr"]
+    in_training = phases.make_scorer(run, None, {"val": split})(model)["CIDEr"]
     whole = score_rows("caption", generate(None, None, questions, None)).per_row["CIDEr"]
     alone = score_rows("caption", generate(None, None, questions[:2], None)).metrics["CIDEr"]
     assert in_training == pytest.approx(sum(whole[:2]) / 2, abs=1e-12)

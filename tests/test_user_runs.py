@@ -15,8 +15,10 @@ import torch
 from conftest import flickr_rows, save_flickr
 from safetensors.torch import load_file, save_file
 
-from recipes import sft
 from vlm_peft.adapters.loading import load_model
+from vlm_peft.training import run as phases
+from vlm_peft.training import sft
+from vlm_peft.training.checkpoints import checkpoint_to_resume
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -263,6 +265,18 @@ def test_a_finished_run_that_is_resumed_trains_nothing_saves_and_scores(train, f
     assert (tmp_path / "run/eval/test/scores.json").is_file()
 
 
+def test_a_save_that_reads_back_otherwise_ends_the_run(train, monkeypatch):
+    save = phases.save_whole
+
+    def spoil(run, trainer):
+        save(run, trainer)
+        change_tensors(run.output_dir, lambda name, value: value + 1e-3)
+
+    monkeypatch.setattr(phases, "save_whole", spoil)
+    with pytest.raises(RuntimeError, match=r"The saved adapter's logits differ from the trained model's by \d"):
+        train(*RESUME)
+
+
 def test_more_steps_go_on_where_the_finished_run_ended(train, tmp_path):
     assert train(*RESUME, "--max_steps", "5") == 0
     assert steps(tmp_path / "run") == [1, 2, 3, 4, 5]
@@ -285,7 +299,7 @@ def test_a_run_does_not_begin_beside_the_checkpoints_of_another(train):
     ],
 )
 def test_a_run_with_other_options_does_not_go_on(train, monkeypatch, options, said):
-    monkeypatch.setattr(sft, "load_bases", lambda run: pytest.fail("The bases were loaded first."))
+    monkeypatch.setattr(phases, "load_bases", lambda run: pytest.fail("The bases were loaded first."))
     with pytest.raises(ValueError, match=rf"checkpoint-4 is of another run \(.*{said}.*another --output_dir"):
         train(*RESUME, *options)
 
@@ -319,11 +333,11 @@ def test_the_newest_whole_checkpoint_is_taken_and_it_is_said(train, tmp_path, ca
     content = path.read_bytes()
     path.unlink() if keep is None else path.write_bytes(content[: int(keep * len(content))])
     asked = SimpleNamespace(resume_from_checkpoint="true", output_dir=str(tmp_path / "run"))
-    assert sft.checkpoint_to_resume(asked) == str(tmp_path / "run" / "checkpoint-2")
+    assert checkpoint_to_resume(asked) == str(tmp_path / "run" / "checkpoint-2")
     assert f"checkpoint-4 is passed over: {reason}." in caplog.text
     asked.resume_from_checkpoint = str(tmp_path / "run" / "checkpoint-4")
     with pytest.raises(FileNotFoundError, match=f"checkpoint-4 is no checkpoint to resume from: {re.escape(reason)}"):
-        sft.checkpoint_to_resume(asked)
+        checkpoint_to_resume(asked)
 
 
 def test_a_run_goes_on_from_an_older_checkpoint_as_it_went(train, finished, tmp_path):
@@ -345,10 +359,10 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         f"report_to: none\noutput_dir: {tmp_path / 'out'}\n{yaml}"
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "Run", lambda *parsed: pytest.fail("These options were taken."))
+        patch.setattr(sft, "Run", lambda *parsed, **_: pytest.fail("These options were taken."))
         said: list[str] = []
         patch.setattr("sys.stderr", SimpleNamespace(write=said.append, flush=lambda: None))
-        assert run_script(lambda: sft.main(["--config", str(config), *options]), "sft.py") == 2
+        assert run_script(lambda: sft.main(["--config", str(config), *options], program="sft.py"), "sft.py") == 2
     text = "".join(said).strip()
     assert text.startswith("sft.py: ")
     assert len(text.splitlines()) == 1
@@ -513,7 +527,7 @@ def test_results_of_an_earlier_run_go_before_the_run_writes(train, tmp_path, mon
 def test_a_readme_that_is_no_card_stays(tmp_path):
     (tmp_path / "README.md").write_text("Mine.")
     (tmp_path / "eval").mkdir()
-    sft.clear_results(tmp_path)
+    phases.clear_results(tmp_path)
     assert (tmp_path / "README.md").read_text() == "Mine."
 
 
@@ -525,7 +539,7 @@ def test_a_save_that_is_killed_leaves_a_whole_adapter_or_none(bases, tmp_path):
     folder = tmp_path / "run"
     run = SimpleNamespace(output_dir=folder, is_main=True)
     trainer = make_trainer(folder, load_bases(bases), {})
-    sft.save_whole(run, trainer)
+    phases.save_whole(run, trainer)
     before = load_file(folder / WEIGHTS)
     assert not list(folder.glob(".*"))
     for value in trainer.model.parameters():
@@ -544,10 +558,10 @@ def test_a_save_that_is_killed_leaves_a_whole_adapter_or_none(bases, tmp_path):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Path, "replace", replace)
             with pytest.raises(KeyboardInterrupt):
-                sft.save_whole(run, trainer)
+                phases.save_whole(run, trainer)
         with pytest.raises(FileNotFoundError, match=r"no adapter folder: adapter_config\.json missing"):
             VisionQwen.from_adapter(folder)
-    sft.save_whole(run, trainer)
+    phases.save_whole(run, trainer)
     VisionQwen.from_adapter(folder)
     after = load_file(folder / WEIGHTS)
     assert all(torch.equal(after[name], value + 1) for name, value in before.items())
@@ -580,7 +594,6 @@ def test_predictions_are_kept_when_they_cannot_be_scored_and_the_row_is_named(tm
 
 
 def test_a_split_that_cannot_be_scored_costs_no_other_its_scores(tmp_path, monkeypatch):
-    from vlm_peft.evaluation import evaluate as evaluation
 
     said: list[str] = []
     vision = SimpleNamespace(generation_batch_size=1, max_new_tokens=1, num_beams=1, meteor=False)
@@ -591,8 +604,8 @@ def test_a_split_that_cannot_be_scored_costs_no_other_its_scores(tmp_path, monke
             raise ValueError("row 7 cannot be scored")
         return {"metrics": {"CIDEr": 0.5}, "n": 3}
 
-    monkeypatch.setattr(evaluation, "evaluate_split", evaluate_split)
-    sft.evaluate(run, torch.nn.Linear(1, 1), None, {"a": "good", "b": "bad", "c": "good"})
+    monkeypatch.setattr(phases, "evaluate_split", evaluate_split)
+    phases.evaluate(run, torch.nn.Linear(1, 1), None, {"a": "good", "b": "bad", "c": "good"})
     assert [line.split()[0] for line in said] == ["a", "c"]
     assert run.unscored == ["b: row 7 cannot be scored"]
 
@@ -730,7 +743,7 @@ def test_an_over_long_question_is_refused_in_every_door(adapter, loaded, flickr,
     from vlm_peft.tasks import TaskSettings
 
     said = r"has 8\d\d tokens, and its answer may take 6, more than the 512 that the decoder takes"
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert __main__.main(["caption", str(adapter), str(tmp_path / "a.png"), "--question", LONG]) == 2
     assert re.search(said, capsys.readouterr().err)

@@ -121,7 +121,7 @@ def test_examples_come_from_all_splits_with_their_texts(tmp_path, picture):
 
 def test_without_gradio_the_command_says_what_to_install(monkeypatch, capsys, adapter):
     monkeypatch.setattr(__main__.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(__main__, "_quiet_imports", lambda: None)
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
     assert __main__.main(["demo", str(adapter)]) == 2
     assert capsys.readouterr().err == 'vlm-peft demo: The page needs Gradio: pip install "vlm-peft[demo]"\n'
 

@@ -1,4 +1,4 @@
-"""The command `vlm-peft`, also `python -m vlm_peft`: use and ship what was trained.
+"""The command `vlm-peft`, also `python -m vlm_peft`: train, score, use and ship.
 
 Stage: last; calls everything below. torch and transformers are imported when a command needs them, so that --help and
 errors of use come at once.
@@ -9,16 +9,14 @@ import difflib
 import importlib.util
 import inspect
 import json
-import logging
-import os
 import sys
-import traceback
-import warnings
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from . import __version__
+from .console import quiet_imports, run_script
 
 PROGRAM = "vlm-peft"
 MODEL_HELP = "adapter folder, folder of a full save, or Hub id of either"
@@ -27,13 +25,15 @@ MODEL_HELP = "adapter folder, folder of a full save, or Hub id of either"
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the command line; ends the program with a message if it is not one."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    parser = argparse.ArgumentParser(PROGRAM, description="Use and ship a vision-language model.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        PROGRAM, description="Train, score, use and ship a vision-language model.", allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(run, summary: str) -> argparse.ArgumentParser:
         made = commands.add_parser(
-            run.__name__,
+            run.__name__.rstrip("_"),
             help=summary,
             description=inspect.cleandoc(run.__doc__),
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -41,6 +41,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         )
         made.set_defaults(run=run)
         return made
+
+    # They read their options themselves: those of a training are some 250.
+    by_themselves = {
+        train: "fine-tune: train, score, report",
+        eval_: "generate for a held-out split with a trained model, and score it",
+        score: "score predictions that anybody made",
+        inspect_: "what the model will really see in training, token by token",
+        doctor: "the checks before a training run, and what the run will take",
+    }
+    for run, summary in by_themselves.items():
+        command(run, summary)
 
     add = command(caption, "describe pictures, or ask about each; JSON lines").add_argument
     add("model", help=MODEL_HELP)
@@ -63,8 +74,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--port", type=_port, help="(default: the first free one from 7860)")
     add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
     _add_model_options(add)
-
-    command(doctor, "the checks before a training run, and what the run will take")
 
     add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
     add("model", help=MODEL_HELP)
@@ -89,9 +98,10 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         near = difflib.get_close_matches(arguments[0], commands.choices, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(commands.choices)}"
         parser.error(f"no command {arguments[0]!r}: {hint}")
-    if arguments[:1] == [doctor.__name__]:
-        # Its options are the recipe's, some 250 of them.
-        return argparse.Namespace(command=doctor.__name__, run=doctor, arguments=arguments[1:])
+    for run in by_themselves:
+        name = run.__name__.rstrip("_")
+        if arguments[:1] == [name]:
+            return argparse.Namespace(command=name, run=run, arguments=arguments[1:])
     return parser.parse_args(arguments)
 
 
@@ -124,16 +134,6 @@ def _flag(text: str) -> bool:
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
     return text.lower() == "true"
-
-
-def _quiet_imports() -> None:
-    """Hides notices that nobody who runs a command can act on; to be called before the libraries are imported."""
-    # bitsandbytes offers a faster 4-bit kernel from the Hub that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "kernels-community" not in record.getMessage()
-    )
-    # peft and TRL use names that transformers 5 renames.
-    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def _quiet_loading() -> None:
@@ -171,6 +171,35 @@ def _load(options: argparse.Namespace):
     if options.max_new_tokens:
         settings = replace(settings, max_new_tokens=options.max_new_tokens)
     return folder, model, processor, settings
+
+
+def train(options: argparse.Namespace) -> int:
+    """Fine-tunes a vision-language model on pictures with texts: the same run as recipes/sft.py in a clone."""
+    started = time.monotonic()
+    from .training.sft import main as fine_tune
+
+    return fine_tune(options.arguments, started=started)
+
+
+def eval_(options: argparse.Namespace) -> int:
+    """Generates for a held-out split with a trained model, and scores it: as eval/run.py in a clone."""
+    from .commands.evaluate import main as evaluate
+
+    return evaluate(options.arguments, f"{PROGRAM} eval")
+
+
+def score(options: argparse.Namespace) -> int:
+    """Scores predictions that anybody made: as eval/score.py in a clone."""
+    from .commands.score import main as score_files
+
+    return score_files(options.arguments, f"{PROGRAM} score")
+
+
+def inspect_(options: argparse.Namespace) -> int:
+    """Shows what the model will really see: rows laid out for training. As eval/inspect_data.py in a clone."""
+    from .commands.inspect import main as show
+
+    return show(options.arguments, f"{PROGRAM} inspect")
 
 
 def caption(options: argparse.Namespace) -> int:
@@ -318,27 +347,10 @@ def push(options: argparse.Namespace) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command and returns the exit status: 0, 1 (some pictures failed), 2 (an error of use) or 130 (Ctrl-C).
-
-    Errors of use are those of the file system and the Hub (`OSError`), and a `ValueError` that our own checks raise;
-    anything else is a fault and keeps its traceback.
-    """
+    """Runs a command and returns the exit status: 0, 1 (some pictures failed), 2 (an error of use) or 130 (Ctrl-C)."""
     options = parse_arguments(arguments)
-    _quiet_imports()
-    try:
-        return options.run(options)
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        # The reader (`head`) has what it wanted. Python would complain once more when it flushes at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141  # 128 + SIGPIPE
-    except (OSError, ValueError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and not raised_in.is_relative_to(Path(__file__).parent):
-            raise
-        print(f"{PROGRAM} {options.command}: {error}", file=sys.stderr)
-        return 2
+    quiet_imports()
+    return run_script(lambda: options.run(options), f"{PROGRAM} {options.command}")
 
 
 if __name__ == "__main__":

@@ -1,29 +1,27 @@
-"""How recipes and evaluation behave in a terminal: libraries kept quiet, and errors of use as one line."""
+"""How commands and scripts behave in a terminal: libraries kept quiet, and errors of use as one line."""
 
 import logging
 import os
 import sys
-import sysconfig
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parent
-LIBRARIES = {Path(sysconfig.get_path(name)).resolve() for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-"""Where what Python and pip installed lies."""
 
 
 def quiet_imports() -> None:
-    """Hides notices that nobody who runs a script can act on; to be called before the libraries are imported."""
+    """Hides notices that nobody who runs a command can act on; to be called before the libraries are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # Rows are encoded in processes of their own, and tokenizers warn of threads that a fork leaves behind.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     # bitsandbytes offers a faster 4-bit kernel from the Hub that nothing here uses.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
         lambda record: "kernels-community" not in record.getMessage()
     )
-    # transformers 5 renames options that TRL 1.16 still sets under their old names.
-    warnings.filterwarnings(
-        "ignore", message="`(is_)?gradient_checkpointing` is deprecated and will be removed", category=FutureWarning
-    )
+    # peft and TRL use names that transformers 5 renames.
+    warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 
 
 def quiet_progress(is_main: bool) -> None:
@@ -41,19 +39,25 @@ def quiet_progress(is_main: bool) -> None:
 
 
 def run_script(main: Callable[[], int], name: str) -> int:
-    """Runs a script's `main`; an error of use is one message and exit status 2, anything else keeps its traceback.
+    """Runs a command; an error of use is one message and exit status 2, anything else keeps its traceback.
 
-    Errors of use are those of the file system and the Hub (`OSError`), and a `ValueError` that our own checks raise.
+    Errors of use are those of the file system and the Hub (`OSError`), and a `ValueError` that the package raises.
 
     Args:
-        main: Returns the exit status.
-        name: Of the script, put before the message.
+        main (`Callable[[], int]`): Returns the exit status.
+        name (`str`): Of the command or script, put before the message.
+
+    Returns:
+        `int`: The exit status: that of `main`, 2, 130 after Ctrl-C, or 141 when nobody reads what is printed.
     """
     try:
         return main()
     except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        # The reader (`head`) has what it wanted. Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE
     except SystemExit as error:
         # Python would print the message, too, but end with 1, which is for faults.
         if isinstance(error.code, str):
@@ -61,18 +65,12 @@ def run_script(main: Callable[[], int], name: str) -> int:
             return 2
         raise
     except (OSError, ValueError) as error:
-        if isinstance(error, ValueError) and not _is_ours(error):
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if isinstance(error, ValueError) and not raised_in.is_relative_to(_PACKAGE):
             raise
         rank = os.environ.get("RANK", "0")
         print(f"{name}{'' if rank == '0' else f' (process {rank})'}: {error}", file=sys.stderr)
         return 2
-
-
-def _is_ours(error: Exception) -> bool:
-    """Whether the package or a script raised an error, and no library: those may lie in `.venv` beside the scripts."""
-    raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-    is_library = any(raised_in.is_relative_to(folder) for folder in LIBRARIES)
-    return raised_in.is_relative_to(_PACKAGE) or (raised_in.is_file() and not is_library)
 
 
 def table(lines: Iterable[Sequence[str]]) -> str:

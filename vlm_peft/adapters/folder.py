@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from ..hub.access import looks_local
 from ..hub.models import pull_model
 from ..model.configuration_vision_qwen import VisionQwenConfig
-from ..model.modeling_vision_qwen import VisionQwen, base_model
+from ..model.modeling_vision_qwen import VisionQwen
 from .lora import PROJECTOR, add_turn_rows
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "config.json")
@@ -33,10 +33,10 @@ _PROCESSOR_FILES = ("processor_config.json", "tokenizer_config.json", "tokenizer
 
 
 def save_composite_config(model: PreTrainedModel | PeftModel, folder: str | Path) -> None:
-    """Writes the composite `config.json` into an adapter folder; local bases are kept as absolute paths."""
-    config = base_model(model).config
+    """Writes the model's `config.json` into an adapter folder; local bases are kept as absolute paths."""
+    config: Any = (model.get_base_model() if isinstance(model, PeftModel) else model).config
     for field in ("vision_name_or_path", "text_name_or_path"):
-        name = getattr(config, field)
+        name = getattr(config, field, None)
         if name is not None and Path(name).exists():
             setattr(config, field, str(Path(name).resolve()))
     config.save_pretrained(folder)

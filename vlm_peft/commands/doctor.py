@@ -47,6 +47,7 @@ from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
 from ..evaluation.generation import generate_texts
 from ..training.arguments import VisionArguments, parse_arguments
+from ..training.callbacks import PrintedLines
 from ..training.data import Part, encode_split, join, parts, row_lengths, watched
 from ..training.setup import (
     bases,
@@ -57,7 +58,6 @@ from ..training.setup import (
     load_processor,
     training_stream,
 )
-from ..training.trainer import PrintedLines
 
 PROGRAM = "vlm-peft doctor"
 

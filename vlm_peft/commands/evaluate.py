@@ -1,6 +1,6 @@
 """Generate for a held-out split with a trained model, and score it.
 
-    accelerate launch eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
+    accelerate launch -q eval/run.py --model outputs/demo --dataset recipes/demo/scenes --split test --output_dir scores
 
 Writes predictions.jsonl (`{"id", "prediction", "references"}` and the scores of the row, one a line) and scores.json to
 --output_dir. The model is asked as it was in training (task.json beside the adapter) unless the options say otherwise.
@@ -17,10 +17,10 @@ from ..console import quiet_imports, quiet_progress, table
 from ..tasks import TASK_FILE, TASKS, TaskOptions, TaskSettings, task_options
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None, program: str = "run.py") -> argparse.Namespace:
     """Read the command line; ends the program with a message if it is not one."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     add = parser.add_argument
     flag = argparse.BooleanOptionalAction
@@ -76,9 +76,9 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "run.py") -> int:
     """Run the command; returns its exit status."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, program)
     quiet_imports()
 
     from accelerate import PartialState

@@ -377,10 +377,10 @@ def as_page(all_inspected: Sequence[Inspected], title: str, *, ids: bool = False
     return page(title, body).replace("</style>", f"{style}</style>", 1)
 
 
-def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+def parse_arguments(arguments: list[str], program: str) -> tuple[argparse.Namespace, list[str]]:
     """Return our own options, and the recipe's."""
     parser = argparse.ArgumentParser(
-        "inspect_data.py",
+        program,
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -395,15 +395,15 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]
     return options, rest
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, program: str = "inspect_data.py") -> int:
     """Show rows; return the exit status."""
-    options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments)
+    options, rest = parse_arguments(sys.argv[1:] if arguments is None else arguments, program)
     quiet_imports()
     from ..training.arguments import parse_arguments as parse_recipe
     from ..training.setup import load_processor, sources
 
     # Rows are the same on every device, and a configuration for a GPU is refused without one.
-    vision, training, model = parse_recipe([*rest, "--use_cpu", "true"], program="inspect_data.py")
+    vision, training, model = parse_recipe([*rest, "--use_cpu", "true"], program=program)
     processor, _ = load_processor(vision, model)
     chosen = [source for source in sources(vision) if options.split or source.train_split]
     if not chosen:

@@ -29,9 +29,9 @@ METRICS = {name: [each.name for each in kind.metrics if not each.needs_pictures]
 """From a task to its metrics, in the order of the table; a file of texts has no pictures."""
 
 
-def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None, program: str = "score.py") -> argparse.Namespace:
     """Read the command line; ends the program with a message if it is not one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("files", nargs="+", type=Path, metavar="FILE", help="predictions.jsonl, or COCO results")
     add(
@@ -257,9 +257,9 @@ def _chosen(summary: dict[str, Any], wanted: Sequence[str], notes: list[str]) ->
     return summary
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, program: str = "score.py") -> int:
     """Run the command; returns its exit status: 0, or 2 with a message on stderr for input that cannot be scored."""
-    options = parse_arguments(arguments)
+    options = parse_arguments(arguments, program)
     told = None
     try:
         if options.task is None:
@@ -268,7 +268,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             warnings.simplefilter("ignore", UserWarning)  # They are in the notes, printed below.
             result = score_files(options)
     except (OSError, ValueError, RuntimeError) as error:
-        print(f"score.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     summaries = result["files"].items()
     print(table(result["files"], METRICS[options.task]))

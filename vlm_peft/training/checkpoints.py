@@ -1,6 +1,6 @@
 """Checkpoints: which of them are whole, and of which run they are.
 
-Stage: before a run goes on; called by the recipe. A record of the options that decide the model, of its bases and of
+Stage: before a run goes on; called by the run. A record of the options that decide the model, of its bases and of
 its data lies in every checkpoint and is compared, so that no run goes on with another's weights.
 """
 
@@ -136,3 +136,33 @@ def newest_whole(folder: str | Path) -> Path | None:
             return path
         logger.info("%s is passed over: %s.", path, reason)
     return None
+
+
+def checkpoint_to_resume(training: Any) -> str | None:
+    """`--resume_from_checkpoint true` means the newest complete one in `--output_dir`; a path means itself.
+
+    Raises:
+        FileNotFoundError: when there is none, or a file of it is missing or damaged.
+        FileExistsError: when a run begins beside the checkpoints of another.
+    """
+    value = str(training.resume_from_checkpoint)
+    if value.lower() in ("false", "none", ""):
+        others = checkpoints_in(training.output_dir)
+        if others:
+            raise FileExistsError(
+                f"--output_dir {training.output_dir} holds {others[0].name} of an earlier run: go on with "
+                "--resume_from_checkpoint true, choose another folder, or delete its checkpoints."
+            )
+        return None
+    if value.lower() != "true":
+        reason = why_broken(Path(value))
+        if reason is not None:
+            raise FileNotFoundError(f"{value} is no checkpoint to resume from: {reason}.")
+        return value
+    folder = newest_whole(training.output_dir)
+    if folder is None:
+        raise FileNotFoundError(
+            f"--resume_from_checkpoint true: {training.output_dir} has no complete checkpoint-* folder. Leave the "
+            "option out to train from the beginning."
+        )
+    return str(folder)

@@ -39,7 +39,8 @@ from .trainer import VisionSFTTrainer, prepare_training_arguments
 
 logger = logging.getLogger(__name__)
 
-_ROOT = Path(__file__).resolve().parents[2]
+CLONE = Path(__file__).resolve().parents[2]
+"""The repository, where the package lies in one."""
 
 
 def local(name: str, option: str) -> str:
@@ -54,8 +55,9 @@ def local(name: str, option: str) -> str:
     """
     if Path(name).exists():
         return name
-    if (_ROOT / name).exists():
-        return str(_ROOT / name)
+    # Beside an installed package lie others, whose names are no paths of ours.
+    if (CLONE / "recipes").is_dir() and (CLONE / name).exists():
+        return str(CLONE / name)
     if looks_local(name):
         raise FileNotFoundError(f"--{option} {name} is not there: expected a path that exists, or an id on the Hub.")
     return name

@@ -1,0 +1,121 @@
+"""Supervised fine-tuning: LoRA on the decoder and a full projector are trained on pictures with texts.
+
+Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, held-out scores and report.html go
+to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
+"""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from transformers import EarlyStoppingCallback
+
+from ..data.probe import probe
+from ..data.splits import Split
+from ..model.modeling_vision_qwen import VisionQwen
+from ..model.processing_vision_qwen import VisionQwenProcessor
+from . import run as phases
+from .arguments import parse_arguments
+from .checkpoints import RUN_FILE, run_record
+from .data import TrainingRows, load_held_out, load_training
+from .run import Run
+from .setup import CLONE, build_trainer, describe_layout
+from .trainer import VisionSFTTrainer
+
+DEMO = CLONE / "recipes" / "configs" / "demo.yaml"
+
+
+def make_trainer(
+    run: Run, model, processor, data: TrainingRows, held_out: dict[str, Split], record: dict[str, Any]
+) -> VisionSFTTrainer:
+    """The trainer with its collator, after the table of what trains was printed and checked.
+
+    Args:
+        model, processor: Of [`~vlm_peft.training.run.load_bases`].
+        data, held_out: Of [`~vlm_peft.training.data.load_training`] and [`~vlm_peft.training.data.load_held_out`].
+        record (`dict`): Of [`~vlm_peft.training.checkpoints.run_record`]; kept in every checkpoint.
+
+    Raises:
+        ValueError: When the options ask for LoRA that the model cannot have, or something else trains than they say.
+    """
+    patience = run.vision.early_stopping_patience
+    trainer = build_trainer(
+        run.vision,
+        run.training,
+        run.model,
+        model,
+        processor,
+        data.dataset,
+        data.fetch_images,
+        eval_dataset=data.eval_dataset,
+        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        score=phases.make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
+        extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
+    )
+    phases.show_trained(run, trainer.model)
+    run.say(describe_layout(probe(model), data.dataset))
+    run.say(data.described)
+    return trainer
+
+
+def main(
+    arguments: Sequence[str],
+    *,
+    program: str = "vlm-peft train",
+    command: str | None = None,
+    started: float | None = None,
+) -> int:
+    """Trains, saves, checks, scores and reports.
+
+    Args:
+        arguments (`Sequence[str]`): The command line; without any, the demo of a clone.
+        program (`str`, *optional*, defaults to `"vlm-peft train"`): Put before messages.
+        command (`str`, *optional*): How the program is started, for the report; its name by default.
+        started (`float`, *optional*): `time.monotonic()` when it was.
+
+    Returns:
+        `int`: The exit status.
+
+    Raises:
+        SystemExit: For options that are none.
+        ValueError, OSError: For what is wrong with bases, data, checkpoints or the push; names it.
+    """
+    if not arguments and not DEMO.is_file():
+        raise SystemExit(
+            f"{program}: give --config FILE.yaml, or --dataset_name, --vision_model, --model_name_or_path, --use_peft "
+            "true and --output_dir: the demo, which needs none of them, is in a clone of the repository only."
+        )
+    vision, training, model_args = parse_arguments(
+        list(arguments) or ["--config", str(DEMO)],
+        program=program,
+        description="Fine-tune a vision-language model on pictures with texts.",
+    )
+    said = " ".join([command or program, *arguments])
+    run = Run(vision, training, model_args, command=said, started=started)
+    run.compare(run_record(vision, training, model_args))
+
+    with run.phase("load models"):
+        model, processor = phases.load_bases(run)
+    with run.phase("encode pictures"):
+        held_out = load_held_out(vision, model, processor)
+        data = load_training(vision, training, model, processor, held_out)
+    phases.begin_results(run)
+    if vision.score_before:
+        with run.phase("score before"):
+            phases.evaluate(run, model, processor, held_out, "-before")
+
+    with run.phase("prepare training"):
+        record = run_record(vision, training, model_args, model.config, data.splits)
+        run.compare(record)
+        trainer = make_trainer(run, model, processor, data, held_out, record)
+    status = phases.train(run, trainer)
+    if status:
+        return status
+    with run.phase("save"):
+        batch = trainer.data_collator([next(iter(data.dataset))])
+        inputs = {key: value for key, value in batch.items() if "labels" not in key}
+        trained = phases.save_checked(run, trainer, VisionQwen.from_adapter, inputs)
+    processor = VisionQwenProcessor.from_pretrained(training.output_dir)
+    phases.evaluate_trained(run, trained, processor, held_out)
+    phases.finish(run, trainer, data.splits, held_out)
+    return 0
