@@ -29,6 +29,7 @@ from vlm_peft.data.pictures import open_picture
 from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.hub import models as hub
 from vlm_peft.model.modeling_vision_qwen import base_model
+from vlm_peft.report.model_card import card_for_others
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 from vlm_peft.tasks.example import picture_turn
 
@@ -354,7 +355,7 @@ def test_push_hands_everything_over(run, monkeypatch, tmp_path):
         hub, "push_adapter", lambda *names, **options: calls.append((names, options)) or "https://there"
     )
     assert run("push", tmp_path, "me/mine", "--private", "--vision", "them/clip") == (0, "https://there\n", "")
-    options = {"private": True, "revision": None, "vision": "them/clip", "text": None}
+    options = {"card": card_for_others, "private": True, "revision": None, "vision": "them/clip", "text": None}
     assert calls == [((tmp_path, "me/mine"), options)]
 
 
