@@ -84,7 +84,7 @@ def test_two_steps_are_trained_and_scored_without_a_clone(installed, flickr, bas
 def test_metrics_are_imported_from_where_the_wheel_is(installed):
     code = """
 import vlm_peft
-from vlm_peft.metrics.captions import score_captions
+from vlm_peft.metrics import score_captions
 print(vlm_peft.__file__)
 print(score_captions(["a red dog"], [["a red dog", "the dog"]], tokenizer="treebank-python").metrics["Bleu_1"])
 """
