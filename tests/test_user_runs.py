@@ -283,8 +283,27 @@ def test_more_steps_go_on_where_the_finished_run_ended(train, tmp_path):
 
 
 def test_a_run_does_not_begin_beside_the_checkpoints_of_another(train):
-    with pytest.raises(FileExistsError, match="holds checkpoint-4 of an earlier run: go on with --resume"):
+    ways = "--resume_from_checkpoint true, .*another --output_dir, .*--overwrite_output_dir true"
+    with pytest.raises(FileExistsError, match=f"holds checkpoint-4 of an earlier run: go on .*{ways}"):
         train()
+
+
+def test_the_same_run_begins_anew_over_its_own_checkpoints_when_told_to(train, finished, tmp_path):
+    (tmp_path / "run/checkpoint-9").mkdir()
+    assert train("--overwrite_output_dir", "true") == 0
+    assert steps(tmp_path / "run") == [1, 2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert (tmp_path / "run" / WEIGHTS).read_bytes() == (finished / WEIGHTS).read_bytes()
+    # To go on takes nothing away.
+    assert train("--overwrite_output_dir", "true", *RESUME, "--max_steps", "5") == 0
+    assert (tmp_path / "run/checkpoint-4").is_dir()
+
+
+def test_a_demo_that_was_stopped_begins_anew(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    demo = [*("--config", str(sft.DEMO)), "--output_dir", str(tmp_path)]
+    phases.Run(*sft.parse_arguments(demo), command="demo")
+    assert (tmp_path / "checkpoint-3").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,11 @@ class VisionArguments(ProjectorSettings, DataArguments):
     streaming: bool = field(
         default=False, metadata={"help": "Read training rows as they come, without a copy on disk; needs --max_steps."}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Begin anew in --output_dir: checkpoints of an earlier run in it are removed, once all else "
+        "is checked. Otherwise such a run is refused."},
+    )
     allow_overlap: bool = field(
         default=False, metadata={"help": "Train even though training pictures are among those that are scored."}
     )

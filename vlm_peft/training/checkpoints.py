@@ -138,20 +138,25 @@ def newest_whole(folder: str | Path) -> Path | None:
     return None
 
 
-def checkpoint_to_resume(training: Any) -> str | None:
+def checkpoint_to_resume(training: Any, *, overwrite: bool = False) -> str | None:
     """`--resume_from_checkpoint true` means the newest complete one in `--output_dir`; a path means itself.
+
+    Args:
+        training (`SFTConfig`): `resume_from_checkpoint` and `output_dir`.
+        overwrite (`bool`, *optional*, defaults to `False`): A run may begin where an earlier one left checkpoints.
 
     Raises:
         FileNotFoundError: when there is none, or a file of it is missing or damaged.
-        FileExistsError: when a run begins beside the checkpoints of another.
+        FileExistsError: when a run begins beside the checkpoints of an earlier one.
     """
     value = str(training.resume_from_checkpoint)
     if value.lower() in ("false", "none", ""):
         others = checkpoints_in(training.output_dir)
-        if others:
+        if others and not overwrite:
             raise FileExistsError(
-                f"--output_dir {training.output_dir} holds {others[0].name} of an earlier run: go on with "
-                "--resume_from_checkpoint true, choose another folder, or delete its checkpoints."
+                f"--output_dir {training.output_dir} holds {others[0].name} of an earlier run: go on with it with "
+                "--resume_from_checkpoint true, or begin anew in another --output_dir, or in this one with "
+                "--overwrite_output_dir true, which removes its checkpoints."
             )
         return None
     if value.lower() != "true":

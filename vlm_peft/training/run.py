@@ -6,6 +6,7 @@ Stage: last of training; a recipe calls these functions in its own order, with i
 import json
 import logging
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
@@ -36,7 +37,7 @@ from ..report.model_card import card_for_others, write_model_card
 from ..report.report import build_report
 from .arguments import data_sources
 from .callbacks import StopOnSignal
-from .checkpoints import check_same_run, checkpoint_to_resume
+from .checkpoints import check_same_run, checkpoint_to_resume, checkpoints_in
 from .setup import load_model, loading_arguments, local
 
 
@@ -65,7 +66,7 @@ class Run:
         quiet_progress(self.is_main)
         self.push = prepare_push(self)
         logging.basicConfig(level=logging.INFO if self.is_main else logging.WARNING, format="%(message)s")
-        self.checkpoint = checkpoint_to_resume(training)
+        self.checkpoint = checkpoint_to_resume(training, overwrite=vision.overwrite_output_dir)
         set_seed(training.seed)
 
     @contextmanager
@@ -136,9 +137,14 @@ def clear_results(folder: Path) -> None:
 
 
 def begin_results(run: Run) -> None:
-    """Clears the output folder of an earlier run's results, on one process before any writes there."""
+    """Clears the output folder of an earlier run's results, on one process before any writes there.
+
+    A run that begins has no checkpoints there, unless it was told to remove them.
+    """
     if run.is_main:
         clear_results(run.output_dir)
+        for folder in checkpoints_in(run.output_dir) if run.checkpoint is None else ():
+            shutil.rmtree(folder)
     PartialState().wait_for_everyone()
 
 
