@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import math
 import os
 import re
@@ -808,3 +809,42 @@ def test_an_option_that_is_no_text_is_named(option):
 
     with pytest.raises(ValueError, match=f"The {option} is no UTF-8 text: byte 0xe9 after 3 characters"):
         ask(TaskSettings(), **{option: os.fsdecode(b"caf\xe9")})
+
+
+@pytest.mark.parametrize(
+    ("task", "asked", "is_said"),
+    [("vqa", (), True), ("vqa", ("--question", "Why?"), False), ("caption", (), False)]
+    + [("caption", ("--question", "Why?"), True), ("digits", (), False)],
+)
+def test_a_model_that_is_asked_something_else_than_in_training_is_named(
+    copied, tmp_path, capsys, monkeypatch, task, asked, is_said
+):
+    from PIL import Image
+
+    from vlm_peft import __main__
+
+    monkeypatch.setattr(__main__, "quiet_imports", lambda: None)
+    change_json(copied, "task.json", task=task)
+    for name in "ab":
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+    files = [str(tmp_path / f"{name}.png") for name in "ab"]
+    assert __main__.main(["caption", str(copied), *files, "--max_new_tokens", "1", *asked]) == 0
+    assert capsys.readouterr().err.count("This model was trained to") == is_said
+
+
+# --- the log ---
+
+
+def test_libraries_tell_warnings_only(monkeypatch):
+    """accelerate would say after each epoch that "the used dataset had no length"."""
+    from vlm_peft.console import show_messages
+
+    # pytest's own handlers would keep `basicConfig` from doing anything.
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    logging.root.manager._clear_cache()
+    for is_main in (False, True):
+        show_messages(is_main)
+        assert logging.getLogger("vlm_peft.training.setup").isEnabledFor(logging.INFO) == is_main
+        assert not logging.getLogger("accelerate.accelerator").isEnabledFor(logging.INFO)
+    assert logging.root.handlers[0].formatter._fmt == "%(message)s"

@@ -217,6 +217,11 @@ def caption(options: argparse.Namespace) -> int:
 
     from tqdm.auto import tqdm
 
+    from .tasks import find_kind
+
+    kind = find_kind(settings.task)
+    if kind.hint and (options.question is None) == (kind.question is None):
+        print(kind.hint, file=sys.stderr)
     status = 0
     records = caption_pictures(
         model,

@@ -38,6 +38,15 @@ def quiet_progress(is_main: bool) -> None:
         huggingface_hub.utils.disable_progress_bars()
 
 
+def show_messages(is_main: bool) -> None:
+    """Shows what this package says of a run, on one process; of libraries warnings only.
+
+    accelerate, for example, says at the end of each epoch in which a batch is one sequence that nothing is amiss.
+    """
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger(_PACKAGE.name).setLevel(logging.INFO if is_main else logging.WARNING)
+
+
 def run_script(main: Callable[[], int], name: str) -> int:
     """Runs a command; an error of use is one message and exit status 2, anything else keeps its traceback.
 

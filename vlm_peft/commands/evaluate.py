@@ -8,12 +8,11 @@ Several processes share the rows.
 """
 
 import argparse
-import logging
 from collections.abc import Sequence
 from dataclasses import Field, fields
 from pathlib import Path
 
-from ..console import quiet_imports, quiet_progress, table
+from ..console import quiet_imports, quiet_progress, show_messages, table
 from ..tasks import TASK_FILE, TASKS, TaskOptions, TaskSettings, task_options
 
 
@@ -86,7 +85,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "run.py") -> int
 
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
     quiet_progress(state.is_main_process)
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
+    show_messages(state.is_main_process)
 
     import torch
     from transformers import BitsAndBytesConfig

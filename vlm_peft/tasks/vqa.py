@@ -136,4 +136,5 @@ VQA = TaskKind(
     primary="vqa_accuracy",
     score=_score,
     reward=by_references(vqa_accuracy),
+    hint="This model was trained to answer questions: ask one, and expect a few words, not a description.",
 )

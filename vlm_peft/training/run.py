@@ -4,7 +4,6 @@ Stage: last of training; a recipe calls these functions in its own order, with i
 """
 
 import json
-import logging
 import re
 import shutil
 import time
@@ -23,7 +22,7 @@ from transformers import set_seed
 from .. import __version__
 from ..adapters.lora import check_trainable, format_trainable_table, trainable_table, unadapted_experts
 from ..adapters.pissa import is_pissa
-from ..console import quiet_progress
+from ..console import quiet_progress, show_messages
 from ..data.splits import Split, content_hash, first_of_each
 from ..drafts import draft_of, sweep
 from ..evaluation.evaluate import evaluate_split, generate_rows, sample_table
@@ -65,7 +64,7 @@ class Run:
         self.is_main = PartialState().is_main_process
         quiet_progress(self.is_main)
         self.push = prepare_push(self)
-        logging.basicConfig(level=logging.INFO if self.is_main else logging.WARNING, format="%(message)s")
+        show_messages(self.is_main)
         self.checkpoint = checkpoint_to_resume(training, overwrite=vision.overwrite_output_dir)
         set_seed(training.seed)
 
