@@ -1,5 +1,6 @@
 """The page's functions in this process, and the page itself as a program that is asked over HTTP."""
 
+import base64
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from urllib.parse import quote
 
@@ -17,7 +19,7 @@ from PIL import Image
 
 from vlm_peft import VisionQwen, __main__
 from vlm_peft.adapters.loading import load_model
-from vlm_peft.commands.web_demo import MAX_EXAMPLES, PictureAnswers, find_examples, make_page
+from vlm_peft.commands.web_demo import MAX_EXAMPLES, MAX_UPLOAD, PictureAnswers, find_examples, make_page
 from vlm_peft.data.pictures import UnreadablePictureError, open_picture
 from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.tasks import TaskSettings
@@ -134,6 +136,23 @@ def fetch_text(address: str, body: dict | None = None) -> str:
         return response.read().decode()
 
 
+META = {"_type": "gradio.FileData"}
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+
+
+def upload(address: str, content: bytes) -> dict:
+    """Uploads a file to the page; what stands for it in a call."""
+    head = b'--part\r\nContent-Disposition: form-data; name="files"; filename="noise.png"\r\n\r\n'
+    request = urllib.request.Request(
+        f"{address}/gradio_api/upload",
+        head + content + b"\r\n--part--\r\n",
+        {"Content-Type": "multipart/form-data; boundary=part"},
+    )
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=60) as response:
+        (stored,) = json.load(response)
+    return {"path": stored, "meta": META}
+
+
 def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained, picture, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -165,24 +184,27 @@ def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained,
         assert not [source for source in sources if re.match(r"(https?:)?//", source)]
         assert json.loads(fetch_text(f"{address}/config"))["analytics_enabled"] is False
 
-        boundary = b"--part\r\n"
-        head = b'Content-Disposition: form-data; name="files"; filename="noise.png"\r\nContent-Type: image/png\r\n\r\n'
-        upload = urllib.request.Request(
-            f"{address}/gradio_api/upload",
-            boundary + head + picture.read_bytes() + b"\r\n--part--\r\n",
-            {"Content-Type": "multipart/form-data; boundary=part"},
-        )
-        with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(upload, timeout=60) as response:
-            (stored,) = json.load(response)
-        file = {"path": stored, "meta": {"_type": "gradio.FileData"}}
-        call = f"{address}/gradio_api/call/answer"
-        event = json.loads(fetch_text(call, {"data": [file, "What is it?"]}))["event_id"]
-        events = re.findall(r"event: (\w+)\ndata: (.*)\n", fetch_text(f"{call}/{event}"))
-        assert events[-1][0] == "complete"
-        answer = json.loads(events[-1][1])
+        def said(file: dict | None, question: str) -> tuple[str, str]:
+            """The last event of an answer, and its data."""
+            call = f"{address}/gradio_api/call/answer"
+            event = json.loads(fetch_text(call, {"data": [file, question]}))["event_id"]
+            return re.findall(r"event: (\w+)\ndata: (.*)\n", fetch_text(f"{call}/{event}"))[-1]
 
-        nothing = json.loads(fetch_text(call, {"data": [None, ""]}))["event_id"]
-        assert re.search(r'event: error\ndata: .*"Choose a picture first', fetch_text(f"{call}/{nothing}"))
+        kind, answer = said(upload(address, picture.read_bytes()), "What is it?")
+        assert kind == "complete"
+        refusals = [(None, "Choose a picture first"), (upload(address, b"no picture"), "Cannot read the picture")]
+        # Pillow itself would hand it to a program, whatever its name says.
+        refusals += [(upload(address, EPS), "Cannot read the picture")]
+        url = f"data:image/png;base64,{base64.b64encode(EPS).decode()}"
+        refusals += [({"url": url, "path": None, "meta": META}, "Upload the picture as a file")]
+        for file, message in refusals:
+            kind, data = said(file, "")
+            assert kind == "error"
+            assert message in data
+        with pytest.raises(urllib.error.HTTPError) as caught:
+            upload(address, bytes(MAX_UPLOAD + 1))
+        assert caught.value.code == 413
+        assert caught.value.read() == b"File size exceeded maximum allowed size of 50000000 bytes."
     finally:
         server.send_signal(signal.SIGINT)
         status = server.wait(60)
@@ -190,4 +212,4 @@ def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained,
     model, processor = trained
     with model.disable_adapter():
         before = expected(model, processor, picture, "What is it?")
-    assert answer == [expected(model, processor, picture, "What is it?"), before]
+    assert json.loads(answer) == [expected(model, processor, picture, "What is it?"), before]

@@ -32,6 +32,9 @@ from .caption import ask
 
 MAX_EXAMPLES = 12
 
+MAX_UPLOAD = 50_000_000
+"""Bytes of a picture's file; larger uploads are refused while they arrive."""
+
 
 class PictureAnswers:
     """Answers about one picture, from after and from before fine-tuning.
@@ -153,7 +156,14 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
         gradio.Markdown(f"# {title}\n{answers.parts}")
         with gradio.Row():
             with gradio.Column():
-                picture = gradio.Image(label="Picture", type="filepath", sources=["upload", "clipboard"], height=360)
+                picture = gradio.Image(
+                    label=f"Picture (up to {MAX_UPLOAD // 10**6} MB)",
+                    type="filepath",
+                    sources=["upload", "clipboard"],
+                    height=360,
+                )
+                # Gradio's own would decode what comes: of any size, and EPS by Ghostscript.
+                picture.preprocess = _uploaded  # type: ignore[method-assign]
                 question = gradio.Textbox(label="Question", placeholder=ask(answers.settings), info=hint)
                 with gradio.Row():
                     describing = gradio.Button("Describe", variant="primary")
@@ -185,6 +195,13 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
     return page
 
 
+def _uploaded(picture: gradio.components.image.ImageData | None) -> str | None:
+    """The file of a picture, which Gradio has checked to be an upload."""
+    if picture is not None and picture.path is None:
+        raise gradio.Error("Upload the picture as a file.", print_exception=False)
+    return None if picture is None else picture.path
+
+
 def serve_page(page: gradio.Blocks, host: str, port: int | None, share: bool) -> None:
     """Serves the page until Ctrl-C.
 
@@ -202,6 +219,7 @@ def serve_page(page: gradio.Blocks, host: str, port: int | None, share: bool) ->
         server_name=host,
         server_port=port,
         share=share,
+        max_file_size=MAX_UPLOAD,
         quiet=True,
         show_error=True,
         prevent_thread_lock=True,

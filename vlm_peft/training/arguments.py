@@ -30,8 +30,10 @@ class VisionArguments(ProjectorSettings, DataArguments):
     )
     overwrite_output_dir: bool = field(
         default=False,
-        metadata={"help": "Begin anew in --output_dir: checkpoints of an earlier run in it are removed, once all else "
-        "is checked. Otherwise such a run is refused."},
+        metadata={
+            "help": "Begin anew in --output_dir: checkpoints of an earlier run in it are removed, once all else "
+            "is checked. Otherwise such a run is refused."
+        },
     )
     allow_overlap: bool = field(
         default=False, metadata={"help": "Train even though training pictures are among those that are scored."}
