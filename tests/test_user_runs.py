@@ -813,8 +813,13 @@ def test_an_option_that_is_no_text_is_named(option):
 
 @pytest.mark.parametrize(
     ("task", "asked", "is_said"),
-    [("vqa", (), True), ("vqa", ("--question", "Why?"), False), ("caption", (), False)]
-    + [("caption", ("--question", "Why?"), True), ("digits", (), False)],
+    [
+        ("vqa", (), True),
+        ("vqa", ("--question", "Why?"), False),
+        ("caption", (), False),
+        ("caption", ("--question", "Why?"), True),
+        ("digits", (), False),
+    ],
 )
 def test_a_model_that_is_asked_something_else_than_in_training_is_named(
     copied, tmp_path, capsys, monkeypatch, task, asked, is_said

@@ -20,6 +20,7 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 
 import gradio
 import torch
+from gradio.data_classes import ImageData
 from peft import PeftModel
 
 from ..data.pictures import UnreadablePictureError, open_picture
@@ -163,7 +164,7 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
                     height=360,
                 )
                 # Gradio's own would decode what comes: of any size, and EPS by Ghostscript.
-                picture.preprocess = _uploaded  # type: ignore[method-assign]
+                picture.preprocess = _uploaded  # type: ignore[method-assign, assignment]
                 question = gradio.Textbox(label="Question", placeholder=ask(answers.settings), info=hint)
                 with gradio.Row():
                     describing = gradio.Button("Describe", variant="primary")
@@ -195,7 +196,7 @@ def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str
     return page
 
 
-def _uploaded(picture: gradio.components.image.ImageData | None) -> str | None:
+def _uploaded(picture: ImageData | None) -> str | None:
     """The file of a picture, which Gradio has checked to be an upload."""
     if picture is not None and picture.path is None:
         raise gradio.Error("Upload the picture as a file.", print_exception=False)

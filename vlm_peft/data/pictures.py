@@ -10,6 +10,7 @@ import os
 import stat
 import warnings
 from bisect import bisect_right
+from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -22,7 +23,14 @@ from PIL import ExifTags, UnidentifiedImageError
 from PIL import Image as PILImage
 
 MAX_PIXELS = 64 * 1024 * 1024
-"""Pictures with more pixels are refused before they are decoded (64 Mi pixels take 200 MB as RGB)."""
+"""Pictures with more pixels are refused before they are decoded (64 Mi pixels take 268 MB as Pillow keeps them)."""
+
+SCALED_PIXELS = 16 * 1024 * 1024
+"""Larger pictures are halved as they are decoded: no encoder sees so much, and processors copy what they get twice."""
+
+# Decoders that hold the picture several times: so many times fewer pixels. A progressive JPEG waits as coefficients.
+_HUNGRY = {"AVIF": 2, "JPEG2000": 4, "TIFF": 2, "WEBP": 2}
+_STRIP = 1024  # rows
 
 MAX_ASPECT = 64
 """Longer pictures are refused, too: scaled to an encoder's 1024 pixels on the short side they would be larger."""
@@ -31,10 +39,10 @@ MAX_ASPECT = 64
 PILImage.init()
 FORMATS = tuple(
     name
-    for name in ("AVIF", "BMP", "DIB", "GIF", "ICO", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    for name in ("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in PILImage.OPEN
 )
-"""What is read; others hand files to programs outside (EPS), or are no pictures of pixels."""
+"""What is read; others hand files to programs outside (EPS), hide another picture's size (ICO), or have no pixels."""
 
 # Parts of a PNG beside its pixels; Pillow refuses the whole picture for a long one.
 _PNG_START, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
@@ -64,7 +72,8 @@ def open_picture(value) -> PILImage.Image:
             text of one (with or without a `data:` prefix), or a `datasets` image `{"bytes": ..., "path": ...}`.
 
     Returns:
-        `PIL.Image.Image` in mode RGB, upright as its EXIF orientation says; transparent parts are put on white.
+        `PIL.Image.Image` in mode RGB, upright as its EXIF orientation says; transparent parts are put on white. Of half
+            the size where there are more than [`SCALED_PIXELS`]; [`picture_size`] is the whole one's.
 
     Raises:
         UnreadablePictureError: Naming what came and why it cannot be read.
@@ -108,16 +117,22 @@ def _decode(source) -> PILImage.Image:
         picture = PILImage.open(source, formats=FORMATS)
     with picture:
         _check_size(picture)
+        halved = _halved(picture.size)
+        if picture.format in ("JPEG", "MPO") and halved != picture.size:
+            # Rounded up there, too.
+            picture.draft(None, (picture.width // 2, picture.height // 2))
         return _to_rgb(picture)
 
 
 def _check_size(picture: PILImage.Image) -> None:
     """Refuses what is too large or too long, before it is decoded or scaled."""
     width, height = picture.size
-    if width * height > MAX_PIXELS:
+    kind = "progressive " if picture.info.get("progressive") else ""
+    allowed = MAX_PIXELS // (2 if kind else _HUNGRY.get(str(picture.format), 1))
+    if width * height > allowed:
         raise UnreadablePictureError(
-            f"The picture has {width} x {height} = {width * height} pixels, more than the {MAX_PIXELS} "
-            "allowed: scale it down first."
+            f"The picture has {width} x {height} = {width * height} pixels, more than the {allowed} allowed"
+            f"{f' of a {kind}{picture.format}' if allowed < MAX_PIXELS else ''}: scale it down first."
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UnreadablePictureError(
@@ -187,30 +202,63 @@ def is_path(value: object) -> bool:
     return isinstance(value, str) and not value.startswith(("data:", *_BASE64_STARTS, *_ADDRESSES))
 
 
+def _halved(size: tuple[int, int]) -> tuple[int, int]:
+    """The size in which a picture is given."""
+    width, height = size
+    return (width, height) if width * height <= SCALED_PIXELS else ((width + 1) // 2, (height + 1) // 2)
+
+
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """RGB; upright; transparency on white, as a page would show it."""
+    """RGB; upright; halved where it is large; transparency on white, as a page would show it."""
     turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
-    if turn is not None:
-        picture = picture.transpose(turn)
+    convert = _conversion(picture)
+    halved = _halved(picture.size)
+    if halved == picture.size:
+        found = convert(picture)
+    else:
+        # Strip by strip: each conversion is a copy.
+        found = PILImage.new("RGB", halved)
+        for top in range(0, picture.height, _STRIP):
+            strip = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
+            found.paste(convert(strip).reduce(2), (0, top // 2))
+    return found if turn is None else found.transpose(turn)
+
+
+def _conversion(picture: PILImage.Image) -> Callable[[PILImage.Image], PILImage.Image]:
+    """What makes RGB of a picture, or of a part of it."""
     if picture.mode.startswith("I") or picture.mode == "F":
-        return PILImage.fromarray(_to_bytes(np.asarray(picture))).convert("RGB")
+        low, high = _extremes(picture)
+        if not (low >= 0 and high <= 65535):
+            raise UnreadablePictureError(
+                f"The picture has greys from {low:g} to {high:g}: expected 0 to 1, 255, 4095 or 65535; scale them "
+                "first."
+            )
+        return lambda part: PILImage.fromarray(_to_bytes(np.asarray(part), high)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        page = PILImage.new("RGBA", picture.size, "white")
-        return PILImage.alpha_composite(page, picture).convert("RGB")
-    return picture.convert("RGB")
+        return _on_white
+    return lambda part: part.convert("RGB")
 
 
-def _to_bytes(greys: np.ndarray) -> np.ndarray:
+def _extremes(picture: PILImage.Image) -> tuple[float, float]:
+    """The least and the highest grey; NaN where one is."""
+    lows, highs = [], []
+    for top in range(0, picture.height, _STRIP):
+        greys = np.asarray(picture.crop((0, top, picture.width, min(top + _STRIP, picture.height))))
+        lows.append(greys.min())
+        highs.append(greys.max())
+    return (float(np.min(lows)), float(np.max(highs))) if lows else (0.0, 0.0)
+
+
+def _on_white(part: PILImage.Image) -> PILImage.Image:
+    part = part.convert("RGBA")
+    return PILImage.alpha_composite(PILImage.new("RGBA", part.size, "white"), part).convert("RGB")
+
+
+def _to_bytes(greys: np.ndarray, high: float) -> np.ndarray:
     """Greys of more than 8 bits as bytes, which Pillow itself would clip to black or white.
 
-    Whole numbers are of 8, 12 or 16 bits, as the largest says; floats reach 1, 255 or 65535.
+    Whole numbers are of 8, 12 or 16 bits, as the largest, `high`, says; floats reach 1, 255 or 65535.
     """
-    low, high = (float(greys.min()), float(greys.max())) if greys.size else (0.0, 0.0)
-    if not (low >= 0 and high <= 65535):
-        raise UnreadablePictureError(
-            f"The picture has greys from {low:g} to {high:g}: expected 0 to 1, 255, 4095 or 65535; scale them first."
-        )
     if np.issubdtype(greys.dtype, np.floating):
         factor = 255.0 if high <= 1 else 1.0 if high <= 255 else 1 / 257
         return np.round(greys * factor).astype(np.uint8)

@@ -15,7 +15,7 @@ from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import Task
 from ..tasks.example import PICTURE_PLACES
 from .arguments import DataArguments
-from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash, picture_identity
+from .pictures import UnreadablePictureError, encoded_bytes, open_picture, picture_hash, picture_identity, picture_size
 from .rows import lay_out_row, name_classes, open_rows
 
 SHUFFLE_ROWS = 1000
@@ -89,7 +89,7 @@ def stream_rows(
                 pictures = [_checked(value, row_id, held_out_hashes) for value in group["pictures"]]
                 texts = group["texts"]
                 if task.complete is not None:
-                    columns = task.complete([texts], [[list(picture.size) for picture in pictures]])
+                    columns = task.complete([texts], [[picture_size(value) for value in group["pictures"]]])
                     texts = texts | {name: cells[0] for name, cells in columns.items()}
                 example = task.example(texts)
                 images = (
