@@ -321,11 +321,11 @@ def test_rows_of_one_picture_that_are_not_joined_are_told(options, capsys, tmp_p
     rows = flickr_rows()
     rows["image"] = rows["image"][:12] * 2 + rows["image"][24:]
     rows["messages"] = [
-        [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": each[0]}]
-        for each in rows["caption"]
+        [{"role": "user", "content": f"{number}<image>What?"}, {"role": "assistant", "content": each[0]}]
+        for number, each in enumerate(rows["caption"])
     ]
     _, _, printed = examine(options, capsys, dataset_name=save_flickr(tmp_path / "twice", rows), task=task)
-    said = "    12 of 24 rows show what another row shows, and the task chat does not join them; single"
+    said = "    12 of 24 rows show what another row shows, and do not share its tokens: "
     assert (said in printed) == (task == "chat")
 
 

@@ -1,8 +1,12 @@
 """Pictures: every kind of source, hostile files, and the flat numbering that rows, cache and collator share."""
 
+import ast
 import base64
 import io
+import re
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -11,7 +15,8 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from vlm_peft.data.pictures import MAX_PIXELS, Pictures, UnreadablePictureError, open_picture
+from vlm_peft.data import pictures as pictures_module
+from vlm_peft.data.pictures import MAX_PIXELS, Pictures, UnreadablePictureError, open_picture, picture_size
 
 
 def encode(picture: PILImage.Image, kind: str = "PNG", **arguments) -> bytes:
@@ -183,3 +188,103 @@ def test_counting_reads_no_bytes(tmp_path):
     pictures = Pictures(stored.select([0, 2, 5, 7]), ["one", "many"])
     assert len(pictures) == 8
     assert pa.total_allocated_bytes() - before < 1_000_000
+
+
+def large_png(side: int) -> bytes:
+    """A picture of one colour with transparency, small as a file."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    packed = zlib.compressobj(1)
+    line = b"\0" + b"\x40\x80\xc0\x80" * side
+    rows = b"".join(packed.compress(line) for _ in range(side)) + packed.flush()
+    header = struct.pack(">IIBBBBB", side, side, 8, 6, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from vlm_peft.data.pictures import open_picture
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+before = peak()
+picture = open_picture(Path(sys.argv[1]))
+print(picture.size[0], picture.getpixel((5, 5)), peak() - before)
+"""
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg"])
+def test_the_largest_pictures_take_less_than_half_a_gigabyte(tmp_path, kind):
+    """The rest of a gigabyte is for the libraries, 0.43, and what the image processor makes of a halved picture."""
+    path = tmp_path / f"large.{kind}"
+    if kind == "png":
+        path.write_bytes(large_png(8192))
+        expected = (4096, (159, 191, 223))
+    else:
+        # Coefficients of all its channels wait until the file has been read.
+        PILImage.new("CMYK", (5792, 5792), (0, 0, 0, 255)).save(path, "JPEG", progressive=True, subsampling=0)
+        expected = (2896, (0, 0, 0))
+    done = subprocess.run([sys.executable, "-c", PEAK, path], capture_output=True, text=True, check=True)
+    side, pixel, taken = re.fullmatch(r"(\d+) (\(.*\)) (\d+)\n", done.stdout).groups()
+    assert int(side) == expected[0]
+    assert all(abs(a - b) <= 1 for a, b in zip(ast.literal_eval(pixel), expected[1], strict=True))
+    assert int(taken) < 500e6
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "LA", "I;16", "F", "I"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_halved_pictures_are_those_that_are_converted_whole_and_halved(monkeypatch, mode, orientation):
+    """Strips leave no seam, and an odd row its own."""
+    greys = np.random.default_rng(0).integers(0, 256, (51, 37, 4), dtype=np.uint8)
+    picture = PILImage.fromarray(greys).convert("RGB" if mode in ("I;16", "F", "I") else "RGBA")
+    if mode in ("I;16", "F", "I"):
+        wide = (greys[:, :, 0].astype(np.uint16) << 8) + greys[:, :, 1]
+        picture = PILImage.fromarray(wide if mode == "I;16" else wide.astype({"F": np.float32, "I": np.int32}[mode]))
+    else:
+        picture = picture.convert(mode)
+    if mode == "P":
+        picture.info["transparency"] = 3
+    picture.getexif()[274] = orientation
+    whole = open_picture(picture)
+    monkeypatch.setattr(pictures_module, "SCALED_PIXELS", 30 * 37)
+    monkeypatch.setattr(pictures_module, "_STRIP", 8)
+    halved = open_picture(picture)
+    # Turned before or after, an odd row is the last or the first.
+    turned = whole if orientation == 1 else whole.transpose(PILImage.Transpose.ROTATE_90)
+    expected = turned.reduce(2) if orientation == 1 else turned.reduce(2).transpose(PILImage.Transpose.ROTATE_270)
+    assert halved.size == ((19, 26) if orientation == 1 else (26, 19))
+    assert np.abs(np.asarray(halved).astype(int) - np.asarray(expected)).max() == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "allowed", "said"),
+    [
+        ("JPEG", {}, 4000, ""),
+        ("JPEG", {"progressive": True}, 2000, " of a progressive JPEG"),
+        ("WEBP", {}, 2000, " of a WEBP"),
+        ("TIFF", {}, 2000, " of a TIFF"),
+        ("JPEG2000", {}, 1000, " of a JPEG2000"),
+    ],
+)
+def test_formats_whose_decoders_need_more_have_fewer_pixels(monkeypatch, kind, options, allowed, said):
+    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 4000)
+    for pixels in (allowed, allowed + 50):
+        file = io.BytesIO()
+        PILImage.new("RGB", (pixels // 50, 50)).save(file, kind, **options)
+        if pixels == allowed:
+            assert open_picture(file.getvalue()).size == (pixels // 50, 50)
+        else:
+            with pytest.raises(UnreadablePictureError, match=f"more than the {allowed} allowed{said}: scale it down"):
+                open_picture(file.getvalue())
+
+
+def test_sizes_are_those_of_the_whole_picture(monkeypatch, tmp_path):
+    """Boxes count its pixels, whatever is decoded."""
+    monkeypatch.setattr(pictures_module, "SCALED_PIXELS", 1000)
+    PILImage.new("RGB", (101, 60)).save(tmp_path / "a.jpg")
+    assert picture_size(str(tmp_path / "a.jpg")) == [101, 60]
+    assert open_picture(tmp_path / "a.jpg").size == (51, 30)

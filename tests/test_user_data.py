@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from vlm_peft.data.rows import bind_rows, find_unreadable, load_rows, picture_fo
 from vlm_peft.data.splits import bind_task, leave_out, load_split
 from vlm_peft.data.streaming import load_stream, stream_rows
 from vlm_peft.tasks import make_task
+from vlm_peft.tasks.chat import chat_example
 
 
 def save_picture(path, number: int = 0) -> None:
@@ -100,11 +102,11 @@ def test_numbers_of_json_are_their_literals(tmp_path):
 @pytest.mark.parametrize("kind", ["json", "jsonl"])
 def test_columns_of_mixed_types_keep_ids_answers_and_paths(tmp_path, kind):
     """A list among texts is a list; quotes come into no path."""
-    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "This."}]
+    talk = turns("<image>\nWhat?", "This.")
     rows = [
-        {"id": "000000033", "image": "0.png", "conversations": turns, "caption": "one"},
-        {"id": 17, "image": ["1.png"], "conversations": turns, "caption": ["two", 2]},
-        {"id": "abc_0", "image": "0.png", "conversations": turns, "caption": 3},
+        {"id": "000000033", "image": "0.png", "conversations": talk, "caption": "one"},
+        {"id": 17, "image": ["1.png"], "conversations": talk, "caption": ["two", 2]},
+        {"id": "abc_0", "image": "0.png", "conversations": talk, "caption": 3},
     ]
     for number in range(2):
         save_picture(tmp_path / f"{number}.png", number)
@@ -225,18 +227,23 @@ def test_brackets_and_stars_in_names_are_letters(tmp_path, name, kind):
 # --- rows of one picture ---
 
 
+def turns(*texts: str) -> list[dict]:
+    return [{"from": ("human", "gpt")[place % 2], "value": text} for place, text in enumerate(texts)]
+
+
 def rows_of(task: str) -> list[dict]:
     """Two pictures, three rows, the first picture twice."""
     return {
         "caption": [{"caption": "a"}, {"caption": "b"}, {"caption": "c"}],
         "vqa": [{"question": f"{each}?", "answer": each} for each in "abc"],
+        "chat": [{"conversations": turns(f"<image>\n{each}?", each, "Sure?", "Yes.")} for each in "abc"],
         "digits": [{"digits": "12"}, {"digits": "3"}, {"digits": "1 2"}],
         "grounding": [{"answer": each, "bbox": [0, 0, 10, 20]} for each in "abc"],
         "objects": [{"objects": [{"name": each, "box": [0, 0, 10, 20]}]} for each in "abc"],
     }[task]
 
 
-@pytest.mark.parametrize("task", ["caption", "vqa", "digits", "grounding", "objects"])
+@pytest.mark.parametrize("task", ["caption", "vqa", "chat", "digits", "grounding", "objects"])
 @pytest.mark.parametrize("same", ["path", "content"])
 def test_rows_of_one_picture_are_one_group_in_every_task(tmp_path, task, same, processor):
     save_picture(tmp_path / "0.png")
@@ -256,6 +263,32 @@ def test_rows_of_one_picture_are_one_group_in_every_task(tmp_path, task, same, p
     data = DataArguments(dataset_name=str(tmp_path / "rows.jsonl"), task=name)
     stream = resolve_paths(load_stream(data, "train"), ["image"], tmp_path)
     assert len(list(stream_rows(stream, bound, processor, max_length=None))) == 2
+
+
+def test_conversations_about_one_picture_are_what_they_were_alone(tmp_path, processor):
+    """Those that begin alike, up to the picture, are branches of one row; others, and broken ones, stay alone."""
+    save_picture(tmp_path / "0.png")
+    conversations = [
+        turns("<image>\nWhat?", "A dot.", "Sure?", "Yes."),
+        turns("Look:<image>What?", "A dot."),
+        turns("<image>Where?", "Here."),
+        turns("<image>"),
+        turns("<image>", "Nothing was asked."),
+        turns("Hello.", "Hi.", "<image>What?", "A dot."),
+        turns("Hello.", "Hi.", "<image>What?", "A dot."),
+    ]
+    rows = [{"image": "0.png", "conversations": each} for each in conversations]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    texts, pictures, task = bind(tmp_path / "rows.jsonl", "chat")
+    assert texts["id"][:] == [["0", "2", "4"], ["1"], ["3"], ["5"], ["6"]]
+    assert [len(pictures.of_row(row)) for row in range(5)] == [1] * 5
+    joined = task.example(texts[0])
+    alone = [chat_example(conversations[index]) for index in (0, 2, 4)]
+    assert joined.references == [each.references[0] for each in alone]
+    assert joined.details == [each.details[0] for each in alone]
+    for completion, question, each in zip(joined.completions, joined.questions, alone, strict=True):
+        assert processor.encode_row(joined.prompt, [completion]) == processor.encode_row(each.prompt, each.completions)
+        assert processor.encode_prompt([*joined.prompt, *question]) == processor.encode_prompt(each.prompt)
 
 
 def test_one_image_id_of_two_pictures_joins_nothing(tmp_path, caplog):
@@ -581,3 +614,91 @@ def test_tables_on_the_hub_are_text_too_and_are_found_again_offline(tmp_path):
     assert printed[0].splitlines()[:2] == ["me/csv 0417 0417 0023", "me/json 12.50 12.50 007"]
     assert "has no split 'val'; it has train, test" in printed[0]
     assert printed[1].splitlines()[:2] == printed[0].splitlines()[:2]
+
+
+# --- what is held out ---
+
+
+def save_pairs(folder: Path, pictures: int = 20) -> None:
+    """Two rows a picture, one of them under another name, in the order of the pictures."""
+    rows = []
+    for number in range(pictures):
+        for copy in "ab":
+            save_picture(folder / copy / f"{number}.png", 0)
+            PILImage.new("RGB", (20, 20), (number, 0, 0)).save(folder / copy / f"{number}.png")
+            rows.append({"image": f"{copy}/{number}.png", "caption": f"{copy} {number}"})
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+
+def test_a_share_is_drawn_by_pictures_with_a_seed(tmp_path, processor, capsys):
+    save_pairs(tmp_path)
+
+    def load(name: str, seed: int = 0, limit=None, **others) -> list[str]:
+        data = DataArguments(dataset_name=str(tmp_path), eval_splits=["train[25%]"], split_seed=seed, **others)
+        split = load_split(data, name, processor, limit=limit)
+        return [text for row in split.texts for text in split.task.example(row).completions]
+
+    held, trained = load("train[25%]"), load("train")
+    assert (len(held), len(trained)) == (10, 30)
+    assert sorted(held + trained) == sorted(f"{copy} {number}" for number in range(20) for copy in "ab")
+    numbers = [{text.split()[1] for text in texts} for texts in (held, trained)]
+    assert not numbers[0] & numbers[1]
+    assert numbers[0] != {str(number) for number in range(15, 20)}
+    assert load("train[25%]") == held
+    assert load("train[25%]", seed=1) != held
+    # Fewer training rows change nothing about what is scored.
+    assert load("train", limit=4) == trained[:4]
+    assert load("train[25%]", limit=4) == held[:4]
+    for share in ("train[0%]", "train[100%]"):
+        with pytest.raises(ValueError, match="between 0% and 100%"):
+            load(share)
+    save_pairs(tmp_path, 1)
+    with pytest.raises(ValueError, match="2 rows, all about the same pictures"):
+        load("train")
+
+
+def test_pictures_that_rows_share_in_part_stay_on_one_side(tmp_path):
+    from vlm_peft.data.groups import hold_out
+
+    for number in range(9):
+        save_picture(tmp_path / f"{number}.png", 0)
+        PILImage.new("RGB", (20, 20), (number, 0, 0)).save(tmp_path / f"{number}.png")
+    # A chain of three rows, and rows of their own.
+    cells = [[0, 1], [1, 2], [3], [2], [4], [5], [6], [7], [8]]
+    rows = Dataset.from_dict({"images": [[str(tmp_path / f"{each}.png") for each in cell] for cell in cells]})
+    seen = set()
+    for seed in range(30):
+        held = hold_out(rows, ["images"], 0.34, seed)
+        assert len(held) == 3
+        assert len({0, 1, 3} & set(held)) in (0, 3)
+        seen |= set(held)
+    assert seen == set(range(9))
+    # Without pictures each row stands alone; a share of too little is one group.
+    assert len(hold_out(rows, [], 0.34, 0)) == 3
+    assert len(hold_out(rows.select([0, 1, 2]), ["images"], 0.1, 0)) == 1
+
+
+def test_the_recipe_of_captions_holds_a_share_out_and_says_what_few_pictures_mean(tmp_path, processor, capsys):
+    import yaml
+    from conftest import ROOT
+
+    save_pairs(tmp_path)
+    options = yaml.safe_load((ROOT / "recipes/configs/captions.yaml").read_text())
+    data = DataArguments(
+        dataset_name=str(tmp_path), **{name: options[name] for name in ("train_split", "eval_splits", "blind_splits")}
+    )
+    split = load_split(data, "train[10%]", processor)
+    assert (split.is_blind, len(split.texts)) == (True, 2)
+    leave_out(split)
+    assert "train[10%] has 2 pictures: CIDEr means little on fewer than 50." in capsys.readouterr().out
+    save_pairs(tmp_path, 50)
+    leave_out(load_split(replace(data, eval_splits=["test"]), "train", processor))
+    assert "means little" not in capsys.readouterr().out
+
+
+def test_nothing_is_drawn_from_a_stream():
+    from vlm_peft.training.arguments import VisionArguments
+    from vlm_peft.training.data import parts
+
+    with pytest.raises(ValueError, match="nothing can be drawn from a stream"):
+        parts(VisionArguments(dataset_name="some/data", eval_splits=["train[10%]"], streaming=True))

@@ -271,15 +271,14 @@ class Doctor:
             except UnreadablePictureError as error:
                 split.unreadable[index] = str(error)
         _say(f"    {len(split.unreadable)} of {len(sample)} pictures tried cannot be read")
-        if not split.task.joins_rows:
-            hashes, total = split.pictures.hashes, len(split.texts)
-            shown = Counter(tuple(hashes[image] for image in split.pictures.of_row(row)) for row in range(total))
-            again = sum(count - 1 for pictures, count in shown.items() if pictures and None not in pictures)
-            if again:
-                _say(
-                    f"    {again:,} of {total:,} rows show what another row shows, and the task {split.task.name} does "
-                    "not join them; single questions with answers share their picture, and its tokens, with --task vqa"
-                )
+        hashes, total = split.pictures.hashes, len(split.texts)
+        shown = Counter(tuple(hashes[image] for image in split.pictures.of_row(row)) for row in range(total))
+        again = sum(count - 1 for pictures, count in shown.items() if pictures and None not in pictures)
+        if again:
+            _say(
+                f"    {again:,} of {total:,} rows show what another row shows, and do not share its tokens: their "
+                "names (image_id), or what stands before their pictures, differ"
+            )
 
     def encode_training_rows(self) -> Dataset | IterableDataset | None:
         """Lays all training rows out, and tells their lengths; None when there is none to train on.

@@ -25,7 +25,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str = "run.
     flag = argparse.BooleanOptionalAction
     add("--model", required=True, help="adapter folder, folder of a full save, or Hub id of either")
     add("--dataset", required=True, help="Hub id, table (parquet, CSV, JSON) or folder of tables, or image folder")
-    add("--split", required=True, help="rows to generate for")
+    add("--split", required=True, help="rows to generate for; train[10%%] is what a training of that name held out")
     add("--output_dir", required=True, type=Path, help="gets predictions.jsonl and scores.json")
     add("--limit", type=_count, metavar="N", help="first N rows only")
     add("--num_beams", type=_count, metavar="K", help="1 is greedy (default: as after training)")
@@ -49,6 +49,7 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str = "run.
     data.add_argument("--dataset_revision", help="commit or branch of the data set")
     data.add_argument("--stored_split", help="the split as stored, with --split_column")
     data.add_argument("--split_column", help="column that names each row's true split")
+    data.add_argument("--split_seed", type=int, default=0, help="as in training, for train[10%%] (default: 0)")
     data.add_argument("--task", choices=tuple(TASKS), help="what rows mean (default: as in training)")
     data.add_argument("--image_column", default="image", help="column with the picture (default: image)")
     data.add_argument("--image_folder", help="where relative paths begin (default: the table's own folder)")
@@ -119,6 +120,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "run.py") -> int
         dataset_revision=options.dataset_revision,
         stored_split=options.stored_split,
         split_column=options.split_column,
+        split_seed=options.split_seed,
         task=options.task or settings.task,
         image_column=options.image_column,
         image_folder=options.image_folder,

@@ -33,7 +33,14 @@ class DataArguments(TaskOptions):
         default="train",
         metadata={"help": "Rows to train on; train+restval are two splits. null in a mixture: to be scored only."},
     )
-    eval_splits: list[str] = field(default_factory=lambda: ["test"], metadata={"help": "Held-out splits to score."})
+    eval_splits: list[str] = field(
+        default_factory=lambda: ["test"],
+        metadata={
+            "help": "Held-out splits to score; train[10%%] is a tenth of the split train, drawn by pictures and not "
+            "trained on; none is no split."
+        },
+    )
+    split_seed: int = field(default=0, metadata={"help": "Draws what train[10%%] holds out."})
     train_limit: int | None = field(default=None, metadata={"help": "First so many training rows only."})
     eval_limit: int | None = field(default=None, metadata={"help": "First so many rows of each held-out split only."})
     blind_splits: list[str] = field(default_factory=list, metadata={"help": "Splits to score with swapped pictures."})

@@ -198,7 +198,7 @@ def load_rows(
         name (`str`): Hub id, table (parquet, CSV, TSV, JSON or JSON Lines), folder of tables, or image folder with
             `metadata.jsonl`, `.csv` or `.parquet`.
         split (`str`): Which part: `"train"`, `"test"`, ...; `"train+restval"` are two parts, here and in
-            `split_column`; `"train[:90%]"` and `"train[90%:]"` divide a part that is all there is.
+            `split_column`; `"train[:90%]"` are the first rows of a part.
         revision (`str`, *optional*): Of the Hub repository (`refs/convert/parquet` for those with a loading script).
         stored_split (`str`, *optional*): The split as stored when the true one is in `split_column`.
         split_column (`str`, *optional*): Column that names each row's true split (Flickr30k stores all rows as `test`).
@@ -378,8 +378,8 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
     Args:
         rows (`Dataset`): Of [`load_rows`].
         task ([`~vlm_peft.tasks.Task`]): Rows about the same pictures become one row whose cells are lists (see
-            [`~vlm_peft.data.groups.group_rows`]) where it `joins_rows`; with `id_column`, that column becomes `id`
-            unless it names rows of several groups alike; with `pages`, texts get the column
+            [`~vlm_peft.data.groups.group_rows`]); with `id_column`, that column becomes `id` unless it names rows of
+            several groups alike; with `pages`, texts get the column
             [`~vlm_peft.tasks.example.PICTURE_PLACES`]; with `complete`, those that it gives.
         folder (`Path`, *optional*): Of [`picture_folder`].
 
@@ -393,7 +393,7 @@ def bind_rows(rows: Dataset, task: Task, folder: Path | None = None) -> tuple[Da
     if task.image_columns:
         rows = resolve_paths(rows.select_columns(task.image_columns), task.image_columns, folder)
     members = [[index] for index in range(len(texts))]
-    if task.joins_rows and task.image_columns:
+    if task.image_columns:
         members = group_rows(texts, rows, task)
     if task.id_column is not None:
         ids = texts[task.id_column][:]

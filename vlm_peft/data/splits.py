@@ -4,6 +4,7 @@ Stage: names and options -> everything that encoding, training and evaluation re
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
@@ -16,8 +17,17 @@ from ..model.modeling_vision_qwen import base_model
 from ..tasks import Example, Task, find_kind, make_task, task_options
 from .arguments import DataArguments
 from .feature_cache import build_feature_cache
+from .groups import hold_out
 from .pictures import Pictures
-from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder
+from .rows import bind_rows, check_places, find_unreadable, load_rows, picture_folder, resolve_paths
+
+_SHARE = re.compile(r"(.+)\[(\d+(?:\.\d+)?)%\]")
+
+
+def drawn_shares(splits: Iterable[str], name: str) -> list[float]:
+    """Shares of the split `name` that are among others: 0.1 for `train[10%]` of `train`."""
+    found = (_SHARE.fullmatch(each) for each in splits)
+    return [float(share[2]) / 100 for share in found if share is not None and share[1] == name]
 
 
 @dataclass(frozen=True)
@@ -129,7 +139,8 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
 
     Args:
         data ([`~vlm_peft.data.arguments.DataArguments`]): Data set, columns and task.
-        name (`str`): Of the split.
+        name (`str`): Of the split; `train[10%]` is a tenth of the split `train`, drawn by
+            [`~vlm_peft.data.groups.hold_out`]. Where one is among `data.eval_splits`, `train` is what it leaves.
         processor ([`VisionQwenProcessor`]): Its image processor makes `pixel_values`.
         limit (`int`, *optional*): First so many rows only.
 
@@ -142,15 +153,25 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
     """
     if data.dataset_name is None:
         raise ValueError("dataset_name is missing: expected a Hub id, a parquet file or a folder.")
+    share = _SHARE.fullmatch(name)
+    stored = name if share is None else share[1]
+    # What is scored has nothing to do with how much of the rest is trained on.
+    shares = drawn_shares(data.eval_splits if share is None else [name], stored)
     with PartialState().main_process_first():
         rows = load_rows(
             data.dataset_name,
-            name,
+            stored,
             revision=data.dataset_revision,
             stored_split=data.stored_split,
             split_column=data.split_column,
-            limit=limit,
+            limit=None if shares else limit,
         )
+        if shares:
+            columns = bind_task(data, rows.column_names).image_columns
+            shown = resolve_paths(rows, columns, picture_folder(data.dataset_name, data.image_folder))
+            held = {row for each in shares for row in hold_out(shown, columns, each, data.split_seed)}
+            chosen = [row for row in range(len(rows)) if (row in held) == (share is not None)]
+            rows = rows.select(chosen[:limit])
         split = make_split(data, name, rows, processor)
     if PartialState().is_main_process:
         texts, pictures = split.texts, split.pictures
@@ -226,20 +247,28 @@ def leave_out(split: Split, on_bad_row: str = "stop") -> Split:
         if reasons:
             split.left_out[index] = reasons[0]
     count, total = len(split.left_out), len(split.texts)
-    shown = "".join(
+    named = "".join(
         f"\n  row {row_name(split.texts[index])}: {reason}" for index, reason in list(split.left_out.items())[:10]
     )
     if count == total:
-        raise ValueError(f"None of the {total} rows of {split.name} can be scored:{shown}")
+        raise ValueError(f"None of the {total} rows of {split.name} can be scored:{named}")
     if count and on_bad_row == "stop":
         raise ValueError(
             f"{count} of {total} rows of {split.name} cannot be scored; repair them, or leave them out with "
-            f"--on_bad_row skip:{shown}"
+            f"--on_bad_row skip:{named}"
         )
     if count and PartialState().is_main_process:
-        print(f"Left out {count} of {total} rows of {split.name}:{shown}", flush=True)  # noqa: T201
+        print(f"Left out {count} of {total} rows of {split.name}:{named}", flush=True)  # noqa: T201
     if split.is_blind:
         _check_blind(split)
+    shown = {image for row in range(total) if row not in split.left_out for image in split.pictures.of_row(row)}
+    for metric in find_kind(split.task.name).metrics if PartialState().is_main_process else ():
+        if len(shown) < metric.fewest:
+            print(  # noqa: T201
+                f"{split.name} has {len(shown)} pictures: {metric.name} means little on fewer than {metric.fewest}. "
+                "Hold more of them out, or choose checkpoints by --metric_for_best_model loss.",
+                flush=True,
+            )
     return split
 
 

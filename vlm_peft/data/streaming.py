@@ -147,14 +147,13 @@ def _name(row_id) -> str:
 
 def _key(number: int, row: dict, task: Task):
     """What neighbours of one group share: their pictures, and the task's own key."""
-    if not task.joins_rows:
-        return number
     cells: list = []
     for column in task.image_columns:
         cells += row[column] if isinstance(row[column], list) else [row[column]]
     shown = tuple(picture_identity(cell) for cell in cells if cell is not None)
     key = None if task.group_key is None else task.group_key(row)
-    return (key, shown) if shown or key is not None else number
+    begun = task.beginning(row) if shown and task.beginning is not None else None
+    return (key, shown, begun) if shown or key is not None else number
 
 
 def _checked(value, row_id: str, held_out_hashes: frozenset[str]):

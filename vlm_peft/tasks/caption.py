@@ -89,7 +89,8 @@ CAPTION = TaskKind(
     metrics=(
         *BLEU,
         ROUGE_L,
-        Metric("CIDEr", "word sequences shared with the references, rare ones counting more", highest=10),
+        # How rare a word is, is counted over the pictures: of one picture all are everywhere, and CIDEr is 0.
+        Metric("CIDEr", "word sequences shared with the references, rare ones counting more", highest=10, fewest=50),
         METEOR,
         SPICE,
         Metric("CLIPScore", "likeness of caption and picture to a CLIP", 2.5, needs_pictures=True),

@@ -1,12 +1,14 @@
 """Chat: conversations about pictures, of one or several turns (LLaVA's instructions)."""
 
+import json
 import warnings
 from collections.abc import Sequence
 from typing import Any
+from uuid import uuid4
 
 from ..metrics.answers import anls, exact_match, token_f1
 from .caption import BLEU, METEOR, ROUGE_L, SPICE, score_caption_rows
-from .example import Example, Task, require_columns, to_number
+from .example import Example, Task, answered, require_columns, to_number
 from .scoring import ANLS, EXACT_MATCH, F1, Row, Scores, TaskKind, by_references, mean_scores
 
 CHAT_COLUMNS = ("messages", "conversations")
@@ -35,7 +37,13 @@ def chat_task(columns: list[str], image_column: str, text_column: str | None, in
     if image_column != "image":
         require_columns(columns, image_column)
     image_columns = [name for name in (image_column, "images") if name in columns][:1]
-    return Task(CHAT.name, image_columns, lambda row: chat_example(row[column]), joins_rows=False)
+
+    def example(row: dict) -> Example:
+        # Of a group, each conversation is an item.
+        conversations = row[column] if isinstance(row.get("id"), list) else [row[column]]
+        return _join(conversations) if len(conversations) > 1 else chat_example(conversations[0])
+
+    return Task(CHAT.name, image_columns, example, beginning=lambda row: _beginning(row[column]))
 
 
 def chat_example(conversation: list[dict]) -> Example:
@@ -67,6 +75,48 @@ def chat_example(conversation: list[dict]) -> Example:
         raise ValueError(f"Expected a system message at the beginning only, got turns of {', '.join(roles)}.")
     answer, question = _text_of(turns.pop()), _text_of([turn for turn in turns if turn["role"] == "user"][-1])
     return Example(turns, [answer], [[answer]], details=[{"question": question}])
+
+
+def _join(conversations: list[list[dict]]) -> Example:
+    """Conversations of one beginning as branches of one row."""
+    examples = [chat_example(each) for each in conversations]
+    parts = [_divide(each.prompt) for each in examples]
+    questions = [rest for _, rest in parts]
+    answers = [each.completions[0] for each in examples]
+    references = [each.references[0] for each in examples]
+    return Example(
+        parts[0][0],
+        answered(questions, answers),
+        references,
+        questions,
+        [detail for each in examples for detail in each.details or ()],
+    )
+
+
+def _beginning(conversation: list[dict]) -> str:
+    """A conversation up to its last picture; one that can share no beginning has one of its own."""
+    try:
+        lead, _ = _divide(chat_example(conversation).prompt)
+    except (ValueError, TypeError, AttributeError):
+        # Named with its row when it is read.
+        return uuid4().hex
+    return uuid4().hex if any(turn["role"] == "assistant" for turn in lead) else json.dumps(lead)
+
+
+def _divide(turns: list[dict]) -> tuple[list[dict], list[dict]]:
+    """Turns up to the last picture, and what follows: first the rest of its own turn, if there is one."""
+    places = [
+        (index, place)
+        for index, turn in enumerate(turns)
+        for place, part in enumerate(turn["content"])
+        if part["type"] == "image"
+    ]
+    if not places:
+        return [], turns
+    index, place = places[-1]
+    before, after = turns[index]["content"][: place + 1], turns[index]["content"][place + 1 :]
+    rest = [{**turns[index], "content": after}] if after else []
+    return [*turns[:index], {**turns[index], "content": before}], [*rest, *turns[index + 1 :]]
 
 
 def _turn(turn: dict) -> dict:

@@ -48,7 +48,8 @@ class Task:
             `example` needs and no row has of itself: rows that are loaded together (a stream's come one by one) and
             [width, height] of each row's pictures, [0, 0] where it cannot be read -> cells by column.
         id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
-        joins_rows (`bool`): Whether rows about the same pictures become one row, so that they share its prefix.
+        beginning (`Callable[[dict], str]`, *optional*): What rows about the same pictures must also have in common to
+            become one row, so that they share its prefix. Nothing without it.
     """
 
     name: str
@@ -58,7 +59,7 @@ class Task:
     pages: Callable[[dict], list[int]] | None = None
     complete: Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]] | None = None
     id_column: str | None = None
-    joins_rows: bool = True
+    beginning: Callable[[dict], str] | None = None
 
 
 PICTURE_PLACES = "picture_places"

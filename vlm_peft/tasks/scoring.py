@@ -25,12 +25,14 @@ class Metric:
         explanation (`str`): What it is, in one line.
         highest (`float`): The most it can be.
         needs_pictures (`bool`): It compares with pictures, which a file of texts does not have.
+        fewest (`int`): Pictures below which it means little.
     """
 
     name: str
     explanation: str
     highest: float = 1
     needs_pictures: bool = False
+    fewest: int = 0
 
 
 F1 = Metric("f1", "words in common with the nearest accepted answer, missing and extra ones counted")

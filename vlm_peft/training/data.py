@@ -17,7 +17,7 @@ from ..data.arguments import DataArguments
 from ..data.leakage import check_overlap, picture_hashes
 from ..data.mixture import fetch_from, first_images, mix
 from ..data.rows import EncodedRows, encode_rows
-from ..data.splits import Split, encode_pictures, first_of_each, leave_out, load_split, make_split
+from ..data.splits import Split, drawn_shares, encode_pictures, first_of_each, leave_out, load_split, make_split
 from ..data.streaming import load_stream, stack_pixels
 from .arguments import VisionArguments
 from .setup import check_steps, sources, training_sources, training_stream
@@ -65,6 +65,11 @@ def parts(vision: VisionArguments) -> list[Part]:
     training_sources(vision)
     found = []
     for source in sources(vision):
+        if vision.streaming and drawn_shares(source.eval_splits, str(source.train_split)):
+            raise ValueError(
+                f"eval_splits {source.eval_splits}: nothing can be drawn from a stream, whose length is not known; "
+                "name a split of its own, or leave --streaming out."
+            )
         found += [Part(source, source.train_split, is_held_out=False)] if source.train_split is not None else []
         found += [Part(source, name, is_held_out=True) for name in source.eval_splits]
     return found
@@ -145,7 +150,7 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
         if not part.is_held_out:
             continue
         split = leave_out(_with_pictures(vision, part.load(processor), model, processor), vision.on_bad_row)
-        # A part like `train[90%:]` is a folder's name, too.
+        # A part like `train[10%]` is a folder's name, too.
         split.name = re.sub(r"[^\w.+-]+", "-", part.name).strip("-")
         if is_mixture:
             split.name = f"{split.data.task}-{split.name}"

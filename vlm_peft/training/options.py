@@ -44,6 +44,7 @@ _AT_LEAST = {
     "dataloader_prefetch_factor": 1,
     "dataset_num_proc": 1,
     "seed": 0,
+    "split_seed": 0,
     "data_seed": 0,
     "lora_r": 1,
 }
