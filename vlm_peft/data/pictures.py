@@ -30,7 +30,7 @@ SCALED_PIXELS = 16 * 1024 * 1024
 
 # Decoders that hold the picture several times: so many times fewer pixels. A progressive JPEG waits as coefficients.
 _HUNGRY = {"AVIF": 2, "JPEG2000": 4, "TIFF": 2, "WEBP": 2}
-_STRIP = 1024  # rows
+_STRIP = 128  # rows
 
 MAX_ASPECT = 64
 """Longer pictures are refused, too: scaled to an encoder's 1024 pixels on the short side they would be larger."""
