@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -702,3 +703,41 @@ def test_nothing_is_drawn_from_a_stream():
 
     with pytest.raises(ValueError, match="nothing can be drawn from a stream"):
         parts(VisionArguments(dataset_name="some/data", eval_splits=["train[10%]"], streaming=True))
+
+
+# --- folders ---
+
+
+def test_how_a_folder_is_read_is_said_and_tables_come_first(tmp_path, caplog):
+    for name in ("cats/0.png", "dogs/1.png"):
+        save_picture(tmp_path / "mixed" / name)
+        save_picture(tmp_path / "labelled" / name)
+        save_picture(tmp_path / "described" / name)
+    (tmp_path / "mixed" / "train.jsonl").write_text('{"image": "cats/0.png", "caption": "a cat"}\n')
+    (tmp_path / "described" / "metadata.jsonl").write_text('{"file_name": "dogs/1.png", "caption": "a dog"}\n')
+    with caplog.at_level("INFO"):
+        for _ in range(2):
+            columns = {name: load_rows(str(tmp_path / name), "train") for name in ("mixed", "labelled", "described")}
+    assert (columns["mixed"]["caption"][:], columns["described"]["caption"][:]) == (["a cat"], ["a dog"])
+    said = [record.message.removeprefix(f"{tmp_path}/") for record in caplog.records if "is read as" in record.message]
+    assert said == [
+        "mixed is read as json files (train.jsonl).",
+        "labelled is read as pictures without texts, whose folders are labels.",
+        "described is read as pictures with their metadata.jsonl.",
+    ]
+
+
+def test_archives_whose_samples_have_other_endings_are_refused_in_a_line(tmp_path):
+    with tarfile.open(tmp_path / "train-0000.tar", "w") as archive:
+        for number, kind in enumerate(("png", "jpg")):
+            for name, content in ((f"{number}.{kind}", cell(number)["bytes"]), (f"{number}.txt", b"a wall")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+    for load in (load_rows, lambda name, split: load_stream(DataArguments(dataset_name=name), split)):
+        with pytest.raises(
+            ValueError, match="cannot be read; give all of its samples the same kinds of files: "
+        ) as caught:
+            load(str(tmp_path), "train")
+        assert "same types" in str(caught.value)
+        assert "\n" not in str(caught.value)

@@ -74,7 +74,8 @@ def hold_out(rows: Dataset, columns: list[str], share: float, seed: int) -> list
             row = first[row]
         return row
 
-    pictures, shown_by = Pictures(rows, columns), {}
+    pictures = Pictures(rows, columns)
+    shown_by: dict[str, int] = {}
     for row in range(len(rows)) if columns else ():
         for cell in pictures.of_row_as_stored(row):
             first[root(row)] = root(shown_by.setdefault(picture_identity(cell), row))
@@ -89,4 +90,4 @@ def hold_out(rows: Dataset, columns: list[str], share: float, seed: int) -> list
     for group in groups:
         if len(held) + len(group) <= max(1, round(share * len(rows))):
             held += group
-    return sorted(held or min(groups, key=len))
+    return sorted(held or min(groups, key=lambda group: len(group)))

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from datasets import (
 from datasets.data_files import FILES_TO_IGNORE
 from datasets.exceptions import DatasetGenerationError
 from datasets.fingerprint import Hasher
+from datasets.inspect import SplitsNotFoundError
 from huggingface_hub import HfFileSystem, constants, hf_hub_download, snapshot_download
 
 from ..hub.access import looks_local
@@ -84,9 +86,16 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
         raise ValueError(f"Expected a table's file or a folder, got {name}, which is neither.")
     where: dict
     if path.is_dir() and (metadata := metadata_files(path.absolute())):
+        _tell_folder(name, f"pictures with their {metadata[0].name}")
         return {"path": "imagefolder", "folder": path.absolute(), "data_files": {"train": metadata}}
     if path.is_dir():
         kind, files = _folder_files(path)
+        names = [Path(file).name for paths in files.values() for file in paths]
+        shown = f"{', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}"
+        _tell_folder(
+            name,
+            "pictures without texts, whose folders are labels" if kind == "imagefolder" else f"{kind} files ({shown})",
+        )
         if _are_tables(kind, files):
             return {"path": "tables", "data_files": {part: list(map(Path, paths)) for part, paths in files.items()}}
         where = {
@@ -98,11 +107,22 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
         tables = None if streaming else _tables_of_hub(name, revision)
         if tables is not None:
             return {"path": "tables", "data_files": tables}
-    splits = get_dataset_split_names(**where, revision=revision)
+    try:
+        splits = get_dataset_split_names(**where, revision=revision)
+    except SplitsNotFoundError as error:
+        # Of tars in which each sample has other endings, for example .jpg and .png: they would be other columns.
+        cause = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{name} cannot be read; give all of its samples the same kinds of files: {cause}") from error
     missing = [part for part in split.split("+") if part.partition("[")[0] not in splits]
     if missing:
         raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
+
+
+@lru_cache
+def _tell_folder(name: str, what: str) -> None:
+    """Says once how a folder was read."""
+    logger.info("%s is read as %s.", name, what)
 
 
 def _are_tables(kind: str, files: dict[str, list]) -> bool:
