@@ -19,6 +19,8 @@ from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
 from .folder import check_finite, is_adapter_folder, load_adapter, read_object, reading
 
+_LONGEST_FRAME = 1_000_000  # characters
+
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
     """The folder of a model: itself, or what the Hub has under that id.
@@ -91,6 +93,9 @@ def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -
     """Asks about one picture: the template is a program of others, and the numbers beside it are theirs, too."""
     config = model.config
     with reading(folder / "chat_template.jinja"):
+        said = processor.apply_chat_template(picture_turn("Describe."), tokenize=False, add_generation_prompt=True)
+        if len(said) > _LONGEST_FRAME:
+            raise ValueError(f"it makes {len(said):,} characters of a question, more than {_LONGEST_FRAME:,}")
         ids = processor.encode_prompt(picture_turn("Describe."))
     counts = {
         "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),

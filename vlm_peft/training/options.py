@@ -57,6 +57,9 @@ _ABOVE_ZERO = (
     "lora_alpha",
 )
 _BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+_AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1}
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Mappings that may lie in a file."""
 _INIT_LORA = re.compile("pissa(_niter_[1-9][0-9]*)?|gaussian|orthogonal")
 
 
@@ -228,8 +231,14 @@ def check_ranges(*options: Any) -> None:
         ValueError: For the first that is out of its range; names it.
     """
     for kind in options:
+        hints = get_type_hints(type(kind))
         for each in fields(kind):
             value = getattr(kind, each.name)
+            is_mapping = each.name not in _FILES and any(
+                (get_origin(member) or member) is dict for member in _members(hints[each.name])
+            )
+            if is_mapping and value is not None and not isinstance(value, dict):
+                raise ValueError(f"{each.name} is {value!r}, expected a mapping such as '{{\"a\": 1}}'.")
             for one in value if isinstance(value, list) else [value]:
                 _check(each, one)
 
@@ -248,6 +257,8 @@ def _check(option: Field, value: Any) -> None:
         expected = "a finite number"
     elif name in _AT_LEAST and value < _AT_LEAST[name]:
         expected = f"at least {_AT_LEAST[name]}"
+    elif name in _AT_MOST and value > _AT_MOST[name]:
+        expected = f"at most {_AT_MOST[name]}"
     elif name in _ABOVE_ZERO and value <= 0:
         expected = "more than 0"
     elif name in _BELOW_ONE and not 0 <= value < 1:
