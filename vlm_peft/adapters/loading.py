@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from PIL import Image as PILImage
 from safetensors import SafetensorError
 
 from ..hub.access import looks_local
@@ -97,6 +98,12 @@ def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -
         if len(said) > _LONGEST_FRAME:
             raise ValueError(f"it makes {len(said):,} characters of a question, more than {_LONGEST_FRAME:,}")
         ids = processor.encode_prompt(picture_turn("Describe."))
+    with reading(folder / "processor_config.json"):
+        # Its values are used with the first picture and the first answer only.
+        processor.image_processor([PILImage.new("RGB", (8, 8))], return_tensors="pt")
+        end_of_turn = processor.end_of_turn_token_id
+    if not isinstance(end_of_turn, int):
+        raise ValueError(f"{folder / 'processor_config.json'}: end_of_turn_token is no token of the decoder.")
     counts = {
         "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
         "the id of the image token": (processor.image_token_id, config.image_token_id),

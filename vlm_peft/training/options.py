@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.utils import DynamoBackend
 
 from ..model.projector import ProjectorSettings
 
@@ -75,7 +76,15 @@ def read_config(path: str) -> dict[str, Any]:
     """
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
         raise ValueError(f"{path} cannot be read as YAML options: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{path}: expected lines such as 'learning_rate: 1.0e-4', got a {type(found).__name__}.")
@@ -250,6 +259,12 @@ def _check(option: Field, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
     if name == "init_lora_weights" and value is not None and not _INIT_LORA.fullmatch(value):
         raise ValueError(f"{name} is {value!r}, expected pissa, pissa_niter_4, ..., gaussian or orthogonal.")
+    if name == "lora_task_type" and value != "CAUSAL_LM":
+        raise ValueError(f"{name} is {value!r}, expected CAUSAL_LM, which the decoder is.")
+    if name == "torch_compile_backend" and value is not None:
+        backends = [each.value.lower() for each in DynamoBackend]
+        if str(value).lower() not in backends:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(backends)}.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     expected = None
