@@ -156,6 +156,16 @@ def test_boxes_and_pages_are_numbers_where_a_task_needs_them(tmp_path):
 # --- classes and lists ---
 
 
+def test_classes_in_the_metadata_of_an_image_folder_are_learnt_by_name(tmp_path):
+    save_picture(tmp_path / "0.png")
+    features = Features({"file_name": Value("string"), "caption": ClassLabel(names=["a door", "a wall"])})
+    Dataset.from_dict({"file_name": ["0.png"], "caption": [1]}, features=features).to_parquet(
+        tmp_path / "metadata.parquet"
+    )
+    texts, _, task = bind(tmp_path)
+    assert answers(texts, task) == [[["a wall"]]]
+
+
 def test_class_labels_are_learnt_by_name(tmp_path):
     features = Features(
         {
@@ -200,6 +210,23 @@ def test_lists_as_one_text_in_tables_with_types_are_refused(tmp_path, task):
 def test_words_in_brackets_are_words(tmp_path):
     (tmp_path / "rows.csv").write_text("image,caption\n0.png,[music]\n1.png,[a] wall\n")
     assert load_rows(str(tmp_path / "rows.csv"), "train")["caption"][:] == ["[music]", "[a] wall"]
+
+
+# --- columns and names that cannot be ---
+
+
+def test_one_column_is_not_both_picture_and_text(tmp_path):
+    (tmp_path / "rows.csv").write_text("image,caption\n0.png,a\n")
+    with pytest.raises(ValueError, match="--image_column and --text_column are both 'image'"):
+        bind(tmp_path / "rows.csv", text_column="image")
+    for task, column in (("caption", "caption"), ("digits", "digits")):
+        with pytest.raises(ValueError, match="has no column"):
+            make_task(task, ["image", column], image_column=column)
+
+
+def test_a_name_that_the_hub_cannot_have_is_a_missing_file():
+    with pytest.raises(FileNotFoundError, match="The data set my pictures/at all is not there"):
+        load_rows("my pictures/at all", "train")
 
 
 # --- paths ---
@@ -424,11 +451,17 @@ def test_long_texts_beside_good_pixels_are_passed_over():
     notes = PngImagePlugin.PngInfo()
     for number in range(2):
         notes.add_text(f"prompt {number}", "x" * 1_100_000, zip=True)
-    assert open_picture(png(PILImage.new("RGB", (8, 6), (200, 30, 30)), pnginfo=notes)).getpixel((0, 0)) == (
-        200,
-        30,
-        30,
-    )
+    encoded = png(PILImage.new("RGB", (8, 6), (200, 30, 30)), pnginfo=notes)
+    assert open_picture(encoded).getpixel((0, 0)) == (200, 30, 30)
+    assert picture_size(encoded) == [8, 6]
+
+
+@pytest.mark.parametrize("way", range(11))
+def test_a_picture_is_as_large_as_it_is_opened_whatever_its_exif_says(way):
+    exif = PILImage.Exif()
+    exif[274] = way
+    encoded = png(PILImage.new("RGB", (8, 6)), exif=exif)
+    assert picture_size(encoded) == list(open_picture(encoded).size) == ([6, 8] if way in (5, 6, 7, 8) else [8, 6])
 
 
 @pytest.mark.parametrize("kind", ["EPS", "SGI", "TGA", "PCX", "IM"])

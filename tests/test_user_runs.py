@@ -155,11 +155,27 @@ def test_a_json_file_of_another_kind_is_named(copied, name, text):
         "{{ messages[7].content }}",
         "no picture here",
         "<|image_pad|><|image_pad|>",
+        "{{ 'x' * 10000000 }}",
     ],
 )
 def test_a_hostile_chat_template_is_refused_when_the_model_is_loaded(copied, template):
     (copied / "chat_template.jinja").write_text(template)
     assert "chat_template.jinja" in refusal(copied)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda processor: processor["image_processor"]["size"].update(width={}),
+        lambda processor: processor["image_processor"]["image_mean"].__setitem__(0, "grey"),
+        lambda processor: processor.update(end_of_turn_token=7),
+    ],
+)
+def test_a_processor_that_no_picture_and_no_answer_can_use_is_refused_when_it_is_loaded(copied, change):
+    processor = json.loads((copied / "processor_config.json").read_text())
+    change(processor)
+    (copied / "processor_config.json").write_text(json.dumps(processor))
+    assert "processor_config.json" in refusal(copied)
 
 
 def test_a_processor_of_another_model_is_refused(copied):
@@ -449,6 +465,12 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "mixture:\n- {task: banana}",
         "train_split: null",
         "lora_r: 4\nlora_r: 8",
+        "seed: 4294967296",
+        "lr_scheduler_kwargs: 0.5",
+        "activation_checkpointing_kwargs: some",
+        "lora_task_type: SEQ_CLS",
+        "torch_compile_backend: banana",
+        "deepspeed: {zero_optimization: 1}",
     ],
 )
 def test_an_option_that_cannot_be_is_named_before_anything_is_loaded(tmp_path, line):
@@ -484,6 +506,7 @@ def test_words_that_yaml_reads_otherwise_are_taken_as_meant(tmp_path):
         ("a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
             f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefgh", "bcdefghi", strict=True)
         ), "aliases stand for more than"),
+        ("a: !!timestamp x\n", "cannot be read as YAML options"),
         ("a: &a [*a]\n", "aliases stand for more than"),
         ("- 1\n", "expected lines such as"),
         ("just words\n", "expected lines such as"),
@@ -508,9 +531,11 @@ def test_a_file_that_holds_no_options_is_refused_at_once(tmp_path, text, said):
         parse_arguments(["--config"])
 
 
-def test_an_encoder_in_the_place_of_the_decoder_is_said(bases):
+def test_an_encoder_in_the_place_of_the_decoder_is_said(bases, tmp_path):
     from vlm_peft.model.joining import joint_config
 
+    with pytest.raises(ValueError, match=rf"{tmp_path} cannot be loaded: Unrecognized model"):
+        joint_config(tmp_path, bases[1])
     with pytest.raises(ValueError, match="clip is a 'clip_text_model' model, which writes no text: expected a decoder"):
         joint_config(bases[0], bases[0])
 
@@ -648,6 +673,18 @@ def test_drafts_of_killed_processes_are_swept_and_those_of_others_are_not(tmp_pa
     assert not others.pop().exists()
     assert all(path.is_dir() for path in others)
     sweep(tmp_path / "missing")
+
+
+def test_a_file_that_was_being_written_leaves_nothing_behind(tmp_path, dead_process):
+    from vlm_peft.drafts import draft_of
+    from vlm_peft.evaluation.records import write_text
+
+    host = draft_of(Path("x")).name.removeprefix(".x.").rpartition("-")[0]
+    left = [tmp_path / f".scores.json.{host}-{dead_process}.tmp", tmp_path / f".scores.json.{dead_process}.tmp"]
+    for path in left:
+        path.write_text("half")
+    write_text(tmp_path / "scores.json", "whole")
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.json"]
 
 
 def test_pictures_that_were_being_encoded_leave_nothing_behind(bases, flickr, tmp_path):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from PIL import Image as PILImage
 from safetensors import SafetensorError
 
 from ..hub.access import looks_local
@@ -18,6 +19,8 @@ from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
 from .folder import check_finite, is_adapter_folder, load_adapter, read_object, reading
+
+_LONGEST_FRAME = 1_000_000  # characters
 
 
 def find_model(name: str | Path, revision: str | None = None) -> Path:
@@ -91,7 +94,16 @@ def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -
     """Asks about one picture: the template is a program of others, and the numbers beside it are theirs, too."""
     config = model.config
     with reading(folder / "chat_template.jinja"):
+        said = processor.apply_chat_template(picture_turn("Describe."), tokenize=False, add_generation_prompt=True)
+        if len(said) > _LONGEST_FRAME:
+            raise ValueError(f"it makes {len(said):,} characters of a question, more than {_LONGEST_FRAME:,}")
         ids = processor.encode_prompt(picture_turn("Describe."))
+    with reading(folder / "processor_config.json"):
+        # Its values are used with the first picture and the first answer only.
+        processor.image_processor([PILImage.new("RGB", (8, 8))], return_tensors="pt")
+        end_of_turn = processor.end_of_turn_token_id
+    if not isinstance(end_of_turn, int):
+        raise ValueError(f"{folder / 'processor_config.json'}: end_of_turn_token is no token of the decoder.")
     counts = {
         "num_image_tokens": (processor.num_image_tokens, config.num_image_tokens),
         "the id of the image token": (processor.image_token_id, config.image_token_id),

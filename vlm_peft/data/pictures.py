@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from functools import cached_property, lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -82,16 +83,7 @@ def open_picture(value) -> PILImage.Image:
         if isinstance(value, PILImage.Image):
             _check_size(value)
             return _to_rgb(value)
-        source = _as_file(value)
-        try:
-            return _decode(source)
-        except UnreadablePictureError:
-            raise
-        except ValueError:
-            encoded = encoded_bytes(value)
-            if not encoded.startswith(_PNG_START):
-                raise
-            return _decode(io.BytesIO(_without_notes(encoded)))
+        return _read(value, _decode)
     except UnreadablePictureError:
         raise
     except PILImage.DecompressionBombError as error:
@@ -109,19 +101,42 @@ def open_picture(value) -> PILImage.Image:
         raise UnreadablePictureError(f"Cannot read the picture: {error}") from error
 
 
-def _decode(source) -> PILImage.Image:
-    """What [`open_picture`] gives, of a path or a binary file object."""
-    with warnings.catch_warnings():
-        # Our own limit is lower and names the size.
-        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
-        picture = PILImage.open(source, formats=FORMATS)
-    with picture:
-        _check_size(picture)
-        halved = _halved(picture.size)
-        if picture.format in ("JPEG", "MPO") and halved != picture.size:
-            # Rounded up there, too.
-            picture.draft(None, (picture.width // 2, picture.height // 2))
-        return _to_rgb(picture)
+def _read(value, take: Callable[[PILImage.Image], Any]) -> Any:
+    """What `take` makes of a picture's open file; of a PNG with texts that Pillow finds too long, without them."""
+
+    def read(source) -> Any:
+        with warnings.catch_warnings():
+            # Our own limit is lower and names the size.
+            warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)
+            picture = PILImage.open(source, formats=FORMATS)
+        with picture:
+            return take(picture)
+
+    source = _as_file(value)
+    try:
+        return read(source)
+    except UnreadablePictureError:
+        raise
+    except ValueError:
+        encoded = encoded_bytes(value)
+        if not encoded.startswith(_PNG_START):
+            raise
+        return read(io.BytesIO(_without_notes(encoded)))
+
+
+def _decode(picture: PILImage.Image) -> PILImage.Image:
+    _check_size(picture)
+    halved = _halved(picture.size)
+    if picture.format in ("JPEG", "MPO") and halved != picture.size:
+        # Rounded up there, too.
+        picture.draft(None, (picture.width // 2, picture.height // 2))
+    return _to_rgb(picture)
+
+
+def _upright_size(picture: PILImage.Image) -> list[int]:
+    width, height = picture.size
+    # Orientations 5 to 8 of EXIF are lying ones; there are no others.
+    return [height, width] if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else [width, height]
 
 
 def _check_size(picture: PILImage.Image) -> None:
@@ -375,16 +390,12 @@ def picture_size(value) -> list[int]:
         UnreadablePictureError: When there is no picture, or its header cannot be read.
     """
     try:
-        with PILImage.open(_as_file(value), formats=FORMATS) as picture:
-            width, height = picture.size
-            # Orientations 5 to 8 of EXIF are lying ones.
-            lying = picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return _read(value, _upright_size)
     except UnreadablePictureError:
         raise
     except Exception as error:
         # As in `open_picture`: anything comes out of damaged files.
         raise UnreadablePictureError(f"Cannot read the picture's size: {error}") from error
-    return [height, width] if lying else [width, height]
 
 
 def picture_hash(encoded: bytes | memoryview) -> str:

@@ -41,7 +41,7 @@ from ..tasks import example as example_module
 from ..tasks.example import PICTURE_PLACES
 from .groups import group_rows
 from .pictures import Pictures, UnreadablePictureError, is_path, picture_places
-from .tables import TABLES, check_parquet, metadata_files, open_tables, split_files
+from .tables import TABLES, check_parquet, class_names, metadata_files, open_tables, split_files
 
 logger = logging.getLogger(__name__)
 
@@ -274,12 +274,12 @@ def name_classes(rows):
     if isinstance(rows, Dataset):
         # As columns of their own: `map` would copy all pictures.
         for name, feature in found.items():
-            cells = [_class_names(cell, feature) for cell in rows[name][:]]
+            cells = [class_names(cell, feature) for cell in rows[name][:]]
             rows = rows.remove_columns(name).add_column(name, cells, feature=features[name])
         return rows
 
     def name_cells(row: dict) -> dict:
-        return {name: _class_names(row[name], feature) for name, feature in found.items()}
+        return {name: class_names(row[name], feature) for name, feature in found.items()}
 
     return rows.map(name_cells, features=features)
 
@@ -314,18 +314,6 @@ def _named_feature(feature):
     if isinstance(feature, List):
         return List(_named_feature(feature.feature))
     return Value("string") if isinstance(feature, ClassLabel) else feature
-
-
-def _class_names(cell, feature):
-    if cell is None:
-        return None
-    if isinstance(feature, dict):
-        return {name: _class_names(each, feature[name]) for name, each in cell.items()}
-    if isinstance(feature, List):
-        return [_class_names(each, feature.feature) for each in cell]
-    if isinstance(feature, ClassLabel):
-        return feature.names[cell] if 0 <= cell < len(feature.names) else None
-    return cell
 
 
 @dataclass(frozen=True)

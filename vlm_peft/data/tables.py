@@ -18,7 +18,18 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import xxhash
-from datasets import Dataset, Features, Image, IterableDataset, Json, List, ReadInstruction, Value, concatenate_datasets
+from datasets import (
+    ClassLabel,
+    Dataset,
+    Features,
+    Image,
+    IterableDataset,
+    Json,
+    List,
+    ReadInstruction,
+    Value,
+    concatenate_datasets,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -237,8 +248,10 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
     kind = path.suffix.lower()
     if kind == ".parquet":
         check_parquet(path)
-        for number, row in enumerate(pq.read_table(path).to_pylist(), 1):
-            yield f"row {number}", row
+        table = pq.read_table(path)
+        features = Features.from_arrow_schema(table.schema)
+        for number, row in enumerate(table.to_pylist(), 1):
+            yield f"row {number}", {name: class_names(cell, features[name]) for name, cell in row.items()}
         return
     encoded = path.read_bytes()
     if not encoded.strip():
@@ -263,6 +276,24 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
                 "again."
             ) from error
         yield place, row
+
+
+def class_names(cell, feature):
+    """A cell with the names of classes for their numbers, in lists and dicts, too; no class (-1) is none.
+
+    Args:
+        cell: Of a row.
+        feature: Of its column.
+    """
+    if cell is None:
+        return None
+    if isinstance(feature, dict):
+        return {name: class_names(each, feature[name]) for name, each in cell.items()}
+    if isinstance(feature, List):
+        return [class_names(each, feature.feature) for each in cell]
+    if isinstance(feature, ClassLabel):
+        return feature.names[cell] if 0 <= cell < len(feature.names) else None
+    return cell
 
 
 def _is_unicode(cell) -> bool:

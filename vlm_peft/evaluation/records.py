@@ -6,12 +6,12 @@ have the row's own scores under their names in lower case (`"cider"`, 0..10). Ot
 """
 
 import json
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..drafts import draft_of, sweep
 from ..metrics.significance import bootstrap_interval
 from .task_scores import Scores
 
@@ -23,10 +23,14 @@ CONDITIONS = ("before", "after", "blind")
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Write a text file so that a reader sees the old file or the whole new one, never half of it; makes the folder."""
+    """Write a text file so that a reader sees the old file or the whole new one, never half of it; makes the folder.
+
+    What killed processes left of the same file is swept.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    sweep(path.parent, path.name)
+    temporary = draft_of(path)
     try:
         temporary.write_text(text, encoding="utf-8", newline="\n")
         temporary.replace(path)

@@ -73,7 +73,11 @@ def is_hub_id(name: str) -> bool:
 
 def looks_local(name: str) -> bool:
     """Whether a name cannot be a Hub id, which is `owner/name`, so that it must be a path that is there."""
-    return name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return True
+    return name.startswith((".", "/", "~"))
 
 
 def find_token(token: str | None, repo_id: str, private: bool | None) -> str:

@@ -124,7 +124,8 @@ def joint_config(
         ValueError: When `text` is no decoder.
     """
     vision_revision = safetensors_revision(vision, vision_revision)
-    vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
+    with _safetensors_only(vision):
+        vision_config = AutoConfig.from_pretrained(vision, revision=vision_revision)
     vision_config = getattr(vision_config, "vision_config", vision_config)
     if text is not None:
         text_revision = safetensors_revision(text, text_revision)

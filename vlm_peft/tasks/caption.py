@@ -19,7 +19,7 @@ INSTRUCTION = "Describe the picture."
 def caption_task(columns: list[str], image_column: str, text_column: str | None, instruction: str | None) -> Task:
     """Flickr30k (`caption`, a list of five), COCO's Karpathy split (`sentences`, or a row a caption), or any picture
     with texts."""
-    column = text_column or next((name for name in CAPTION_COLUMNS if name in columns), None)
+    column = text_column or next((name for name in CAPTION_COLUMNS if name in columns and name != image_column), None)
     require_columns(columns, image_column, column or " or ".join(CAPTION_COLUMNS))
     asked = INSTRUCTION if instruction is None else instruction
     picture_ids = [name for name in PICTURE_ID_COLUMNS if name in columns][:1]

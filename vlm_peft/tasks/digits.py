@@ -17,7 +17,7 @@ DIGITS, SEPARATORS = "0123456789", " .,;:-_/"
 
 def digits_task(columns: list[str], image_column: str, text_column: str | None, instruction: str | None) -> Task:
     """A picture and its digits from left to right and top to bottom (a meter, a grid, a number), as text."""
-    column = text_column or next((name for name in DIGIT_COLUMNS if name in columns), None)
+    column = text_column or next((name for name in DIGIT_COLUMNS if name in columns and name != image_column), None)
     require_columns(columns, image_column, column or " or ".join(DIGIT_COLUMNS))
     asked = INSTRUCTION if instruction is None else instruction
 

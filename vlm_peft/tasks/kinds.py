@@ -63,8 +63,11 @@ def make_task(
         [`Task`].
 
     Raises:
-        ValueError: When the task is unknown, or the data set lacks a column; lists those it has.
+        ValueError: When the task is unknown, one column should be both picture and text, or the data set lacks a
+            column; lists those it has.
     """
+    if text_column == image_column:
+        raise ValueError(f"--image_column and --text_column are both {image_column!r}: expected two columns.")
     kind, given = find_kind(name), TaskOptions(**options)
     own = {each.name: getattr(given, each.name) for each in fields(kind.options)} if kind.options else {}
     return kind.bind(columns, image_column, text_column, instruction, **own)

@@ -195,8 +195,9 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         *parsed, unknown = parse()
         if parsed[1].device.type == "cuda":
             *parsed, unknown = parse(**_GPU_DEFAULTS)
-    except (ValueError, TypeError) as error:
-        # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), or a broken file.
+    except (ValueError, TypeError, ImportError) as error:
+        # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), what is
+        # not installed (deepspeed), or a broken file.
         said = name_choice(error, types) if isinstance(error, ValueError) else str(error)
         raise SystemExit(f"{program}: {' '.join(said.split())}") from error
     if unknown:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
+from accelerate.utils import DynamoBackend
 
 from ..model.projector import ProjectorSettings
 
@@ -58,6 +59,9 @@ _ABOVE_ZERO = (
     "lora_alpha",
 )
 _BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
+_AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1}
+_FILES = ("accelerator_config", "deepspeed", "fsdp_config")
+"""Mappings that may lie in a file."""
 _INIT_LORA = re.compile("pissa(_niter_[1-9][0-9]*)?|gaussian|orthogonal")
 
 
@@ -73,7 +77,15 @@ def read_config(path: str) -> dict[str, Any]:
     """
     try:
         found = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, OverflowError, ValueError) as error:
+    except (
+        yaml.YAMLError,
+        RecursionError,
+        ArithmeticError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as error:
         raise ValueError(f"{path} cannot be read as YAML options: {' '.join(str(error).split())}") from error
     if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
         raise ValueError(f"{path}: expected lines such as 'learning_rate: 1.0e-4', got a {type(found).__name__}.")
@@ -229,8 +241,14 @@ def check_ranges(*options: Any) -> None:
         ValueError: For the first that is out of its range; names it.
     """
     for kind in options:
+        hints = get_type_hints(type(kind))
         for each in fields(kind):
             value = getattr(kind, each.name)
+            is_mapping = each.name not in _FILES and any(
+                (get_origin(member) or member) is dict for member in _members(hints[each.name])
+            )
+            if is_mapping and value is not None and not isinstance(value, dict):
+                raise ValueError(f"{each.name} is {value!r}, expected a mapping such as '{{\"a\": 1}}'.")
             for one in value if isinstance(value, list) else [value]:
                 _check(each, one)
 
@@ -242,6 +260,12 @@ def _check(option: Field, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")
     if name == "init_lora_weights" and value is not None and not _INIT_LORA.fullmatch(value):
         raise ValueError(f"{name} is {value!r}, expected pissa, pissa_niter_4, ..., gaussian or orthogonal.")
+    if name == "lora_task_type" and value != "CAUSAL_LM":
+        raise ValueError(f"{name} is {value!r}, expected CAUSAL_LM, which the decoder is.")
+    if name == "torch_compile_backend" and value is not None:
+        backends = [each.value.lower() for each in DynamoBackend]
+        if str(value).lower() not in backends:
+            raise ValueError(f"{name} is {value!r}, expected one of {', '.join(backends)}.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
     expected = None
@@ -249,6 +273,8 @@ def _check(option: Field, value: Any) -> None:
         expected = "a finite number"
     elif name in _AT_LEAST and value < _AT_LEAST[name]:
         expected = f"at least {_AT_LEAST[name]}"
+    elif name in _AT_MOST and value > _AT_MOST[name]:
+        expected = f"at most {_AT_MOST[name]}"
     elif name in _ABOVE_ZERO and value <= 0:
         expected = "more than 0"
     elif name in _BELOW_ONE and not 0 <= value < 1:
