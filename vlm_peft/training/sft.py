@@ -1,7 +1,7 @@
-"""Supervised fine-tuning: LoRA on the decoder and a full projector are trained on pictures with texts.
+"""Supervised fine-tuning: a projector, and of the decoder what `--strategy` says, are trained on pictures with texts.
 
-Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, held-out scores and report.html go
-to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
+Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, or the whole model, held-out scores
+and report.html go to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
 """
 
 import json
@@ -10,9 +10,9 @@ from typing import Any
 
 from transformers import EarlyStoppingCallback
 
+from ..adapters.loading import load_trained
 from ..data.probe import probe
 from ..data.splits import Split
-from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from . import run as phases
 from .arguments import parse_arguments
@@ -114,7 +114,7 @@ def main(
     with run.phase("save"):
         batch = trainer.data_collator([next(iter(data.dataset))])
         inputs = {key: value for key, value in batch.items() if "labels" not in key}
-        trained = phases.save_checked(run, trainer, VisionQwen.from_adapter, inputs)
+        trained = phases.save_checked(run, trainer, load_trained, inputs)
     processor = VisionQwenProcessor.from_pretrained(training.output_dir)
     phases.evaluate_trained(run, trained, processor, held_out)
     phases.finish(run, trainer, data.splits, held_out)
