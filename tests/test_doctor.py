@@ -145,7 +145,7 @@ def test_the_saved_adapter_is_as_large_as_predicted(options, capsys):
 
 def test_pissa_is_saved_with_twice_the_rank(model, tmp_path):
     adapted = get_peft_model(model, lora_config(model, r=8, init_lora_weights="pissa"))
-    predicted, start = doctor.adapter_bytes(adapted), lora_state(adapted)
+    predicted, start = doctor.saved_bytes(adapted), lora_state(adapted)
     adapted.save_pretrained(tmp_path)
     save_pissa_as_lora(tmp_path, start)
     stored = load_file(tmp_path / "adapter_model.safetensors")

@@ -46,6 +46,16 @@ class Strategy:
         return self.lora_vision or self.vision_layers > 0
 
     @property
+    def described(self) -> str:
+        """What trains, for people: `LoRA and projector`."""
+        lora = {"linear": "LoRA", "attention": "LoRA on attention"}.get(self.lora or "")
+        decoder = ("decoder from scratch" if self.draws_decoder else "decoder") if self.trains_decoder else None
+        top = self.top_layers and f"last {self.top_layers} layers of the decoder"
+        vision = self.vision_layers and f"last {self.vision_layers} layers of the encoder"
+        parts = [part for part in (lora, decoder, top, vision, self.lora_vision and "LoRA on the encoder") if part]
+        return f"{', '.join(parts)} and projector" if parts else "projector"
+
+    @property
     def trains_whole_layers(self) -> bool:
         """Whether weights of the bases themselves train; they must then be in float32."""
         return self.trains_decoder or self.top_layers > 0 or self.vision_layers > 0

@@ -345,6 +345,7 @@ def write_summary(run: Run, trainer, splits: Iterable[Split]) -> None:
         "device": str(run.training.device),
         "seed": run.training.seed,
         "strategy": run.vision.strategy,
+        "trains": chosen_strategy(run.vision, run.model).described,
         "parameters": sum(row.parameters for row in rows),
         "trainable_parameters": sum(row.trainable for row in rows),
         "trained": [{**asdict(row), "dtype": row.dtypes} for row in rows],

@@ -1,7 +1,8 @@
 """Supervised fine-tuning: a projector, and of the decoder what `--strategy` says, are trained on pictures with texts.
 
 Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, or the whole model, held-out scores
-and report.html go to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
+and report.html go to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's
+`ModelConfig`.
 """
 
 import json
