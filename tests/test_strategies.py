@@ -327,7 +327,7 @@ def test_a_decoder_from_scratch_is_trained_saved_whole_resumed_and_asked(options
         sft.main([*options, "--strategy", "full", *resume])
     picture = tmp_path / "picture.png"
     Image.new("RGB", (8, 8), "red").save(picture)
-    assert command.main(["caption", str(picture), "--model", str(tmp_path / "run"), "--max_new_tokens", "2"]) == 0
+    assert command.main(["caption", str(tmp_path / "run"), str(picture)]) == 0
 
 
 def test_a_full_save_takes_the_place_of_an_adapter(options, tmp_path):
@@ -348,8 +348,10 @@ def test_a_full_save_takes_the_place_of_an_adapter(options, tmp_path):
         (["--strategy", "full", "--load_in_4bit"], "--strategy full trains the decoder's own weights"),
         (["--strategy", "top_layers", "--dtype", "bfloat16"], "--dtype bfloat16: the layers .* must be in float32"),
         (["--strategy", "full", "--push_to_hub"], "what is pushed is an adapter folder"),
-        (["--strategy", "fool"], "strategy is 'fool', expected one of projector, lora, attention_lora"),
-        (["--unfreeze_steps", "2", "--lr_scheduler_type", "greedy"], "needs a schedule that is known beforehand"),
+        (
+            ["--unfreeze_steps", "2", "--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "steps"],
+            "needs a schedule that is known beforehand",
+        ),
         (["--top_layers", "0"], "top_layers is 0, expected at least 1"),
     ],
 )

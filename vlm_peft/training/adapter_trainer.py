@@ -176,6 +176,12 @@ class AdapterTrainer(Trainer):
         else:
             self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
 
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """As the trainer's; of two names of one tensor a file has one."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
+
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As the trainer's, which keeps the first of equals: the loss decides, then the later step."""
         name = str(self.args.metric_for_best_model)
