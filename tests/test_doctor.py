@@ -233,14 +233,14 @@ def test_an_unreadable_picture_and_an_empty_text(options, capsys, caplog, tmp_pa
 
 
 def test_a_projector_that_is_frozen(options, capsys, monkeypatch):
-    made = training_setup.lora_config
+    made = training_setup.apply_strategy
 
-    def without_projector(model, **arguments):
-        config = made(model, **arguments)
+    def without_projector(model, strategy, **arguments):
+        config = made(model, strategy, **arguments)
         config.modules_to_save = None
         return config
 
-    monkeypatch.setattr(training_setup, "lora_config", without_projector)
+    monkeypatch.setattr(training_setup, "apply_strategy", without_projector)
 
     def load_frozen(*arguments):
         model, processor = training_setup.load_model(*arguments)

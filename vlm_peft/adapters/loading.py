@@ -127,8 +127,13 @@ def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
 
 
 def load_trained(
-    folder: str | Path, *, dtype: torch.dtype, attn_implementation: str | None, quantization_config=None
-) -> VisionQwen | PeftModel:
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    quantization_config=None,
+    merge: bool = False,
+) -> Any:
     """What a run has just saved, as it was trained.
 
     Args:
@@ -136,10 +141,18 @@ def load_trained(
         dtype (`torch.dtype`): Of the weights.
         attn_implementation (`str`, *optional*): Of the decoder.
         quantization_config (`BitsAndBytesConfig`, *optional*): Of an adapter's decoder.
+        merge (`bool`, *optional*, defaults to `False`): Adds an adapter to the weights.
+
+    Returns:
+        `PeftModel` around a [`VisionQwen`], or [`VisionQwen`].
     """
     if is_adapter_folder(folder):
         return load_adapter(
-            folder, dtype=dtype, attn_implementation=attn_implementation, quantization_config=quantization_config
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            merge=merge,
         )
     model = _load_full_save(Path(folder), dtype)
     if attn_implementation is not None:

@@ -5,19 +5,26 @@ itself. What trains beside LoRA lies in `modules_to_save`: the adapter's one fil
 the base back, and merging puts it in place.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from safetensors.torch import load_file
 from torch import nn
 
 from ..model.cuda.training import decoder_layers
 from ..model.modeling_vision_qwen import VisionQwen, base_model
+from .folder import load_adapter
 from .lora import lora_config
 
 LAST_LAYERS = 2
 """Of the decoder or the encoder, where a strategy trains the last ones and no number is given."""
+
+_LORA_SIZES = ("r", "lora_alpha", "use_rslora", "use_dora")
 
 
 @dataclass(frozen=True)
@@ -163,6 +170,57 @@ def apply_strategy(
         modules_to_save=modules_to_save,
         **arguments,
     )
+
+
+def carry_on(model: VisionQwen, config: LoraConfig, folder: str | Path) -> PeftModel:
+    """An adapter that holds what an earlier one holds, with its weights, and what it trains itself.
+
+    What only the earlier adapter trained is frozen. Layers that are held whole have no LoRA: where the earlier adapter
+    had some in a layer that trains whole, it is merged into where the layer starts.
+
+    Args:
+        model ([`VisionQwen`]): The bases that the earlier adapter was trained on, joined anew.
+        config (`LoraConfig`): Of [`apply_strategy`].
+        folder (`str` or `Path`): The earlier adapter.
+
+    Raises:
+        ValueError: When both have LoRA, of other sizes.
+    """
+    earlier: Any = LoraConfig.from_pretrained(str(folder))
+    wanted: Any = config
+    held, own = list(earlier.modules_to_save), list(wanted.modules_to_save)
+    had_lora, has_lora = (each.target_modules != DUMMY_TARGET_MODULES for each in (earlier, wanted))
+    differing = [name for name in _LORA_SIZES if getattr(earlier, name) != getattr(wanted, name)]
+    if had_lora and has_lora and differing:
+        there, here = (getattr(each, differing[0]) for each in (earlier, wanted))
+        raise ValueError(
+            f"LoRA that goes on must be as it was: {differing[0]} is {there} in {folder}, and {here} here: give both "
+            "the same."
+        )
+    targets = [str(each.target_modules) for each, has in ((wanted, has_lora), (earlier, had_lora)) if has]
+    united = replace(
+        wanted,
+        modules_to_save=list(dict.fromkeys([*own, *held])),
+        target_modules="|".join(f"(?:{each})" for each in dict.fromkeys(targets)) or DUMMY_TARGET_MODULES,
+        **{name: getattr(earlier if had_lora else wanted, name) for name in _LORA_SIZES},
+    )
+    adapted: Any = get_peft_model(model, united)
+    start = load_file(Path(folder) / "adapter_model.safetensors")
+    asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    lacking = {name: name.removeprefix("base_model.model.") for name in asked if name not in start}
+    if had_lora and any(".lora_" not in name for name in lacking):
+        merged = load_adapter(folder, merge=True).state_dict()
+        start |= {name: merged[plain] for name, plain in lacking.items() if plain in merged}
+    set_peft_model_state_dict(adapted, {name: start.get(name, value) for name, value in asked.items()})
+    others = tuple(f"{name}." for name in held if name not in own)
+    for name, parameter in adapted.named_parameters():
+        plain = name.removeprefix("base_model.model.")
+        if ".lora_" in plain:
+            is_own = has_lora and re.fullmatch(wanted.target_modules, plain.partition(".lora_")[0])
+            parameter.requires_grad_(bool(is_own))
+        elif plain.startswith(others) or any(f".{name}" in f".{plain}" for name in others):
+            parameter.requires_grad_(False)
+    return adapted
 
 
 def vision_layers(model: VisionQwen | PeftModel) -> list[nn.Module]:

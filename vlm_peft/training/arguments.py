@@ -5,6 +5,7 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 
 import difflib
 import os
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -49,6 +50,13 @@ class VisionArguments(ProjectorSettings, DataArguments):
         metadata={"help": "Side of the pictures in pixels; by default the one that the encoder was built for."},
     )
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
+    stages: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "In the YAML file: a list of trainings one after the other, each with a name and options of its "
+            "own; what an entry leaves out is taken from the top level and the command line."
+        },
+    )
     strategy: str = field(
         default="lora",
         metadata={
@@ -208,13 +216,21 @@ def data_sources(arguments: VisionArguments) -> list[DataArguments]:
     return sources
 
 
-def parse_arguments(arguments: list[str], *, program: str = "sft.py", description: str | None = None):
+def parse_arguments(
+    arguments: list[str],
+    *,
+    program: str = "sft.py",
+    description: str | None = None,
+    entry: dict[str, Any] | None = None,
+):
     """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
 
     Args:
         arguments (`list[str]`): `--config FILE.yaml` and options, which override the file's.
         program (`str`, *optional*, defaults to `"sft.py"`): Put before messages.
         description (`str`, *optional*): First line of `--help`.
+        entry (`dict`, *optional*): Options of one of the file's `stages`, which override all others. Without it, those
+            of a file with stages are taken as they are, for [`~vlm_peft.training.stages.parse_stages`].
 
     Raises:
         SystemExit: For an unknown key, naming the nearest known one, or a missing one, and for a value of another kind
@@ -244,6 +260,9 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
                 raise ValueError("--config expects a YAML file.")
             config = typed(read_config(given[place + 1]), types)
             del given[place : place + 2]
+            if entry is not None:
+                config = {name: value for name, value in config.items() if name != "stages"} | typed(entry, types)
+                given = _without(given, entry)
             os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
         *parsed, unknown = parse()
         if parsed[1].device.type == "cuda":
@@ -267,6 +286,8 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
                 setattr(options, each.name, [])
     try:
         check_ranges(*parsed)
+        if vision_args.stages is not None:
+            return vision_args, training_args, model_args
         _check_strategy(*parsed)
         _check_reports(training_args)
         sources = data_sources(vision_args)
@@ -294,6 +315,17 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         if value is None:
             raise SystemExit(f"{program}: --{name} is missing; give it on the command line or in the --config file.")
     return vision_args, training_args, model_args
+
+
+def _without(given: list[str], names: Iterable[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept, is_out = [], False
+    for text in given:
+        if text.startswith("--"):
+            is_out = text[2:].partition("=")[0] in names
+        if not is_out:
+            kept.append(text)
+    return kept
 
 
 def _gpu_defaults(vision: VisionArguments, model_args: Any) -> dict[str, Any]:

@@ -112,12 +112,12 @@ def prepare_push(run: Run) -> dict[str, Any] | None:
     return push
 
 
-def load_bases(run: Run):
-    """Encoder + decoder + fresh projector, with their processor."""
+def load_bases(run: Run, start: Path | None = None):
+    """Encoder + decoder + fresh projector, with their processor; see [`~vlm_peft.training.setup.load_model`]."""
     if run.vision.feature_cache and not keeps_features(run.vision):
         by = "--lora_vision" if run.vision.lora_vision else "its last layers"
         run.say(f"The encoder trains ({by}): its features change, so pictures are encoded in every step.")
-    return load_model(run.vision, run.model, run.training.device)
+    return load_model(run.vision, run.model, run.training.device, start)
 
 
 def clear_results(folder: Path) -> None:

@@ -18,8 +18,9 @@ from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..adapters.fused_lora import fuse_lora
+from ..adapters.loading import load_trained
 from ..adapters.lora import add_turn_rows
-from ..adapters.strategies import apply_strategy
+from ..adapters.strategies import apply_strategy, carry_on
 from ..data.arguments import DataArguments
 from ..data.collator import SharedPrefixCollator
 from ..data.mixture import mix
@@ -167,9 +168,18 @@ def load_processor(vision: VisionArguments, model_args: ModelConfig) -> tuple[Vi
 
 
 def load_model(
-    vision: VisionArguments, model_args: ModelConfig, device: torch.device | str = "cpu"
+    vision: VisionArguments,
+    model_args: ModelConfig,
+    device: torch.device | str = "cpu",
+    start: str | Path | None = None,
 ) -> tuple[VisionQwen, VisionQwenProcessor]:
     """Frozen encoder + decoder + fresh projector, with their processor; the decoder may be drawn at random.
+
+    Args:
+        vision, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the model goes.
+        start (`str` or `Path`, *optional*): Folder of an earlier training. A decoder that trains as a whole starts from
+            it, what an adapter held merged; an adapter is put around the bases, see [`build_trainer`].
 
     Raises:
         OSError: When a base is not there.
@@ -178,14 +188,19 @@ def load_model(
     named = bases(vision, model_args)
     parts = dict(named)
     try:
-        if chosen_strategy(vision, model_args).draws_decoder:
+        strategy = chosen_strategy(vision, model_args)
+        if strategy.draws_decoder:
             parts |= {"text": None, "text_revision": None, "text_config": joint_config(**named).text_config}
-        model = VisionQwen.from_vision_text_pretrained(**parts, **loading_arguments(model_args))
+        if start is not None and strategy.trains_decoder:
+            model = load_trained(start, merge=True, **loading_arguments(model_args))
+        else:
+            model = VisionQwen.from_vision_text_pretrained(**parts, **loading_arguments(model_args))
     except OSError as error:
         raise OSError(_not_loaded(named, error)) from error
     model.model.vision_tower.requires_grad_(False)
     processor = VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], model.config)
-    add_turn_rows(model)
+    if start is None or not strategy.trains_decoder:
+        add_turn_rows(model)
     model = model.to(device)
     probe(model)
     return model, processor
@@ -256,6 +271,7 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     score: Callable[[VisionQwen | PeftModel], dict[str, float]] | None = None,
     extra_files: dict[str, str] | None = None,
+    start: str | Path | None = None,
 ) -> VisionSFTTrainer:
     """What the options' strategy trains, and its trainer with its collator.
 
@@ -267,6 +283,7 @@ def build_trainer(
         fetch_images (`Callable`): Picture numbers of both -> model inputs.
         callbacks, score, extra_files: Of [`~vlm_peft.training.trainer.VisionSFTTrainer`]; the task's settings are
             added to the files.
+        start (`str` or `Path`, *optional*): Adapter folder of an earlier training, of which the adapter goes on.
 
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have.
@@ -283,6 +300,9 @@ def build_trainer(
         use_dora=model_args.use_dora,
         modules_to_save=model_args.lora_modules_to_save,
     )
+    trained: Any = model
+    if peft_config is not None and start is not None:
+        trained, peft_config = carry_on(model, peft_config, start), None
     first = data_sources(vision)[0]
     settings = TaskSettings(
         task=first.task,
@@ -306,7 +326,7 @@ def build_trainer(
         sharing=sharing,
     )
     trainer = VisionSFTTrainer(
-        model=model,
+        model=trained,
         args=prepare_training_arguments(training),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
