@@ -1,4 +1,4 @@
-"""Stages: what one training hands to the next, runs of several as a user starts them, and what is refused beforehand."""
+"""Stages: what one training hands to the next, runs of several as a user starts them, and what is refused."""
 
 import json
 import os
@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from conftest import ROOT
 from safetensors.torch import load_file
 from tiny_runs import load_bases, logits, make_trainer
 from transformers import TrainerCallback
@@ -14,9 +16,10 @@ from transformers import TrainerCallback
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.loading import load_model
 from vlm_peft.adapters.strategies import apply_strategy, carry_on, choose_strategy
+from vlm_peft.commands import doctor
 from vlm_peft.training import sft
 from vlm_peft.training.arguments import parse_arguments
-from vlm_peft.training.stages import parse_stages
+from vlm_peft.training.stages import check_bases, parse_stages
 
 KINDS = {
     "projector": choose_strategy("projector"),
@@ -85,6 +88,17 @@ def test_what_only_an_earlier_stage_trained_stays_bit_for_bit_and_is_saved(bases
 def test_lora_of_another_size_does_not_go_on(bases, trained):
     with pytest.raises(ValueError, match=r"LoRA that goes on must be as it was: r is 4 in .*, and 8 here"):
         handed_over(bases, trained["lora"], "lora", r=8)
+
+
+def test_ready_configurations_fit_together(tmp_path, monkeypatch):
+    """Stages of all files that have some."""
+    monkeypatch.chdir(ROOT)
+    written = {path: yaml.safe_load(path.read_text()) for path in (ROOT / "recipes/configs").glob("*.yaml")}
+    staged = {path: config["stages"] for path, config in written.items() if "stages" in config}
+    assert "demo_probe_then_finetune.yaml" in {path.name for path in staged}
+    for path, entries in staged.items():
+        arguments = ["--config", str(path), "--output_dir", str(tmp_path), "--use_cpu", "true"]
+        check_bases(parse_stages(arguments, entries))
 
 
 # --- runs ---
@@ -235,3 +249,16 @@ def test_stages_are_refused_before_any_begins(given, tmp_path, monkeypatch, stag
     with pytest.raises((SystemExit, ValueError), match=message):
         sft.main(given(f"stages: {stages}"))
     assert not (tmp_path / "run").exists()
+
+
+def test_the_doctor_examines_each_stage(given, capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "TRIAL_STEPS", 1)
+    monkeypatch.setattr(doctor, "WARM_UP", 1)
+    stages = "stages: [{name: a, strategy: projector, max_steps: 3}, {name: b, strategy: full, max_steps: 2}]"
+    assert doctor.main(given(stages)) == 0
+    first, second = capsys.readouterr().out.split("\nStage b\n")
+    assert "steps    3 (--max_steps)" in first
+    assert "steps    2 (--max_steps)" in second
+    assert ("adapter file:" in first, "model file:" in second) == (True, True)
+    assert doctor.main(given("stages: [{name: a, strategy: top_layers, top_layers: 9}]")) == 2
+    assert "Stage a: --top_layers 9, and qwen3 has 2 layers" in capsys.readouterr().err

@@ -59,6 +59,7 @@ from ..training.setup import (
     load_processor,
     training_stream,
 )
+from ..training.stages import check_bases, parse_stages
 
 PROGRAM = "vlm-peft doctor"
 
@@ -97,12 +98,15 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         parsed = parse_arguments(arguments, program=PROGRAM, description=_DESCRIPTION)
+        if parsed[0].stages is not None:
+            stages = parse_stages(arguments, parsed[0].stages, program=PROGRAM)
+            check_bases(stages)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         print(error.code, file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     # The recipe's loader warns of each kind of row that it leaves out; here they are told with the rest.
@@ -111,7 +115,14 @@ def main(arguments: list[str]) -> int:
     data_logger.setLevel(logging.ERROR)
     datasets.disable_caching()
     try:
-        return Doctor(*parsed).examine()
+        if parsed[0].stages is None:
+            return Doctor(*parsed).examine()
+        status = 0
+        for stage in stages:
+            # Each for itself: what one hands to the next changes no layout, and hardly time and memory.
+            _title(f"Stage {stage.name}")
+            status = max(status, Doctor(stage.vision, stage.training, stage.model_args).examine())
+        return status
     finally:
         data_logger.setLevel(level)
         if was_caching:
