@@ -118,6 +118,10 @@ def test_only_what_the_strategy_names_has_changed(life):
         marked = (name for name, _ in loaded.named_parameters() if ".lora_A." in name)
         adapted = {name.removeprefix("base_model.model.").partition(".lora_A.")[0] + ".weight" for name in marked}
         loaded = loaded.merge_and_unload()
+    in_decoder = {name for name in adapted if ".language_model." in name}
+    assert bool(in_decoder) == bool(life.strategy.lora)
+    if life.strategy.lora == "attention":
+        assert {name.split(".")[-2] for name in in_decoder} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     merged = dict(loaded.named_parameters())
     assert merged.keys() == life.before.keys()
     changed = {name for name, value in merged.items() if not torch.equal(value, life.before[name])}

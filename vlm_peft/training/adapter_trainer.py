@@ -172,11 +172,7 @@ class AdapterTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         adapted: Any = self.model
         if self._pissa_start is None:
-            trained = {name for name, value in adapted.named_parameters() if value.requires_grad}
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            # peft lets all of an adapter train that it loads, also what an earlier stage has left in it.
-            for name, value in adapted.named_parameters():
-                value.requires_grad_(name in trained)
         else:
             self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
 
