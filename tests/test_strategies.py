@@ -306,7 +306,7 @@ def options(bases, flickr, tmp_path_factory) -> list[str]:
 
 
 def test_a_decoder_from_scratch_is_trained_saved_whole_resumed_and_asked(options, bases, tmp_path, capsys):
-    chosen = [*options, "--strategy", "scratch", "--vision_layers", "1"]
+    chosen = [*options, "--strategy", "scratch", "--vision_layers", "1", "--bf16", "true"]
     assert sft.main([*chosen, "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "The encoder trains (its last layers): its features change" in said
