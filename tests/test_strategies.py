@@ -4,10 +4,12 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from tiny_runs import STEPS, load_bases, logits, losses, make_trainer
@@ -20,6 +22,7 @@ from vlm_peft.adapters.loading import load_model
 from vlm_peft.adapters.lora import check_trainable, trainable_table
 from vlm_peft.adapters.strategies import Strategy, apply_strategy, choose_strategy
 from vlm_peft.commands import doctor
+from vlm_peft.model.cuda.training import can_capture
 from vlm_peft.training import sft
 from vlm_peft.training.arguments import parse_arguments
 from vlm_peft.training.trainer import VisionSFTTrainer
@@ -373,3 +376,29 @@ def test_the_doctor_knows_what_is_saved(options, tmp_path, capsys, monkeypatch):
     assert "no feature cache: pictures are encoded in every step" in said
     total = int(re.search(r"^total +([\d,]+)", said, re.M)[1].replace(",", ""))
     assert f"  model file: {4 * total / 1e6:.2f} MB" in said
+
+
+def test_an_embedding_that_trains_keeps_steps_from_being_captured(model):
+    """CUDA graphs of the decoder begin behind the embedding."""
+    training: Any = SimpleNamespace(
+        device=SimpleNamespace(type="cuda"), gradient_accumulation_steps=1, world_size=1, gradient_checkpointing=False
+    )
+    apply_strategy(model, choose_strategy("full"))
+    assert not can_capture(model, training)
+    model.requires_grad_(False)
+    adapted = get_peft_model(model, apply_strategy(model, choose_strategy("top_layers", top_layers=1)))
+    assert can_capture(adapted, training)
+
+
+def test_the_head_trains_with_the_last_layers_when_asked(bases, tmp_path):
+    """Beside a tied embedding, which stays as it is."""
+    model = load_bases(bases)
+    embedding = model.get_input_embeddings().weight.detach().clone()
+    config = apply_strategy(model, choose_strategy("top_layers", top_layers=1), modules_to_save=["lm_head"])
+    trainer = make_trainer(tmp_path, model, None, peft_config=config, max_steps=2, save_strategy="no")
+    trainer.train()
+    trainer.save_model()
+    loaded = VisionQwen.from_adapter(tmp_path)
+    assert torch.equal(logits(loaded), logits(trainer.model))
+    assert torch.equal(loaded.get_input_embeddings().weight, embedding)
+    assert not torch.equal(loaded.get_output_embeddings().weight, embedding)
