@@ -145,7 +145,7 @@ def test_the_saved_adapter_is_as_large_as_predicted(options, capsys):
 
 def test_pissa_is_saved_with_twice_the_rank(model, tmp_path):
     adapted = get_peft_model(model, lora_config(model, r=8, init_lora_weights="pissa"))
-    predicted, start = doctor.adapter_bytes(adapted), lora_state(adapted)
+    predicted, start = doctor.saved_bytes(adapted), lora_state(adapted)
     adapted.save_pretrained(tmp_path)
     save_pissa_as_lora(tmp_path, start)
     stored = load_file(tmp_path / "adapter_model.safetensors")
@@ -233,14 +233,14 @@ def test_an_unreadable_picture_and_an_empty_text(options, capsys, caplog, tmp_pa
 
 
 def test_a_projector_that_is_frozen(options, capsys, monkeypatch):
-    made = training_setup.lora_config
+    made = training_setup.apply_strategy
 
-    def without_projector(model, **arguments):
-        config = made(model, **arguments)
+    def without_projector(model, strategy, **arguments):
+        config = made(model, strategy, **arguments)
         config.modules_to_save = None
         return config
 
-    monkeypatch.setattr(training_setup, "lora_config", without_projector)
+    monkeypatch.setattr(training_setup, "apply_strategy", without_projector)
 
     def load_frozen(*arguments):
         model, processor = training_setup.load_model(*arguments)

@@ -82,9 +82,10 @@ def make_trainer(
     callbacks=(),
     trainer: dict | None = None,
     images: str = "image_features",
+    peft_config=None,
     **settings,
 ):
-    """A run of six steps of two rows; `lora=None` for a model that has its adapter."""
+    """A run of six steps of two rows; `lora=None` for a model that has its adapter, or with another `peft_config`."""
     set_seed(0)
     rows, processor = encoded_rows(model)
     shape = (16, 16) if images == "image_features" else (3, 8, 8)
@@ -97,7 +98,7 @@ def make_trainer(
         train_dataset=rows,
         data_collator=SharedPrefixCollator(256, lambda ids: {images: inputs[ids]}),
         processing_class=processor,
-        peft_config=None if lora is None else lora_config(model, r=4, lora_dropout=0.1, **lora),
+        peft_config=peft_config if lora is None else lora_config(model, r=4, lora_dropout=0.1, **lora),
         callbacks=list(callbacks),
         **trainer or {},
     )

@@ -138,6 +138,40 @@ def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
     return model
 
 
+def load_trained(
+    folder: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+    quantization_config=None,
+    merge: bool = False,
+) -> Any:
+    """What a run has just saved, as it was trained.
+
+    Args:
+        folder (`str` or `Path`): Adapter folder, or full save.
+        dtype (`torch.dtype`): Of the weights.
+        attn_implementation (`str`, *optional*): Of the decoder.
+        quantization_config (`BitsAndBytesConfig`, *optional*): Of an adapter's decoder.
+        merge (`bool`, *optional*, defaults to `False`): Adds an adapter to the weights.
+
+    Returns:
+        `PeftModel` around a [`VisionQwen`], or [`VisionQwen`].
+    """
+    if is_adapter_folder(folder):
+        return load_adapter(
+            folder,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            quantization_config=quantization_config,
+            merge=merge,
+        )
+    model = _load_full_save(Path(folder), dtype)
+    if attn_implementation is not None:
+        model.set_attn_implementation({"text_config": attn_implementation})
+    return model.eval()
+
+
 def default_device() -> torch.device:
     """The accelerator that PyTorch finds, or the CPU."""
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
 from ..model.modeling_vision_qwen import VisionQwen
@@ -16,9 +17,17 @@ from .pissa import is_pissa
 
 PROJECTOR = "multi_modal_projector"
 
+LAYERS = {"linear": r"model\.language_model\..*", "attention": r"model\.language_model\..*(?:attn|attention)\w*"}
+"""Where in the decoder LoRA's layers are, as regular expressions over the full names of their parents."""
+
 
 def lora_config(
-    model: VisionQwen, *, target_modules: str | list[str] | None = None, lora_vision: bool = False, **arguments
+    model: VisionQwen,
+    *,
+    target_modules: str | list[str] | None = None,
+    layers: str | None = "linear",
+    lora_vision: bool = False,
+    **arguments,
 ) -> LoraConfig:
     """LoRA on the decoder's linear layers, the projector trained in full, and rows of added turn tokens.
 
@@ -27,6 +36,7 @@ def lora_config(
         target_modules (`str` or `list[str]`, *optional*): Names of layers (`["q_proj", "v_proj"]`), or a regular
             expression over full names. All linear layers by default and for `"all-linear"`. Plain names would also hit
             the encoder, so they are anchored here.
+        layers (`str`, *optional*, defaults to `"linear"`): Which of [`LAYERS`]; `None` leaves the decoder without LoRA.
         lora_vision (`bool`, *optional*, defaults to `False`): Also adapts the encoder's layers of these names.
         **arguments: Further fields of `peft.LoraConfig` (`r`, `lora_alpha`, `use_dora`, `init_lora_weights`, ...).
 
@@ -45,8 +55,8 @@ def lora_config(
         if names is not None and "lm_head" in names:
             raise ValueError("LoRA on lm_head is not supported: the loss reads the head's weight directly.")
         # Only the encoder's numbered layers: its pooling head has no part in the hidden states.
-        parts = {r"model\.language_model\..*": True, r"model\.vision_tower\..*\.\d+\..*": lora_vision}
-        target_modules = "|".join(_targets(model, part, names) for part, is_asked in parts.items() if is_asked)
+        parts = ([LAYERS[layers]] if layers else []) + ([r"model\.vision_tower\..*\.\d+\..*"] if lora_vision else [])
+        target_modules = "|".join(_targets(model, part, names) for part in parts) or DUMMY_TARGET_MODULES
     elif not any(re.fullmatch(target_modules, name) for name, _ in model.named_modules()):
         raise ValueError(f"target_modules hit no layer of the model: {target_modules}.")
     if is_pissa(arguments.get("init_lora_weights")) and getattr(model, "quantization_method", None) is not None:
@@ -114,7 +124,8 @@ def add_turn_rows(model: VisionQwen) -> None:
 
 def _targets(model: VisionQwen, part: str, names: list[str] | None) -> str:
     """A regular expression over the linear layers of one part; over all of them without names."""
-    linear = [name for name, module in model.named_modules() if _is_linear(module) and re.fullmatch(part, name)]
+    within = re.compile(rf"{part}\.[^.]+")
+    linear = [name for name, module in model.named_modules() if _is_linear(module) and within.fullmatch(name)]
     names = names or sorted({name.rpartition(".")[2] for name in linear})
     target = rf"{part}\.({'|'.join(map(re.escape, names))})"
     if not any(re.fullmatch(target, name) for name in linear):

@@ -46,7 +46,8 @@ from ..data.rows import encode_rows
 from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
 from ..evaluation.generation import generate_texts
-from ..training.arguments import VisionArguments, parse_arguments
+from ..model.modeling_vision_qwen import VisionQwen
+from ..training.arguments import VisionArguments, chosen_strategy, keeps_features, parse_arguments
 from ..training.callbacks import PrintedLines
 from ..training.data import Part, encode_split, join, parts, row_lengths, watched
 from ..training.setup import (
@@ -58,6 +59,7 @@ from ..training.setup import (
     load_processor,
     training_stream,
 )
+from ..training.stages import check_bases, parse_stages
 
 PROGRAM = "vlm-peft doctor"
 
@@ -96,12 +98,15 @@ def main(arguments: list[str]) -> int:
         return 2
     try:
         parsed = parse_arguments(arguments, program=PROGRAM, description=_DESCRIPTION)
+        if parsed[0].stages is not None:
+            stages = parse_stages(arguments, parsed[0].stages, program=PROGRAM)
+            check_bases(stages)
     except SystemExit as error:
         if error.code is None or isinstance(error.code, int):
             return error.code or 0
         print(error.code, file=sys.stderr)
         return 2
-    except OSError as error:
+    except (OSError, ValueError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
     # The recipe's loader warns of each kind of row that it leaves out; here they are told with the rest.
@@ -110,7 +115,14 @@ def main(arguments: list[str]) -> int:
     data_logger.setLevel(logging.ERROR)
     datasets.disable_caching()
     try:
-        return Doctor(*parsed).examine()
+        if parsed[0].stages is None:
+            return Doctor(*parsed).examine()
+        status = 0
+        for stage in stages:
+            # Each for itself: what one hands to the next changes no layout, and hardly time and memory.
+            _title(f"Stage {stage.name}")
+            status = max(status, Doctor(stage.vision, stage.training, stage.model_args).examine())
+        return status
     finally:
         data_logger.setLevel(level)
         if was_caching:
@@ -132,8 +144,9 @@ class Doctor:
         self.train: list[Split] = []
         self.held_out: list[Split] = []
         self.peaks: dict[str, int] = {}
-        if vision.lora_vision:
-            vision.feature_cache = False
+        self.strategy = chosen_strategy(vision, model_args)
+        self.keeps_features = keeps_features(vision)
+        self.saved_as = "model" if self.strategy.trains_decoder else "adapter"
 
     def examine(self) -> int:
         """Runs all checks that can be run, and returns the exit status."""
@@ -403,21 +416,21 @@ class Doctor:
             adapted: Any = trainer.model
             table = trainable_table(adapted)
             _say(format_trainable_table(table))
-            adapter = adapter_bytes(adapted)
+            saved = saved_bytes(adapted)
             experts = unadapted_experts(adapted)
-            if experts:
+            if experts and self.strategy.lora:
                 _say(f"  LoRA has no part in the experts, which are no linear layers: {', '.join(experts)}")
             _say(f"  {describe_layout(probe(self.model), rows)}")
-            _say(f"  adapter file: {adapter / 1e6:.2f} MB")
-            check_trainable(table, vision_tower_trains=self.vision.lora_vision)
+            _say(f"  {self.saved_as} file: {saved / 1e6:.2f} MB")
+            check_trainable(table, vision_tower_trains=self.strategy.encoder_trains)
             step = self.try_steps(trainer, watch)
         seconds = self.try_texts(adapted)
-        self.predict(rows, step, adapter, to_encode, encode_rate, seconds)
+        self.predict(rows, step, saved, to_encode, encode_rate, seconds)
 
     def check_disk(self) -> int:
         """Room for the features that are not stored yet; returns their number."""
         splits = [*self.train, *self.held_out]
-        if not self.vision.feature_cache:
+        if not self.keeps_features:
             _say("  no feature cache: pictures are encoded in every step")
             return 0
         folder = features_folder(self.vision.feature_cache_dir)
@@ -472,7 +485,7 @@ class Doctor:
         if isinstance(rows, IterableDataset):
             return stack_pixels, math.nan
         fetch_pixels = fetch_from(self.train)
-        if not self.vision.feature_cache:
+        if not self.keeps_features:
             return fetch_pixels, math.nan
         wanted = list(dict.fromkeys(image for images in rows["image_ids"][:] for image in images))
         features: list[torch.Tensor] = []
@@ -544,7 +557,7 @@ class Doctor:
             self.problem("The projector did not change in the trial steps: check --learning_rate and its own rate.")
         return mean
 
-    def try_texts(self, trained: PeftModel) -> float:
+    def try_texts(self, trained: VisionQwen | PeftModel) -> float:
         """Loads the model again, as the run does after saving, and generates the batch with the longest prompts.
 
         Returns:
@@ -557,7 +570,9 @@ class Doctor:
         split = self.held_out[0]
         size = self.vision.generation_batch_size
         questions = sorted(split.questions(), key=lambda question: len(str(question.prompt)))[-size:]
-        model = get_peft_model(again, copy.deepcopy(trained.peft_config["default"])).eval()
+        model: Any = again.eval()
+        if isinstance(trained, PeftModel):
+            model = get_peft_model(again, copy.deepcopy(trained.peft_config["default"])).eval()
         start = time.perf_counter()
         generate_texts(
             model,
@@ -573,7 +588,7 @@ class Doctor:
         return (time.perf_counter() - start) / len(questions)
 
     def predict(
-        self, rows: Dataset | IterableDataset, step: float, adapter: int, to_encode: int, rate: float, text: float
+        self, rows: Dataset | IterableDataset, step: float, saved: int, to_encode: int, rate: float, text: float
     ) -> None:
         """Extrapolates to the whole run."""
         _title("Prediction for one process")
@@ -587,7 +602,7 @@ class Doctor:
         )
         peak, phase = max((value, name) for name, value in self.peaks.items())
         mapped = 0
-        if self.training.device.type == "cpu" and self.vision.feature_cache:
+        if self.training.device.type == "cpu" and self.keeps_features:
             each = picture_bytes(self.model.config, self.vision.feature_dtype)
             pictures = sum(len(split.pictures) for split in self.train)
             share = min(1.0, steps * self.rows_a_step() / len(rows)) if isinstance(rows, Dataset) else 0.0
@@ -602,7 +617,7 @@ class Doctor:
         )
         if self.training.device.type == "cpu" and peak > psutil.virtual_memory().total:
             self.problem(f"The run needs {_size(peak)} of memory, more than this machine has.")
-        _say(f"  adapter  {adapter / 1e6:.2f} MB")
+        _say(f"  {self.saved_as:<8} {saved / 1e6:.2f} MB")
 
     def rows_a_step(self) -> int:
         """Rows of one optimizer step."""
@@ -677,8 +692,10 @@ class StepWatch(TrainerCallback):
             control.should_training_stop = True
 
 
-def adapter_bytes(model: PeftModel) -> int:
-    """Size that `adapter_model.safetensors` will have, without its header of some hundred bytes a tensor."""
+def saved_bytes(model: VisionQwen | PeftModel) -> int:
+    """Size that the file of the weights will have, without its header of some hundred bytes a tensor."""
+    if not isinstance(model, PeftModel):
+        return sum(value.numel() * value.element_size() for value in model.parameters())
     doubled = is_pissa(model.active_peft_config.init_lora_weights)
     return sum(
         value.numel() * value.element_size() * (2 if doubled and ".lora_" in name else 1)

@@ -28,7 +28,7 @@ from ..hub.markup import Markdown, code, markdown, one_line, visible
 from ..hub.models import Published
 from .explained import ranking
 from .gallery import best_and_worst, picture_path, references_of
-from .pages import render
+from .pages import loads_with, render
 
 SAMPLES = 3
 """Sample pictures of each kind: best, worst."""
@@ -159,14 +159,15 @@ def model_card(
         adapter: What to pass to `from_adapter`.
     """
     datasets = _datasets(summary)
-    relation: Any = {"base_model_relation": "adapter"} if bases else {}
+    is_adapter = loads_with(summary) == "from_adapter"
+    relation: Any = {"base_model_relation": "adapter" if is_adapter else "finetune"} if bases else {}
     metadata = ModelCardData(
-        library_name="peft",
+        library_name="peft" if is_adapter else "transformers",
         pipeline_tag="image-text-to-text",
         license=common_licence(licence for what, _, licence in licences if what != "data"),
         base_model=list(bases) or None,
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
-        tags=["vlm_peft", "lora", "vision-language"],
+        tags=["vlm_peft", *(["lora"] if "LoRA" in _trains(summary) else []), "vision-language"],
         model_name=_named(summary["title"]),
         eval_results=_eval_results(scores, datasets) or None,
         **relation,
@@ -179,6 +180,9 @@ def model_card(
         encoder=summary["vision_model"],
         decoder=summary["text_model"],
         datasets=datasets,
+        kind="An adapter" if is_adapter else "A model",
+        trains=_trains(summary),
+        loads_with=loads_with(summary),
         parameters=summary["parameters"],
         trained=summary["trainable_parameters"],
         adapter=Markdown(json.dumps(visible(adapter), ensure_ascii=False)),
@@ -192,6 +196,11 @@ def model_card(
         versions=[f"{name} {value}" for name, value in summary["versions"].items()],
         **{name: str(summary[name]) for name in ("command", "date", "device", "seed")},
     )
+
+
+def _trains(summary: Mapping[str, Any]) -> str:
+    """What trained; LoRA and the projector in runs that do not say."""
+    return str(summary.get("trains") or "LoRA and projector")
 
 
 def _datasets(summary: Mapping[str, Any]) -> dict[str, str | None]:

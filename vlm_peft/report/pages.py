@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from ..adapters.strategies import STRATEGIES
 from ..hub.markup import Markdown, code, markdown, visible
 
 _LOADER = PackageLoader("vlm_peft.report")
@@ -45,3 +46,13 @@ def page(title: str, body: str) -> str:
 def description(pairs: Mapping[str, Any]) -> str:
     """Return names and values as a description list, without those that are None or empty."""
     return render("description.html.jinja", pairs=pairs)
+
+
+def loads_with(summary: Mapping[str, Any]) -> str:
+    """The method of `VisionQwen` that loads the folder of a run.
+
+    Args:
+        summary (`Mapping`): Of `run_summary.json`.
+    """
+    strategy = STRATEGIES.get(str(summary.get("strategy")))
+    return "from_pretrained" if strategy is not None and strategy.trains_decoder else "from_adapter"

@@ -37,7 +37,7 @@ from .gallery import (
     thumbnail,
     true_boxes,
 )
-from .pages import render
+from .pages import loads_with, render
 
 __all__ = ["build_report", "choose_gallery", "save_gallery_pictures"]
 
@@ -97,6 +97,7 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
         gallery=gallery,
         # The folder's name, not its path: a page that is passed on should not tell how somebody's disk is laid out.
         adapter=repr(str(summary.get("adapter") or output_dir.resolve().name)),
+        loads_with=loads_with(summary),
         command=summary.get("command"),
         making=_making(summary),
         trained=[

@@ -21,24 +21,36 @@ from transformers.trainer_utils import EvalLoopOutput
 from ..adapters.folder import check_finite, rows_in_place, save_composite_config
 from ..adapters.lora import PROJECTOR
 from ..adapters.pissa import is_pissa, load_pissa_from_lora, lora_state, save_pissa_as_lora
+from ..adapters.strategies import layers_from_top
 from .callbacks import PrintedLines, ProgressLines
 
 logger = logging.getLogger(__name__)
 
 
+def _from(start: int, rate: Callable[[int], float]) -> Callable[[int], float]:
+    """A schedule that is 0 before its first step."""
+    return lambda step: rate(step) if step >= start else 0.0
+
+
 class AdapterTrainer(Trainer):
     """transformers' `Trainer` of an adapted model; every checkpoint is a complete adapter folder.
+
+    A model that trains itself, without an adapter, is saved whole.
 
     A mixin, too: `class MyTrainer(AdapterTrainer, SFTTrainer)` puts it before any subclass of `Trainer`, of which the
     loss stays as it is.
 
     Args:
-        model (`PeftModel`): Or what the other trainer makes one of.
+        model (`PeftModel`): Or what the other trainer makes one of, or a model whose own weights train.
         *args, **kwargs: Of `Trainer`, or of the other trainer.
         extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
         projector_learning_rate, vision_learning_rate (`float`, *optional*): Per optimizer step, for the projector and
-            for LoRA on the encoder; `args.learning_rate` by default. All follow the same schedule.
+            for what trains in the encoder; `args.learning_rate` by default. All follow the same schedule.
         loraplus_lr_ratio (`float`, *optional*): LoRA+ (arXiv 2402.12354): how many times the rate of A that of B is.
+        layer_decay (`float`, *optional*): Factor on the rate for each layer that a weight lies below the top of its
+            part; see [`~vlm_peft.adapters.strategies.layers_from_top`].
+        unfreeze_steps (`int`, *optional*): Every so many optimizer steps one more layer learns, from the decoder's last
+            one downwards, then the encoder's. All are in the optimizer from the beginning, at a rate of 0.
         score (`Callable[[model], dict[str, float]]`, *optional*): Called on all processes at every evaluation with the
             model; what it returns is logged as `eval_<name>` and may be the `metric_for_best_model`.
     """
@@ -51,12 +63,15 @@ class AdapterTrainer(Trainer):
         projector_learning_rate: float | None = None,
         vision_learning_rate: float | None = None,
         loraplus_lr_ratio: float | None = None,
+        layer_decay: float | None = None,
+        unfreeze_steps: int | None = None,
         score: Callable[[Any], dict[str, float]] | None = None,
         **kwargs,
     ):
         self._extra_files = extra_files or {}
         self._learning_rates = {PROJECTOR: projector_learning_rate, "vision_tower": vision_learning_rate}
         self._loraplus_lr_ratio = loraplus_lr_ratio
+        self._layer_decay, self._unfreeze_steps = layer_decay, unfreeze_steps
         self._score = score
         given = {id(parameter): parameter.data for parameter in model.parameters() if parameter.requires_grad}
         super().__init__(model, *args, **kwargs)
@@ -65,8 +80,8 @@ class AdapterTrainer(Trainer):
             if parameter.requires_grad:
                 # Beside a quantized decoder TRL rounds them to bfloat16, where small updates are lost.
                 parameter.data = given.get(id(parameter), parameter.data).to(parameter.device, torch.float32)
-        starts_as = adapted.active_peft_config.init_lora_weights
-        self._pissa_start = lora_state(adapted) if is_pissa(starts_as) else None
+        is_pissa_run = isinstance(adapted, PeftModel) and is_pissa(adapted.active_peft_config.init_lora_weights)
+        self._pissa_start = (lora_state(adapted) or None) if is_pissa_run else None
         for theirs, ours in ((ProgressCallback, ProgressLines), (PrinterCallback, PrintedLines)):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
@@ -92,7 +107,39 @@ class AdapterTrainer(Trainer):
                     group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
                     ratio = 1.0 if part == PROJECTOR else group["lr"] / self.args.learning_rate
                     optimizer.add_param_group({**group, "params": own, "lr": rate * ratio})
+        if self._layer_decay is not None or self._unfreeze_steps is not None:
+            self._split_by_layer(optimizer, trained)
         return optimizer
+
+    def _split_by_layer(self, optimizer: torch.optim.Optimizer, trained) -> None:
+        """Gives each layer groups of its own, with its rate, and the `turn` in which it begins to learn."""
+        find = layers_from_top(trained)
+        places = {id(each): find(name, each) for name, each in trained.named_parameters() if each.requires_grad}
+        # By their names the decoder comes before the encoder.
+        order = sorted(place for place in set(places.values()) if place[0])
+        turns = {place: turn for turn, place in enumerate(order)}
+        for group in list(optimizer.param_groups):
+            by_place: dict = {}
+            for parameter in group["params"]:
+                by_place.setdefault(places[id(parameter)], []).append(parameter)
+            group["params"] = []
+            for place, parameters in by_place.items():
+                turn = turns.get(place, 0)
+                rate = group["lr"] * (self._layer_decay or 1.0) ** place[1]
+                optimizer.add_param_group({**group, "params": parameters, "lr": rate, "turn": turn})
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
+        """As the trainer's; with `unfreeze_steps` the rate of a layer is 0 until its turn."""
+        is_first = self.lr_scheduler is None
+        scheduler: Any = super().create_scheduler(num_training_steps, optimizer)
+        if self._unfreeze_steps is not None and is_first:
+            starts = [group.get("turn", 0) * self._unfreeze_steps for group in scheduler.optimizer.param_groups]
+            scheduler.lr_lambdas = [
+                _from(start, rate) for start, rate in zip(starts, scheduler.lr_lambdas, strict=True)
+            ]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["lr"] = group["initial_lr"] * rate(0)
+        return scheduler
 
     def evaluation_loop(
         self,
@@ -128,6 +175,12 @@ class AdapterTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         else:
             self._pissa_start = load_pissa_from_lora(adapted, resume_from_checkpoint, self._pissa_start)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """As the trainer's; of two names of one tensor a file has one."""
+        tied = getattr(self.model, "all_tied_weights_keys", {})
+        load_result.missing_keys[:] = [name for name in load_result.missing_keys if name not in tied]
+        super()._issue_warnings_after_load(load_result)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         """As the trainer's, which keeps the first of equals: the loss decides, then the later step."""

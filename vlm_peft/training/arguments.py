@@ -5,10 +5,12 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 
 import difflib
 import os
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from ..adapters.strategies import STRATEGIES, Strategy, choose_strategy
 from ..data.arguments import DataArguments
 from ..model.projector import ProjectorSettings
 from .options import check_ranges, name_choice, read_config, typed
@@ -55,6 +57,41 @@ class VisionArguments(ProjectorSettings, DataArguments):
         metadata={"help": "Side of the pictures in pixels; by default the one that the encoder was built for."},
     )
     keep_class_token: bool = field(default=False, metadata={"help": "Pass the class token on, too."})
+    stages: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "In the YAML file: a list of trainings one after the other, each with a name and options of its "
+            "own; what an entry leaves out is taken from the top level and the command line."
+        },
+    )
+    strategy: str = field(
+        default="lora",
+        metadata={
+            "help": "What trains beside the projector: nothing (projector), LoRA on all linear layers of the decoder "
+            "(lora) or on those of its attention (attention_lora), its last layers in full (top_layers), the encoder's "
+            "(vision_layers), the whole decoder (full), or a decoder drawn at random from the configuration of "
+            "--model_name_or_path (scratch). The last two save a whole model.",
+            "choices": list(STRATEGIES),
+        },
+    )
+    top_layers: int | None = field(
+        default=None, metadata={"help": "How many of the decoder's layers --strategy top_layers trains; 2 by default."}
+    )
+    vision_layers: int | None = field(
+        default=None,
+        metadata={"help": "Train so many of the encoder's last layers, too, with any strategy; not cached then."},
+    )
+    layer_decay: float | None = field(
+        default=None,
+        metadata={"help": "Factor on the learning rate for each layer that one lies below the top of its part."},
+    )
+    unfreeze_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Gradual unfreezing: every so many steps one more layer learns, from the decoder's last one "
+            "downwards, then the encoder's; the projector and the head do from the beginning."
+        },
+    )
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector; --learning_rate by default."}
     )
@@ -62,7 +99,7 @@ class VisionArguments(ProjectorSettings, DataArguments):
         default=False, metadata={"help": "LoRA on the encoder, too; its features are then not cached."}
     )
     vision_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of LoRA on the encoder; --learning_rate by default."}
+        default=None, metadata={"help": "Learning rate of what trains in the encoder; --learning_rate by default."}
     )
     init_lora_weights: str | None = field(
         default=None, metadata={"help": "Where LoRA starts: pissa, pissa_niter_4, ...; at zero by default."}
@@ -127,6 +164,37 @@ _LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
 """What every evaluation logs."""
 
 
+def chosen_strategy(vision: VisionArguments, model_args: Any) -> Strategy:
+    """What a run trains; see [`~vlm_peft.adapters.strategies.choose_strategy`].
+
+    Args:
+        vision, model_args: Of [`parse_arguments`].
+
+    Raises:
+        ValueError: For options that contradict each other.
+    """
+    return choose_strategy(
+        vision.strategy,
+        top_layers=vision.top_layers,
+        vision_layers=vision.vision_layers,
+        lora_vision=vision.lora_vision,
+        is_quantized=model_args.load_in_4bit or model_args.load_in_8bit,
+        target_modules=model_args.lora_target_modules,
+        loraplus=vision.loraplus_lr_ratio is not None,
+    )
+
+
+def keeps_features(vision: VisionArguments) -> bool:
+    """Whether pictures are encoded once: not when the encoder trains, since its features then change."""
+    strategy = choose_strategy(
+        vision.strategy,
+        top_layers=vision.top_layers,
+        vision_layers=vision.vision_layers,
+        lora_vision=vision.lora_vision,
+    )
+    return vision.feature_cache and not strategy.encoder_trains
+
+
 def data_sources(arguments: VisionArguments) -> list[DataArguments]:
     """The data sets of a run: the entries of `mixture`, or the one that the options name.
 
@@ -155,13 +223,21 @@ def data_sources(arguments: VisionArguments) -> list[DataArguments]:
     return sources
 
 
-def parse_arguments(arguments: list[str], *, program: str = "sft.py", description: str | None = None):
+def parse_arguments(
+    arguments: list[str],
+    *,
+    program: str = "sft.py",
+    description: str | None = None,
+    entry: dict[str, Any] | None = None,
+):
     """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
 
     Args:
         arguments (`list[str]`): `--config FILE.yaml` and options, which override the file's.
         program (`str`, *optional*, defaults to `"sft.py"`): Put before messages.
         description (`str`, *optional*): First line of `--help`.
+        entry (`dict`, *optional*): Options of one of the file's `stages`, which override all others. Without it, those
+            of a file with stages are taken as they are, for [`~vlm_peft.training.stages.parse_stages`].
 
     Raises:
         SystemExit: For an unknown key, naming the nearest known one, or a missing one, and for a value of another kind
@@ -191,10 +267,13 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
                 raise ValueError("--config expects a YAML file.")
             config = typed(read_config(given[place + 1]), types)
             del given[place : place + 2]
+            if entry is not None:
+                config = {name: value for name, value in config.items() if name != "stages"} | typed(entry, types)
+                given = _without(given, entry)
             os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
         *parsed, unknown = parse()
         if parsed[1].device.type == "cuda":
-            *parsed, unknown = parse(**_GPU_DEFAULTS)
+            *parsed, unknown = parse(**_gpu_defaults(parsed[0], parsed[2]))
     except (ValueError, TypeError, ImportError) as error:
         # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), what is
         # not installed (deepspeed), or a broken file.
@@ -215,6 +294,9 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
                 setattr(options, each.name, [])
     try:
         check_ranges(*parsed)
+        if vision_args.stages is not None:
+            return vision_args, training_args, model_args
+        _check_strategy(*parsed)
         _check_reports(training_args)
         sources = data_sources(vision_args)
     except ValueError as error:
@@ -223,7 +305,7 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         raise SystemExit(f"{program}: --train_split is null: expected at least one data set to train on.")
     if vision_args.streaming and training_args.max_steps <= 0:
         raise SystemExit(f"{program}: --streaming: the length of a stream is not known, so --max_steps is needed.")
-    if not model_args.use_peft:
+    if not model_args.use_peft and not STRATEGIES[vision_args.strategy].trains_decoder:
         raise SystemExit(f"{program}: --use_peft true is missing: this recipe trains LoRA and the projector.")
     if vision_args.early_stopping_patience is not None and not training_args.load_best_model_at_end:
         raise SystemExit(
@@ -241,6 +323,47 @@ def parse_arguments(arguments: list[str], *, program: str = "sft.py", descriptio
         if value is None:
             raise SystemExit(f"{program}: --{name} is missing; give it on the command line or in the --config file.")
     return vision_args, training_args, model_args
+
+
+def _without(given: list[str], names: Iterable[str]) -> list[str]:
+    """A command line without some options and their values."""
+    kept, is_out = [], False
+    for text in given:
+        if text.startswith("--"):
+            is_out = text[2:].partition("=")[0] in names
+        if not is_out:
+            kept.append(text)
+    return kept
+
+
+def _gpu_defaults(vision: VisionArguments, model_args: Any) -> dict[str, Any]:
+    defaults = dict(_GPU_DEFAULTS)
+    if vision.strategy in STRATEGIES and chosen_strategy(vision, model_args).trains_whole_layers:
+        del defaults["dtype"]
+    return defaults
+
+
+def _check_strategy(vision: VisionArguments, training: Any, model_args: Any) -> None:
+    """Refuses what a strategy cannot do.
+
+    Raises:
+        ValueError: For options that contradict each other.
+    """
+    strategy = chosen_strategy(vision, model_args)
+    if strategy.trains_whole_layers and model_args.dtype not in (None, "auto", "float32"):
+        raise ValueError(
+            f"--dtype {model_args.dtype}: the layers that --strategy {vision.strategy} trains must be in float32, "
+            "where small updates are kept: leave --dtype out; --bf16 true computes in bfloat16."
+        )
+    if strategy.trains_decoder and training.push_to_hub:
+        raise ValueError(
+            f"--push_to_hub: what is pushed is an adapter folder, and --strategy {vision.strategy} saves a whole "
+            "model: leave it out, and upload the folder with `hf upload`."
+        )
+    if vision.unfreeze_steps is not None and training.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy"):
+        raise ValueError(
+            f"--unfreeze_steps needs a schedule that is known beforehand, got {training.lr_scheduler_type.value}."
+        )
 
 
 def _check_reports(training_args: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..adapters.folder import read_object
+from ..adapters.folder import is_adapter_folder, read_object
 from ..data.splits import Split, content_hash
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.projector import ProjectorSettings
@@ -31,6 +31,11 @@ _VISION = (
     "image_size",
     "keep_class_token",
     *(each.name for each in fields(ProjectorSettings)),
+    "strategy",
+    "top_layers",
+    "vision_layers",
+    "layer_decay",
+    "unfreeze_steps",
     "lora_vision",
     "init_lora_weights",
     "loraplus_lr_ratio",
@@ -115,11 +120,15 @@ def why_broken(folder: Path) -> str | None:
             return f"{name} is damaged"
     if not list(folder.glob("rng_state*.pth")):
         return "rng_state.pth is missing"
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt"):
-            return None
-    except (OSError, SafetensorError):
-        return "adapter_model.safetensors is missing or damaged"
+    is_full = not is_adapter_folder(folder) and (folder / "config.json").is_file()
+    names = {path.name for path in folder.glob("model*.safetensors")} if is_full else set()
+    for name in sorted(names) or ["adapter_model.safetensors"]:
+        try:
+            with safe_open(folder / name, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return f"{name} is missing or damaged"
+    return None
 
 
 def checkpoints_in(folder: str | Path) -> list[Path]:

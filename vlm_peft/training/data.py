@@ -19,7 +19,7 @@ from ..data.mixture import fetch_from, first_images, mix
 from ..data.rows import EncodedRows, encode_rows
 from ..data.splits import Split, drawn_shares, encode_pictures, first_of_each, leave_out, load_split, make_split
 from ..data.streaming import load_stream, stack_pixels
-from .arguments import VisionArguments
+from .arguments import VisionArguments, keeps_features
 from .setup import check_steps, sources, training_sources, training_stream
 
 
@@ -218,7 +218,7 @@ def _with_pictures(vision: VisionArguments, split: Split, model, processor) -> S
         split,
         model,
         processor,
-        feature_cache=vision.feature_cache,
+        feature_cache=keeps_features(vision),
         directory=vision.feature_cache_dir,
         dtype=vision.feature_dtype,
     )

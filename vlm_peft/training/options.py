@@ -48,9 +48,13 @@ _AT_LEAST = {
     "split_seed": 0,
     "data_seed": 0,
     "lora_r": 1,
+    "top_layers": 1,
+    "vision_layers": 1,
+    "unfreeze_steps": 1,
 }
 _ABOVE_ZERO = (
     "weight",
+    "layer_decay",
     "loraplus_lr_ratio",
     "num_train_epochs",
     "logging_steps",

@@ -20,6 +20,7 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from .. import __version__
+from ..adapters.folder import is_adapter_folder
 from ..adapters.lora import check_trainable, format_trainable_table, trainable_table, unadapted_experts
 from ..adapters.pissa import is_pissa
 from ..console import quiet_progress, show_messages
@@ -34,7 +35,7 @@ from ..model.modeling_vision_qwen import base_model
 from ..report.gallery import choose_gallery, save_gallery_pictures
 from ..report.model_card import card_for_others, write_model_card
 from ..report.report import build_report
-from .arguments import data_sources
+from .arguments import chosen_strategy, data_sources, keeps_features
 from .callbacks import StopOnSignal
 from .checkpoints import check_same_run, checkpoint_to_resume, checkpoints_in
 from .setup import load_model, loading_arguments, local
@@ -111,12 +112,12 @@ def prepare_push(run: Run) -> dict[str, Any] | None:
     return push
 
 
-def load_bases(run: Run):
-    """Encoder + decoder + fresh projector, with their processor."""
-    if run.vision.lora_vision and run.vision.feature_cache:
-        run.vision.feature_cache = False
-        run.say("The encoder trains (--lora_vision): its features change, so pictures are encoded in every step.")
-    return load_model(run.vision, run.model, run.training.device)
+def load_bases(run: Run, start: Path | None = None):
+    """Encoder + decoder + fresh projector, with their processor; see [`~vlm_peft.training.setup.load_model`]."""
+    if run.vision.feature_cache and not keeps_features(run.vision):
+        by = "--lora_vision" if run.vision.lora_vision else "its last layers"
+        run.say(f"The encoder trains ({by}): its features change, so pictures are encoded in every step.")
+    return load_model(run.vision, run.model, run.training.device, start)
 
 
 def clear_results(folder: Path) -> None:
@@ -182,16 +183,17 @@ def show_trained(run: Run, model) -> None:
     """Prints what trains, and checks that it is what should.
 
     Args:
-        model (`PeftModel`): Of a trainer.
+        model (`PeftModel` or [`VisionQwen`]): Of a trainer.
 
     Raises:
         ValueError: See [`~vlm_peft.adapters.lora.check_trainable`].
     """
     rows = trainable_table(model)
     run.say("\n" + format_trainable_table(rows) + "\n")
-    check_trainable(rows, vision_tower_trains=run.vision.lora_vision)
+    strategy = chosen_strategy(run.vision, run.model)
+    check_trainable(rows, vision_tower_trains=strategy.encoder_trains)
     experts = unadapted_experts(model)
-    if experts:
+    if experts and strategy.lora:
         run.say(f"LoRA has no part in the experts, which are no linear layers: {', '.join(experts)}")
 
 
@@ -215,12 +217,15 @@ def train(run: Run, trainer) -> int:
 
 
 def save_whole(run: Run, trainer) -> None:
-    """Saves the adapter folder aside and moves its files here; last comes the one without which it is none."""
+    """Saves the folder aside and moves its files here; last comes the one without which it is none."""
     draft = draft_of(run.output_dir / "adapter")
     trainer.save_model(str(draft))
     if not run.is_main:
         return
-    last = "adapter_config.json"
+    last = "adapter_config.json" if is_adapter_folder(draft) else "config.json"
+    # Of an earlier run, which may have saved the other kind.
+    for path in [*run.output_dir.glob("adapter_*"), *run.output_dir.glob("model*.safetensors*")]:
+        path.unlink()
     (run.output_dir / last).unlink(missing_ok=True)
     for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
         path.replace(run.output_dir / path.name)
@@ -228,7 +233,7 @@ def save_whole(run: Run, trainer) -> None:
 
 
 def save_checked(run: Run, trainer, load: Callable[..., Any], batch: dict[str, torch.Tensor]) -> Any:
-    """Saves the adapter folder, loads it again, and compares logits before it says that it is saved.
+    """Saves the folder, loads it again, and compares logits before it says that it is saved.
 
     Args:
         trainer ([`~vlm_peft.training.adapter_trainer.AdapterTrainer`]): It has trained.
@@ -308,8 +313,9 @@ def finish(run: Run, trainer, trained_on: Iterable[Split], held_out: dict[str, S
     run.seconds["total"] = time.monotonic() - run.started
     write_summary(run, trainer, [*trained_on, *held_out.values()])
     report = write_report(run, held_out)
+    what = "adapter" if is_adapter_folder(run.output_dir) else "model"
     run.say(
-        f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
+        f"\n{what:<9}{run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
         f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
     )
     if run.push is not None:
@@ -343,6 +349,8 @@ def write_summary(run: Run, trainer, splits: Iterable[Split]) -> None:
         },
         "device": str(run.training.device),
         "seed": run.training.seed,
+        "strategy": run.vision.strategy,
+        "trains": chosen_strategy(run.vision, run.model).described,
         "parameters": sum(row.parameters for row in rows),
         "trainable_parameters": sum(row.trainable for row in rows),
         "trained": [{**asdict(row), "dtype": row.dtypes} for row in rows],

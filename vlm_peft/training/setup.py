@@ -13,11 +13,14 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
-from trl import ModelConfig, SFTConfig, get_peft_config, get_quantization_config
+from trl import ModelConfig, SFTConfig, get_quantization_config
 
 from ..adapters.fused_lora import fuse_lora
-from ..adapters.lora import add_turn_rows, lora_config
+from ..adapters.loading import load_trained
+from ..adapters.lora import add_turn_rows
+from ..adapters.strategies import apply_strategy, carry_on
 from ..data.arguments import DataArguments
 from ..data.collator import SharedPrefixCollator
 from ..data.mixture import mix
@@ -34,7 +37,7 @@ from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..model.shared_prefix import FLEX_BLOCK
 from ..tasks import TASK_FILE, TaskSettings, task_options
-from .arguments import VisionArguments, data_sources
+from .arguments import VisionArguments, chosen_strategy, data_sources
 from .trainer import VisionSFTTrainer, prepare_training_arguments
 
 logger = logging.getLogger(__name__)
@@ -165,22 +168,39 @@ def load_processor(vision: VisionArguments, model_args: ModelConfig) -> tuple[Vi
 
 
 def load_model(
-    vision: VisionArguments, model_args: ModelConfig, device: torch.device | str = "cpu"
+    vision: VisionArguments,
+    model_args: ModelConfig,
+    device: torch.device | str = "cpu",
+    start: str | Path | None = None,
 ) -> tuple[VisionQwen, VisionQwenProcessor]:
-    """Frozen encoder + decoder + fresh projector, with their processor.
+    """Frozen encoder + decoder + fresh projector, with their processor; the decoder may be drawn at random.
+
+    Args:
+        vision, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where the model goes.
+        start (`str` or `Path`, *optional*): Folder of an earlier training. A decoder that trains as a whole starts from
+            it, what an adapter held merged; an adapter is put around the bases, see [`build_trainer`].
 
     Raises:
         OSError: When a base is not there.
         ValueError: When the two do not fit, or the decoder gives in a batch what it does not give alone.
     """
     named = bases(vision, model_args)
+    parts = dict(named)
     try:
-        model = VisionQwen.from_vision_text_pretrained(**named, **loading_arguments(model_args))
+        strategy = chosen_strategy(vision, model_args)
+        if strategy.draws_decoder:
+            parts |= {"text": None, "text_revision": None, "text_config": joint_config(**named).text_config}
+        if start is not None and strategy.trains_decoder:
+            model = load_trained(start, merge=True, **loading_arguments(model_args))
+        else:
+            model = VisionQwen.from_vision_text_pretrained(**parts, **loading_arguments(model_args))
     except OSError as error:
         raise OSError(_not_loaded(named, error)) from error
     model.model.vision_tower.requires_grad_(False)
     processor = VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], model.config)
-    add_turn_rows(model)
+    if start is None or not strategy.trains_decoder:
+        add_turn_rows(model)
     model = model.to(device)
     probe(model)
     return model, processor
@@ -251,8 +271,9 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
     score: Callable[[VisionQwen | PeftModel], dict[str, float]] | None = None,
     extra_files: dict[str, str] | None = None,
+    start: str | Path | None = None,
 ) -> VisionSFTTrainer:
-    """LoRA and projector as the options say, and the trainer of both with its collator.
+    """What the options' strategy trains, and its trainer with its collator.
 
     Args:
         vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`]; `training` is changed in
@@ -262,23 +283,26 @@ def build_trainer(
         fetch_images (`Callable`): Picture numbers of both -> model inputs.
         callbacks, score, extra_files: Of [`~vlm_peft.training.trainer.VisionSFTTrainer`]; the task's settings are
             added to the files.
+        start (`str` or `Path`, *optional*): Adapter folder of an earlier training, of which the adapter goes on.
 
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have.
     """
-    asked: Any = get_peft_config(model_args)
-    peft_config = lora_config(
+    peft_config = apply_strategy(
         model,
+        chosen_strategy(vision, model_args),
         target_modules=model_args.lora_target_modules,
-        lora_vision=vision.lora_vision,
         init_lora_weights=vision.init_lora_weights or True,
-        r=asked.r,
-        lora_alpha=asked.lora_alpha,
-        lora_dropout=asked.lora_dropout,
-        use_rslora=asked.use_rslora,
-        use_dora=asked.use_dora,
-        modules_to_save=asked.modules_to_save,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        modules_to_save=model_args.lora_modules_to_save,
     )
+    trained: Any = model
+    if peft_config is not None and start is not None:
+        trained, peft_config = carry_on(model, peft_config, start), None
     first = data_sources(vision)[0]
     settings = TaskSettings(
         task=first.task,
@@ -302,7 +326,7 @@ def build_trainer(
         sharing=sharing,
     )
     trainer = VisionSFTTrainer(
-        model=model,
+        model=trained,
         args=prepare_training_arguments(training),
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,
@@ -313,6 +337,8 @@ def build_trainer(
         extra_files={TASK_FILE: settings.to_json(), **(extra_files or {})},
         projector_learning_rate=vision.projector_learning_rate,
         vision_learning_rate=vision.vision_learning_rate,
+        layer_decay=vision.layer_decay,
+        unfreeze_steps=vision.unfreeze_steps,
         loraplus_lr_ratio=vision.loraplus_lr_ratio,
         score=score,
     )
@@ -320,7 +346,7 @@ def build_trainer(
     on = [f"attention {model.model.language_model.config._attn_implementation}"]
     if collator.sequence_length is not None:
         on.append(f"a batch in one sequence of {collator.sequence_length:,} tokens")
-    if vision.fused_lora:
+    if vision.fused_lora and any(isinstance(module, LoraLayer) for module in adapted.modules()):
         left_out = fuse_lora(adapted)
         on.append("fused LoRA" + (f" (not in {len(left_out)} layers: {left_out[0]})" if left_out else ""))
     # Texts of their own lengths would be compiled for each of them.

@@ -1,18 +1,20 @@
-"""Supervised fine-tuning: LoRA on the decoder and a full projector are trained on pictures with texts.
+"""Supervised fine-tuning: a projector, and of the decoder what `--strategy` says, are trained on pictures with texts.
 
-Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, held-out scores and report.html go
-to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's `ModelConfig`.
+Stage: the recipe behind `recipes/sft.py` and `vlm-peft train`. The adapter folder, or the whole model, held-out scores
+and report.html go to `--output_dir`. Options are those of `vlm_peft.training.arguments`, TRL's `SFTConfig` and TRL's
+`ModelConfig`.
 """
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from transformers import EarlyStoppingCallback
 
+from ..adapters.loading import load_trained
 from ..data.probe import probe
 from ..data.splits import Split
-from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from . import run as phases
 from .arguments import parse_arguments
@@ -20,13 +22,20 @@ from .checkpoints import RUN_FILE, run_record
 from .data import TrainingRows, load_held_out, load_training
 from .run import Run
 from .setup import CLONE, build_trainer, describe_layout
+from .stages import Stage, parse_stages, run_stages
 from .trainer import VisionSFTTrainer
 
 DEMO = CLONE / "recipes" / "configs" / "demo.yaml"
 
 
 def make_trainer(
-    run: Run, model, processor, data: TrainingRows, held_out: dict[str, Split], record: dict[str, Any]
+    run: Run,
+    model,
+    processor,
+    data: TrainingRows,
+    held_out: dict[str, Split],
+    record: dict[str, Any],
+    start: Path | None = None,
 ) -> VisionSFTTrainer:
     """The trainer with its collator, after the table of what trains was printed and checked.
 
@@ -34,6 +43,7 @@ def make_trainer(
         model, processor: Of [`~vlm_peft.training.run.load_bases`].
         data, held_out: Of [`~vlm_peft.training.data.load_training`] and [`~vlm_peft.training.data.load_held_out`].
         record (`dict`): Of [`~vlm_peft.training.checkpoints.run_record`]; kept in every checkpoint.
+        start (`Path`, *optional*): Folder of an earlier training that this one goes on from.
 
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have, or something else trains than they say.
@@ -51,6 +61,7 @@ def make_trainer(
         callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
         score=phases.make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
         extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
+        start=start,
     )
     phases.show_trained(run, trainer.model)
     run.say(describe_layout(probe(model), data.dataset))
@@ -85,17 +96,41 @@ def main(
             f"{program}: give --config FILE.yaml, or --dataset_name, --vision_model, --model_name_or_path, --use_peft "
             "true and --output_dir: the demo, which needs none of them, is in a clone of the repository only."
         )
-    vision, training, model_args = parse_arguments(
-        list(arguments) or ["--config", str(DEMO)],
-        program=program,
-        description="Fine-tune a vision-language model on pictures with texts.",
-    )
+    given = list(arguments) or ["--config", str(DEMO)]
+    named: Any = {"program": program, "description": "Fine-tune a vision-language model on pictures with texts."}
+    parsed = parse_arguments(given, **named)
     said = " ".join([command or program, *arguments])
-    run = Run(vision, training, model_args, command=said, started=started)
+    if parsed[0].stages is None:
+        return train(*parsed, command=said, started=started)
+    stages = parse_stages(given, parsed[0].stages, **named)
+
+    def train_stage(stage: Stage, start: Path | None) -> int:
+        return train(stage.vision, stage.training, stage.model_args, command=said, start=start)
+
+    return run_stages(stages, train_stage)
+
+
+def train(
+    vision, training, model_args, *, command: str, started: float | None = None, start: Path | None = None
+) -> int:
+    """One training, from its options to its report.
+
+    Args:
+        vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
+        command, started: Of [`main`].
+        start (`Path`, *optional*): Folder of an earlier training, which this one goes on from.
+
+    Returns:
+        `int`: The exit status.
+
+    Raises:
+        ValueError, OSError: As [`main`].
+    """
+    run = Run(vision, training, model_args, command=command, started=started)
     run.compare(run_record(vision, training, model_args))
 
     with run.phase("load models"):
-        model, processor = phases.load_bases(run)
+        model, processor = phases.load_bases(run, start)
     with run.phase("encode pictures"):
         held_out = load_held_out(vision, model, processor)
         data = load_training(vision, training, model, processor, held_out)
@@ -107,14 +142,14 @@ def main(
     with run.phase("prepare training"):
         record = run_record(vision, training, model_args, model.config, data.splits)
         run.compare(record)
-        trainer = make_trainer(run, model, processor, data, held_out, record)
+        trainer = make_trainer(run, model, processor, data, held_out, record, start)
     status = phases.train(run, trainer)
     if status:
         return status
     with run.phase("save"):
         batch = trainer.data_collator([next(iter(data.dataset))])
         inputs = {key: value for key, value in batch.items() if "labels" not in key}
-        trained = phases.save_checked(run, trainer, VisionQwen.from_adapter, inputs)
+        trained = phases.save_checked(run, trainer, load_trained, inputs)
     processor = VisionQwenProcessor.from_pretrained(training.output_dir)
     phases.evaluate_trained(run, trained, processor, held_out)
     phases.finish(run, trainer, data.splits, held_out)

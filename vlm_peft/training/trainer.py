@@ -6,6 +6,7 @@ and several times faster. Otherwise only tokens per second are added.
 
 import functools
 import time
+from types import MethodType
 from typing import Any
 
 import torch
@@ -109,8 +110,9 @@ def use_frozen_head(model: VisionQwen) -> None:
     """
     fused_forward = model.forward
 
-    @functools.wraps(fused_forward)
-    def forward(*args, **kwargs):
+    # A method, as TRL's: accelerate takes its own wrappers of a method off again.
+    @functools.wraps(type(model).forward)
+    def forward(self, *args, **kwargs):
         head, shift_labels = model.get_output_embeddings(), kwargs.get("shift_labels")
         weight, rows = head.weight, _trained_rows(head)
         is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None and torch.is_grad_enabled()
@@ -136,7 +138,7 @@ def use_frozen_head(model: VisionQwen) -> None:
             label_mask=is_label,
         )
 
-    model.forward = forward
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
 
 def _trained_rows(head: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

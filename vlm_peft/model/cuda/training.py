@@ -102,7 +102,7 @@ def can_capture(model: VisionQwen | PeftModel, training: TrainingArguments) -> b
 
     Not with several batches or processes to an optimizer step, since a replay overwrites the gradients of the one
     before; not with dropout, whose random numbers a replay would repeat, nor with activations computed anew; nor with
-    rows of the embedding that train, which a capture of the decoder would miss among what it uses.
+    an embedding that trains, or rows of it, which a capture of the decoder would miss among what it uses.
     """
     has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules())
     return (
@@ -111,6 +111,7 @@ def can_capture(model: VisionQwen | PeftModel, training: TrainingArguments) -> b
         and not training.gradient_checkpointing
         and not has_dropout
         and base_model(model).config.turn_token_ids is None
+        and not any(each.requires_grad for each in base_model(model).get_input_embeddings().parameters())
     )
 
 
