@@ -223,10 +223,11 @@ def save_whole(run: Run, trainer) -> None:
     if not run.is_main:
         return
     last = "adapter_config.json" if is_adapter_folder(draft) else "config.json"
-    # Of an earlier run, which may have saved the other kind.
-    for path in [*run.output_dir.glob("adapter_*"), *run.output_dir.glob("model*.safetensors*")]:
-        path.unlink()
     (run.output_dir / last).unlink(missing_ok=True)
+    # Of an earlier run that saved the other kind, or a whole model in more files.
+    for pattern in ("model*.safetensors*", *([] if is_adapter_folder(draft) else ["adapter_*"])):
+        for path in run.output_dir.glob(pattern):
+            path.unlink()
     for path in sorted(draft.iterdir(), key=lambda path: path.name == last):
         path.replace(run.output_dir / path.name)
     draft.rmdir()
