@@ -257,15 +257,15 @@ def test_halved_pictures_are_those_that_are_converted_whole_and_halved(monkeypat
 @pytest.mark.parametrize(
     ("kind", "options", "allowed", "said"),
     [
-        ("JPEG", {}, 4000, ""),
-        ("JPEG", {"progressive": True}, 2000, " of a progressive JPEG"),
+        ("JPEG", {}, 6000, ""),
+        ("JPEG", {"progressive": True}, 3000, " of a progressive JPEG"),
         ("WEBP", {}, 2000, " of a WEBP"),
-        ("TIFF", {}, 2000, " of a TIFF"),
-        ("JPEG2000", {}, 1000, " of a JPEG2000"),
+        ("TIFF", {}, 3000, " of a TIFF"),
+        ("JPEG2000", {}, 1500, " of a JPEG2000"),
     ],
 )
 def test_formats_whose_decoders_need_more_have_fewer_pixels(monkeypatch, kind, options, allowed, said):
-    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 4000)
+    monkeypatch.setattr(pictures_module, "MAX_PIXELS", 6000)
     for pixels in (allowed, allowed + 50):
         file = io.BytesIO()
         PILImage.new("RGB", (pixels // 50, 50)).save(file, kind, **options)

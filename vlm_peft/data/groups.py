@@ -90,4 +90,5 @@ def hold_out(rows: Dataset, columns: list[str], share: float, seed: int) -> list
     for group in groups:
         if len(held) + len(group) <= max(1, round(share * len(rows))):
             held += group
-    return sorted(held or min(groups, key=lambda group: len(group)))
+    held = held or min(groups, key=len)
+    return sorted(held)
