@@ -37,6 +37,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from vlm_peft.console import run_script
+from vlm_peft.data.pictures import FORMATS
 
 WEIGHTS = "adapter_model.safetensors"
 ENDLESS = 60  # seconds
@@ -429,7 +430,7 @@ def picture_trial(draw: random.Random, folder: Path) -> Trial:
         "RGBA"], "TIFF": ["RGB", "P", "RGBA", "L", "LA", "I;16", "I;16 of 12", "I", "F", "F of 1", "F of 65535", "1",
         "CMYK"], "WEBP": ["RGB", "RGBA", "clear"], "GIF": ["P", "L", "1"], "PPM": ["RGB", "L", "1", "I;16"], "JPEG2000": [
         "RGB", "L", "RGBA", "I;16"], "ICO": ["RGB", "RGBA"], "JPEG": ["L", "RGB", "CMYK"] }  # fmt: skip
-    kind = draw.choice(list(modes))
+    kind = draw.choice([name for name in modes if name in FORMATS])
     mode = draw.choice(modes[kind])
     flat, tolerance = np.repeat(grey[:, :, None], 3, 2), 0
     options: dict[str, Any] = {}
