@@ -37,6 +37,7 @@ from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
 
 from vlm_peft.console import run_script
+from vlm_peft.data.pictures import FORMATS
 
 WEIGHTS = "adapter_model.safetensors"
 ENDLESS = 60  # seconds
@@ -289,50 +290,20 @@ def table_trial(draw: random.Random, folder: Path) -> Trial:
             "table, damaged", said, partial(expect_beginning, source, texts) if at == 0 else partial(learnt, source)
         )
     elif change == "other":
-        put(
-            draw.choice(
-                [
-                    b"PK\x03\x04" + bytes(200),
-                    b"\x1f\x8b\x08" + bytes(99),
-                    b"PAR1" + bytes(60) + b"PAR1",
-                    b"<html></html>",
-                    bytes(draw.randrange(256) for _ in range(300)),
-                    b"SQLite format 3\0" + bytes(99),
-                ]
-            )
-        )
+        put(draw.choice([b"PK\x03\x04" + bytes(200), b"\x1f\x8b\x08" + bytes(99), b"PAR1" + bytes(60) + b"PAR1",
+            b"<html></html>", bytes(draw.randrange(256) for _ in range(300)), b"SQLite format 3\0" + bytes(99) ]))  # fmt: skip
         return Trial("table, damaged", said, partial(learnt, source), "refuse")
     elif change == "json" and kind in (".json", ".jsonl"):
-        bad = draw.choice(
-            [
-                '{"a":' * 3000,
-                "[" * 3000,
-                '"x"',
-                "1",
-                "null",
-                "[1, 2]",
-                '{"image": "0.png"}',
-                '{"image": "0.png", "caption": null}',
-                '{"image": "0.png", "caption": ""}',
-                '{"image": "0.png", "caption": {"a": 1}}',
-                '{"image": "0.png", "caption": [[]]}',
-                '{"image": 7, "caption": "x"}',
-                '{"image": {"a": 1}, "caption": "x"}',
-                '{"image": ["0.png", "1.png"], "caption": "x"}',
-                '{"image": null, "caption": "x"}',
-                '{"caption": "a \\ud800"}',
-                '{"\\udc00": "x"}',
-                '{"": ""}',
-                '{"image": "0.png", "caption": "x", "caption": "y"}',
-                "{'image': '0.png'}",
-                '{"image": "0.png", "caption": "x"},',
-                '{"image": "../../0.png", "caption": "x"}',
-                '{"image": "", "caption": "x"}',
-                '{"image": "0.png\\u0000", "caption": "x"}',
-                '{"id": {"a": []}, "image": "0.png", "caption": "x"}',
-                '{"image": "0.png", "caption": NaN}',
-            ]
-        )
+        bad = draw.choice(['{"a":' * 3000, "[" * 3000, '"x"', "1", "null", "[1, 2]", '{"image": "0.png"}',
+            '{"image": "0.png", "caption": null}', '{"image": "0.png", "caption": ""}',
+            '{"image": "0.png", "caption": {"a": 1}}', '{"image": "0.png", "caption": [[]]}',
+            '{"image": 7, "caption": "x"}', '{"image": {"a": 1}, "caption": "x"}',
+            '{"image": ["0.png", "1.png"], "caption": "x"}', '{"image": null, "caption": "x"}',
+            '{"caption": "a \\ud800"}', '{"\\udc00": "x"}', '{"": ""}',
+            '{"image": "0.png", "caption": "x", "caption": "y"}', "{'image': '0.png'}",
+            '{"image": "0.png", "caption": "x"},', '{"image": "../../0.png", "caption": "x"}',
+            '{"image": "", "caption": "x"}', '{"image": "0.png\\u0000", "caption": "x"}',
+            '{"id": {"a": []}, "image": "0.png", "caption": "x"}', '{"image": "0.png", "caption": NaN}' ])  # fmt: skip
         if kind == ".json":
             put(content[:-1] + b", " + bad.encode() + b"]")
         else:
@@ -380,20 +351,9 @@ def table_trial(draw: random.Random, folder: Path) -> Trial:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        values = draw.choice(
-            [
-                list(range(count)),
-                [1.5] * count,
-                [None] * count,
-                [datetime.date(2024, 1, 2)] * count,
-                [decimal.Decimal("1.50")] * count,
-                [{"a": 1}] * count,
-                [b"\xff"] * count,
-                [True] * count,
-                [[[1]]] * count,
-                [[]] * count,
-            ]
-        )
+        values = draw.choice([list(range(count)), [1.5] * count, [None] * count, [datetime.date(2024, 1, 2)] * count, [
+            decimal.Decimal("1.50")] * count, [{"a": 1}] * count, [b"\xff"] * count, [True] * count, [[[1]]] * count, [
+            []] * count ])  # fmt: skip
         pq.write_table(pa.table({picture: names, caption: pa.array(values)}), path)
         return Trial("table, damaged", f"{said} {values[0]!r}", partial(learnt, source))
     elif change == "answers" and place == "table" and not lists:
@@ -466,18 +426,11 @@ def picture_trial(draw: random.Random, folder: Path) -> Trial:
     rgb = PILImage.fromarray(pixels)
     folder.mkdir(parents=True, exist_ok=True)
     grey = pixels[:, :, 0]
-    modes = {
-        "PNG": ["RGB", "P", "RGBA", "clear", "L", "LA", "I;16", "I;16 of 12", "1"],
-        "BMP": ["RGB", "P", "L", "1", "RGBA"],
-        "TIFF": ["RGB", "P", "RGBA", "L", "LA", "I;16", "I;16 of 12", "I", "F", "F of 1", "F of 65535", "1", "CMYK"],
-        "WEBP": ["RGB", "RGBA", "clear"],
-        "GIF": ["P", "L", "1"],
-        "PPM": ["RGB", "L", "1", "I;16"],
-        "JPEG2000": ["RGB", "L", "RGBA", "I;16"],
-        "ICO": ["RGB", "RGBA"],
-        "JPEG": ["L", "RGB", "CMYK"],
-    }
-    kind = draw.choice(list(modes))
+    modes = {"PNG": ["RGB", "P", "RGBA", "clear", "L", "LA", "I;16", "I;16 of 12", "1"], "BMP": ["RGB", "P", "L", "1",
+        "RGBA"], "TIFF": ["RGB", "P", "RGBA", "L", "LA", "I;16", "I;16 of 12", "I", "F", "F of 1", "F of 65535", "1",
+        "CMYK"], "WEBP": ["RGB", "RGBA", "clear"], "GIF": ["P", "L", "1"], "PPM": ["RGB", "L", "1", "I;16"], "JPEG2000": [
+        "RGB", "L", "RGBA", "I;16"], "ICO": ["RGB", "RGBA"], "JPEG": ["L", "RGB", "CMYK"] }  # fmt: skip
+    kind = draw.choice([name for name in modes if name in FORMATS])
     mode = draw.choice(modes[kind])
     flat, tolerance = np.repeat(grey[:, :, None], 3, 2), 0
     options: dict[str, Any] = {}
@@ -553,15 +506,9 @@ def picture_trial(draw: random.Random, folder: Path) -> Trial:
         way = draw.randint(0, 10)
         exif[274] = way
         path.write_bytes(encode(made, kind, exif=exif, **options))
-        turned = {
-            2: lambda a: a[:, ::-1],
-            3: lambda a: a[::-1, ::-1],
-            4: lambda a: a[::-1],
-            5: lambda a: a.swapaxes(0, 1),
-            6: lambda a: a[::-1].swapaxes(0, 1),
-            7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
-            8: lambda a: a[:, ::-1].swapaxes(0, 1),
-        }
+        turned = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0,
+            1), 6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(
+            0, 1) }  # fmt: skip
         return Trial(
             "picture",
             f"{said} turned {way}",
@@ -587,37 +534,13 @@ def picture_trial(draw: random.Random, folder: Path) -> Trial:
         path.write_bytes(bytes(damaged))
         return Trial("picture, damaged", f"{said} with flipped bytes", partial(opens, str(path)))
     if change == "size":
-        size = draw.choice(
-            [
-                (1, 65),
-                (1, 60_000),
-                (30_000, 1),
-                (9_000, 9_000),
-                (60_000, 60_000),
-                (200, 2),
-                (2**31 - 1, 2**31 - 1),
-                (0, 5),
-            ]
-        )
+        size = draw.choice([(1, 65), (1, 60_000), (30_000, 1), (9_000, 9_000), (60_000, 60_000), (200, 2), (2**31 - 1,
+            2**31 - 1), (0, 5) ])  # fmt: skip
         path.write_bytes(header(size, draw.choice(["PNG", "BMP", "GIF", "PPM"])))
         return Trial("picture, damaged", f"{size} pixels", partial(opens, str(path)), "refuse")
     if change == "place":
-        place = draw.choice(
-            [
-                "fifo",
-                "loop",
-                "link",
-                "folder",
-                "/dev/zero",
-                "/dev/null",
-                "missing",
-                "empty",
-                "nul",
-                "long",
-                "denied",
-                "dangling",
-            ]
-        )
+        place = draw.choice(["fifo", "loop", "link", "folder", "/dev/zero", "/dev/null", "missing", "empty", "nul",
+            "long", "denied", "dangling" ])  # fmt: skip
         path.unlink()
         expected_end = "refuse"
         value: Any = str(path)
@@ -717,31 +640,12 @@ def option_names() -> list[str]:
 
 def run_options(place: "Place", folder: Path, **more: Any) -> dict[str, Any]:
     """Of a run of a second or two."""
-    return {
-        "dataset_name": str(place.data),
-        "stored_split": "test",
-        "split_column": "split",
-        "vision_model": str(place.bases[0]),
-        "model_name_or_path": str(place.bases[1]),
-        "vision_feature_layer": [-1],
-        "use_peft": True,
-        "use_cpu": True,
-        "bf16": False,
-        "lora_r": 2,
-        "max_steps": 2,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 0.01,
-        "max_new_tokens": 4,
-        "logging_steps": 1,
-        "eval_strategy": "no",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "output_dir": str(folder / "out"),
-        "feature_cache_dir": str(folder / "features"),
-        **more,
-    }
+    return {"dataset_name": str(place.data), "stored_split": "test", "split_column": "split", "vision_model": str(place.bases[
+        0]), "model_name_or_path": str(place.bases[1]), "vision_feature_layer": [-1], "use_peft": True, "use_cpu": True,
+        "bf16": False, "lora_r": 2, "max_steps": 2, "per_device_train_batch_size": 4, "learning_rate": 0.01,
+        "max_new_tokens": 4, "logging_steps": 1, "eval_strategy": "no", "save_strategy": "no", "report_to": "none",
+        "disable_tqdm": True, "gradient_checkpointing": False, "output_dir": str(folder / "out"), "feature_cache_dir": str(
+        folder / "features"), **more }  # fmt: skip
 
 
 def train(config: Path, *more: str) -> int:
@@ -823,15 +727,8 @@ def describe(folder: Path, picture: Path) -> str:
 
     model, processor = load_model(folder)
     settings = TaskSettings.read(folder) or TaskSettings()
-    (record,) = caption_pictures(
-        model,
-        processor,
-        [str(picture)],
-        ask(settings),
-        batch_size=1,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=1,
-    )
+    (record,) = caption_pictures(model, processor, [str(picture)], ask(settings), batch_size=1, max_new_tokens=settings.max_new_tokens,
+        num_beams=1, )  # fmt: skip
     return json.dumps(record)
 
 
@@ -879,21 +776,8 @@ def adapter_trial(draw: random.Random, folder: Path, place: "Place") -> Trial:
         return Trial("adapter", f"{name} {'.'.join(map(str, spot))[:80]} = {str(value)[:30]!r}", loads)
     if change == "kind":
         name = draw.choice([each for each in names if each.endswith(".json")])
-        text = draw.choice(
-            [
-                b"[]",
-                b"null",
-                b"1",
-                b'"x"',
-                b"",
-                b"{}",
-                b"{",
-                b"[" * 9999,
-                b"\xff\xfe",
-                b"\xed\xa0\x80",
-                b"{" + b'"a":{' * 2000,
-            ]
-        )
+        text = draw.choice([b"[]", b"null", b"1", b'"x"', b"", b"{}", b"{", b"[" * 9999, b"\xff\xfe", b"\xed\xa0\x80",
+            b"{" + b'"a":{' * 2000 ])  # fmt: skip
         (folder / name).write_bytes(text)
         return Trial("adapter", f"{name} is {text[:20]!r}", loads)
     content = path.read_bytes()
@@ -929,24 +813,11 @@ def adapter_trial(draw: random.Random, folder: Path, place: "Place") -> Trial:
             path.symlink_to(path if kind == "loop" else kind)
         return Trial("adapter", f"{name} is {kind}", loads)
     if change == "template":
-        text = draw.choice(
-            [
-                "{{ 1 / 0 }}",
-                "{% for",
-                "{{ ''.__class__.__mro__[1].__subclasses__() }}",
-                "{{ messages[9] }}",
-                "{% for a in range(10**9) %}{% endfor %}",
-                "{{ 'x' * 10**9 }}",
-                "",
-                "x",
-                "{{ messages }}",
-                "{% include '/etc/passwd' %}",
-                "{{ cycler.__init__.__globals__ }}",
-                "{% set x = [] %}{% for m in messages %}{{ x.append(m) }}{% endfor %}",
-                "<|image_pad|>" * 3,
-                "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}",
-            ]
-        )
+        text = draw.choice(["{{ 1 / 0 }}", "{% for", "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+            "{{ messages[9] }}", "{% for a in range(10**9) %}{% endfor %}", "{{ 'x' * 10**9 }}", "", "x",
+            "{{ messages }}", "{% include '/etc/passwd' %}", "{{ cycler.__init__.__globals__ }}",
+            "{% set x = [] %}{% for m in messages %}{{ x.append(m) }}{% endfor %}", "<|image_pad|>" * 3,
+            "{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}" ])  # fmt: skip
         (folder / "chat_template.jinja").write_text(text)
         # Without one, ours is taken.
         return Trial("adapter", f"template {text[:50]!r}", whole, "refuse" if text else "either")
@@ -1051,15 +922,8 @@ class Clock:
             changes = isinstance(arguments[1], str) and set(arguments[1]) & set("wxa+")
             changes = changes or (isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR))
         else:
-            changes = event in (
-                "os.rename",
-                "os.remove",
-                "os.mkdir",
-                "os.rmdir",
-                "os.link",
-                "os.symlink",
-                "os.truncate",
-            )
+            changes = event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
+                "os.truncate", )  # fmt: skip
         if changes and self.root in str(arguments[:2]):
             self.seen += 1
             if self.seen == self.left:
@@ -1080,14 +944,8 @@ def counted(work: Callable[[], Any], root: Path, moment: int, tally: Path | None
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Files below a folder that say nothing of time, by their place."""
-    timed = (
-        "run_summary.json",
-        "report.html",
-        "README.md",
-        "training_args.bin",
-        "trainer_state.json",
-        "log_history.json",
-    )
+    timed = ("run_summary.json", "report.html", "README.md", "training_args.bin", "trainer_state.json",
+        "log_history.json", )  # fmt: skip
     found = {}
     for path in sorted(folder.rglob("*")):
         place = path.relative_to(folder)
@@ -1176,7 +1034,8 @@ def eval_door(place: Place) -> Door:
 
     def check(folder: Path) -> None:
         scores, rows = folder / "out" / "scores.json", folder / "out" / "predictions.jsonl"
-        if scores.exists():
+        # The older ones go one after the other.
+        if scores.exists() and rows.exists():
             of = json.loads(scores.read_text())["model"]
             older = rows.read_bytes() == (place.root / "eval-before" / "out" / "predictions.jsonl").read_bytes()
             same(str(place.other) in of, older)
@@ -1387,18 +1246,9 @@ def text_in_tokens(processor: Any, text: str) -> None:
     from vlm_peft.tasks import make_task
 
     tokenizer = processor.tokenizer
-    rows = {
-        "caption": {"caption": "{}"},
-        "digits": {"digits": "{}"},
-        "vqa": {"question": "{}", "answer": "{}"},
-        "chat": {
-            "messages": [
-                {"role": "system", "content": "{}"},
-                {"role": "user", "content": "<image>{}"},
-                {"role": "assistant", "content": "{}"},
-            ]
-        },
-    }
+    rows = {"caption": {"caption": "{}"}, "digits": {"digits": "{}"}, "vqa": {"question": "{}", "answer": "{}"}, "chat": {
+        "messages": [{"role": "system", "content": "{}"}, {"role": "user", "content": "<image>{}"}, {"role": "assistant",
+        "content": "{}"} ]} }  # fmt: skip
 
     def filled(value: Any, with_text: str) -> Any:
         if isinstance(value, dict):
@@ -1450,25 +1300,13 @@ def write_run(folder: Path, said: str) -> None:
     for split, task in (("test", "vqa"), ("boxes", "grounding"), ("words", "caption")):
         path = folder / "eval" / split
         path.mkdir(parents=True)
-        scores = {
-            "n": 1,
-            "metrics": {"f1": 0.5, f"f1[kind={said}]": 1.0},
-            "task": task,
-            "primary": "f1",
-            "tokenizer": said,
-            "decoding": {said: said},
-        }
+        scores = {"n": 1, "metrics": {"f1": 0.5, f"f1[kind={said}]": 1.0}, "task": task, "primary": "f1", "tokenizer": said,
+            "decoding": {said: said} }  # fmt: skip
         (path / "scores.json").write_text(
             json.dumps(scores | {"skipped": {said: said}, "notes": [said], "dataset": said})
         )
-        row = {
-            "id": f"1{said}"[:100],
-            "prediction": said,
-            "references": [said],
-            "question": said,
-            "answer_type": said,
-            "f1": 1.0,
-        }
+        row = {"id": f"1{said}"[:100], "prediction": said, "references": [said], "question": said, "answer_type": said,
+            "f1": 1.0 }  # fmt: skip
         row |= {"boxes": [{"label": said, "box": [1, 1, 5, 5]}]} if task == "grounding" else {}
         (path / "predictions.jsonl").write_text(json.dumps(row) + "\n")
         picture = picture_path(folder, split, row["id"])

@@ -12,7 +12,7 @@ def place(tmp_path_factory):
 
 
 def test_bad_inputs_are_taken_as_written_or_refused_in_a_line(place):
-    assert campaign.try_inputs(place, 11, 24).failures == []
+    assert campaign.try_inputs(place, 11, 16).failures == []
 
 
 def test_killed_runs_leave_whole_folders_and_go_on_bit_for_bit(place):
@@ -20,4 +20,4 @@ def test_killed_runs_leave_whole_folders_and_go_on_bit_for_bit(place):
 
 
 def test_hostile_texts_stay_texts(place):
-    assert campaign.try_texts(place, 11, 9).failures == []
+    assert campaign.try_texts(place, 11, 6).failures == []

@@ -470,6 +470,7 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "activation_checkpointing_kwargs: some",
         "lora_task_type: SEQ_CLS",
         "torch_compile_backend: banana",
+        "torch_compile_mode: banana",
         "deepspeed: {zero_optimization: 1}",
     ],
 )

@@ -86,6 +86,9 @@ class AdapterTrainer(Trainer):
             if self.pop_callback(theirs) is not None:
                 self.add_callback(ours)
 
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Writes none: TRL's, of a text model, would lie beside an earlier run's weights until this run has its own."""
+
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """As the trainer's, or peft's for LoRA+; parts with a learning rate of their own are groups of their own."""
         trained: Any = model if model is not None else self.model

@@ -64,6 +64,7 @@ _ABOVE_ZERO = (
 )
 _BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
 _AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1}
+_COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 """Mappings that may lie in a file."""
 _INIT_LORA = re.compile("pissa(_niter_[1-9][0-9]*)?|gaussian|orthogonal")
@@ -266,6 +267,8 @@ def _check(option: Field, value: Any) -> None:
         raise ValueError(f"{name} is {value!r}, expected pissa, pissa_niter_4, ..., gaussian or orthogonal.")
     if name == "lora_task_type" and value != "CAUSAL_LM":
         raise ValueError(f"{name} is {value!r}, expected CAUSAL_LM, which the decoder is.")
+    if name == "torch_compile_mode" and value is not None and value not in _COMPILE_MODES:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(_COMPILE_MODES)}.")
     if name == "torch_compile_backend" and value is not None:
         backends = [each.value.lower() for each in DynamoBackend]
         if str(value).lower() not in backends:
