@@ -45,7 +45,7 @@ from ..data.probe import probe
 from ..data.rows import encode_rows
 from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
-from ..evaluation.generation import generate_texts
+from ..evaluation.evaluate import generate_rows
 from ..training.arguments import VisionArguments, parse_arguments
 from ..training.callbacks import PrintedLines
 from ..training.data import Part, encode_split, join, parts, row_lengths, watched
@@ -560,12 +560,12 @@ class Doctor:
         questions = sorted(split.questions(), key=lambda question: len(str(question.prompt)))[-size:]
         model = get_peft_model(again, copy.deepcopy(trained.peft_config["default"])).eval()
         start = time.perf_counter()
-        generate_texts(
+        generate_rows(
             model,
             self.processor,
-            [question.prompt for question in questions],
-            [question.image_ids for question in questions],
+            questions,
             split.fetch_images,
+            task=split.task,
             batch_size=size,
             max_new_tokens=self.vision.max_new_tokens,
             num_beams=self.vision.num_beams,

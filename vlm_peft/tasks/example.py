@@ -49,6 +49,9 @@ class Task:
             [width, height] of each row's pictures, [0, 0] where it cannot be read -> cells by column.
         id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
         joins_rows (`bool`): Whether rows about the same pictures become one row, so that they share its prefix.
+        choices (`tuple[str, ...]`): Texts of which one is the answer; each gets its probability, and none is generated.
+        temperature (`float`): Divides the log-probabilities of the choices.
+        held_back (`int`): Rows of the training split that are not trained on, but calibrate the choices.
     """
 
     name: str
@@ -59,6 +62,9 @@ class Task:
     complete: Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]] | None = None
     id_column: str | None = None
     joins_rows: bool = True
+    choices: tuple[str, ...] = ()
+    temperature: float = 1.0
+    held_back: int = 0
 
 
 PICTURE_PLACES = "picture_places"
