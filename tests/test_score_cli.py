@@ -265,9 +265,13 @@ def test_each_task_has_its_metrics(tmp_path, capsys):
     box = {"label": "dog", "box": [0, 0, 99, 99]}
     rows = [{"id": i, "prediction": f"{i} (page 3)", "references": ["1"], "evidence_pages": [3]} for i in range(2)]
     grounded = [{"id": i, "prediction": "dog [0, 0, 99, 99]", "boxes": [box]} for i in range(2)]
+    classes = [
+        {"id": i, "prediction": "1", "references": ["1"], "probabilities": dict.fromkeys("123456", 0.1)} for i in (0, 1)
+    ]
+    rows_of = {"grounding": grounded, "classify": classes}
     for task, names in score.METRICS.items():
         options = {"tokenizer": "treebank-python"}
-        found = score_rows(task, grounded if task == "grounding" else rows, **options)
+        found = score_rows(task, rows_of.get(task, rows), **options)
         assert set(found.metrics) == set(names) - {"METEOR", "SPICE"}, task
         assert found.primary in names
     path = write_rows(tmp_path / "boxes.jsonl", grounded)

@@ -23,6 +23,7 @@ JUSTIFIED = {
     ("evaluation/records.py", "caption"): "a key in COCO's files",
     ("commands/caption.py", "caption"): "a key of what the command prints",
     ("report", "caption"): "reads files from before there were other tasks",
+    ("__main__.py", "classify"): "the name of a command",
 }
 """Where a word that is also a task's name may stand: module or room, word, reason."""
 
@@ -42,6 +43,7 @@ ROWS = {
         {"references": ["none"], "boxes": []},
     ],
     "digits": [{"references": ["0417"]}, {"references": ["12"]}],
+    "classify": [{"references": ["polar bear"]}, {"references": ["tiger"]}],
 }
 RIGHT = {
     "caption": "a dog runs on the grass",
@@ -50,6 +52,7 @@ RIGHT = {
     "chat": "a red car in a street",
     "grounding": ROWS["grounding"][0]["references"][0],
     "digits": "0417",
+    "classify": "polar bear",
 }
 
 
@@ -126,6 +129,7 @@ def test_task_json_keeps_the_options_and_reads_older_and_newer_files(tmp_path):
     (tmp_path / TASK_FILE).write_text(settings.to_json())
     assert TaskSettings.read(tmp_path) == settings
     names = ["task", "instruction", "max_new_tokens", "num_beams", "slide_pages", "name_pages"]
+    names += ["class_names", "class_temperature", "calibration_rows"]
     assert list(json.loads(settings.to_json())) == names
     for stored in ({"task": "slides", "max_new_tokens": 9}, {"task": "slides", "max_new_tokens": 9, "of_tomorrow": 1}):
         (tmp_path / TASK_FILE).write_text(json.dumps(stored))
@@ -157,6 +161,7 @@ KNOWN = {
         ("dog [0, 0, 99, 99]", 1, 0.0),
     ],
     "digits": [("0417", 0, 1.0), ("0 4 1 7", 0, 1.0), ("417", 0, 0.0), ("0417 or 0418", 0, 0.0)],
+    "classify": [("polar bear", 0, 1.0), ("bear", 0, 0.0), ("tiger", 1, 1.0), ("Tiger", 1, 0.0)],
 }
 
 
@@ -231,7 +236,7 @@ def evaluate(monkeypatch, tmp_path, task, rows, texts, **options):
     split = SimpleNamespace(
         name="test",
         data=SimpleNamespace(dataset_name="data"),
-        task=SimpleNamespace(name=task),
+        task=SimpleNamespace(name=task, choices=()),
         fetch_images=None,
         left_out=[],
         texts=questions,

@@ -145,7 +145,7 @@ def test_empty_predictions_score_zero_everywhere():
 
 
 def test_an_unknown_task_lists_the_tasks():
-    with pytest.raises(ValueError, match="caption, vqa, slides, chat, grounding, digits, got 'ocr'"):
+    with pytest.raises(ValueError, match="caption, vqa, slides, chat, grounding, digits, classify, got 'ocr'"):
         score_rows("ocr", CAPTIONS)
 
 

@@ -47,6 +47,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         train: "fine-tune: train, score, report",
         eval_: "generate for a held-out split with a trained model, and score it",
         score: "score predictions that anybody made",
+        sweep: "an adapter's scale from 0 to 1: the new task against the old ones",
         inspect_: "what the model will really see in training, token by token",
         doctor: "the checks before a training run, and what the run will take",
     }
@@ -79,6 +80,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("model", help=MODEL_HELP)
     add("output", type=Path, help="folder to be made")
     add("--to", choices=("llava", "merged"), required=True, help="see above")
+    add("--scale", type=float, metavar="S", help="add so much of LoRA, 0 to 1: a point of vlm-peft sweep (default: 1)")
     _add_bases(add)
     add("--dtype", choices=("float32", "bfloat16", "float16"), help="of the written weights (default: as they are)")
 
@@ -195,6 +197,13 @@ def score(options: argparse.Namespace) -> int:
     return score_files(options.arguments, f"{PROGRAM} score")
 
 
+def sweep(options: argparse.Namespace) -> int:
+    """Scores the new task and the old ones at several scales of an adapter; nothing is trained."""
+    from .commands.sweep import main as sweep_scales
+
+    return sweep_scales(options.arguments, f"{PROGRAM} sweep")
+
+
 def inspect_(options: argparse.Namespace) -> int:
     """Shows what the model will really see: rows laid out for training. As eval/inspect_data.py in a clone."""
     from .commands.inspect import main as show
@@ -206,6 +215,7 @@ def caption(options: argparse.Namespace) -> int:
     """Describes pictures, or answers a question about each: one JSON object a line, in the order of the pictures.
 
     {"image": "a.jpg", "caption": "..."}
+    {"image": "a.jpg", "probabilities": {"cat": 0.9, "dog": 0.1}, "caption": "cat"}    of a model that names classes
     {"image": "b.jpg", "error": "..."}      for a picture that cannot be read; the exit status is then 1
 
     find pictures -name '*.jpg' | vlm-peft caption outputs/demo - > captions.jsonl
@@ -231,6 +241,8 @@ def caption(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         max_new_tokens=settings.max_new_tokens,
         num_beams=options.num_beams or settings.num_beams,
+        choices=() if options.question else settings.choices,
+        temperature=settings.temperature,
     )
     total = len(paths) if isinstance(paths, list) else None
     # Without a terminal, disable=None draws no bar.
@@ -310,7 +322,8 @@ def export(options: argparse.Namespace) -> int:
     _quiet_loading()
     write = exporting.export_llava if options.to == "llava" else exporting.export_merged
     dtype = getattr(torch, options.dtype) if options.dtype else None
-    written = write(find_model(options.model), options.output, vision=options.vision, text=options.text, dtype=dtype)
+    bases = {"vision": options.vision, "text": options.text}
+    written = write(find_model(options.model), options.output, **bases, dtype=dtype, scale=options.scale)
     print(f"Written and loaded again: {written}")
     return 0
 

@@ -16,7 +16,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,7 @@ from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import TASK_FILE, TaskSettings
 from .folder import is_adapter_folder
 from .loading import load_model
+from .scale import at_scale
 
 # Of a task that has no instruction of its own.
 _QUESTION = "Describe the picture."
@@ -69,6 +70,7 @@ def export_llava(
     vision: str | Path | None = None,
     text: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    scale: float | None = None,
 ) -> Path:
     """Writes a stock `LlavaForConditionalGeneration` with its `LlavaProcessor`, which load without this package.
 
@@ -83,6 +85,7 @@ def export_llava(
         vision, text (`str` or `Path`, *optional*): Where an adapter's bases lie when they moved.
         dtype (`torch.dtype`, *optional*): Of the weights; float32 for an adapter, as stored for a full save. LoRA is
             added in float32 and the sum is rounded once.
+        scale (`float`, *optional*): So much of LoRA is added, 0..1; see [`~vlm_peft.adapters.scale.at_scale`].
 
     Returns:
         `Path`: `output`.
@@ -93,7 +96,7 @@ def export_llava(
         ValueError: When stock Llava cannot express the model, names what; or the reloaded model answers differently.
     """
     output = _check_output(output)
-    source = _load_source(Path(folder), vision, text, dtype, check_llava)
+    source = _load_source(Path(folder), vision, text, dtype, check_llava, scale)
     with _new_folder(output) as partial:
         to_llava(source.model).save_pretrained(partial)
         processor = _to_llava_processor(source)
@@ -111,11 +114,12 @@ def export_merged(
     vision: str | Path | None = None,
     text: str | Path | None = None,
     dtype: torch.dtype | None = None,
+    scale: float | None = None,
 ) -> Path:
     """Writes a full [`VisionQwen`] with LoRA added to its weights, whatever its joint is; needs `import vlm_peft`.
 
     Args:
-        folder, output, vision, text, dtype: As for [`export_llava`].
+        folder, output, vision, text, dtype, scale: As for [`export_llava`].
 
     Returns:
         `Path`: `output`.
@@ -126,7 +130,7 @@ def export_merged(
         ValueError: When the folder holds no [`VisionQwen`], or the reloaded model answers differently.
     """
     output = _check_output(output)
-    source = _load_source(Path(folder), vision, text, dtype)
+    source = _load_source(Path(folder), vision, text, dtype, scale=scale)
     with _new_folder(output) as partial:
         source.model.save_pretrained(partial)
         source.processor.save_pretrained(partial)
@@ -223,11 +227,13 @@ def _load_source(
     text: str | Path | None,
     dtype: torch.dtype | None,
     check: Callable[[VisionQwenConfig], None] | None = None,
+    scale: float | None = None,
 ) -> _Source:
     """Loads an adapter with its bases, or a full save, as a plain model.
 
     Args:
         check (`Callable`, *optional*): Sees the configuration before anything is computed.
+        scale (`float`, *optional*): Of an adapter's LoRA.
 
     Raises:
         ValueError: When the merged model answers differently than the adapter.
@@ -242,7 +248,8 @@ def _load_source(
         check(base_model(loaded).config)
     settings = TaskSettings.read(folder) or TaskSettings()
     instruction = settings.instruction or _QUESTION
-    model, merge_difference = _merge(loaded, processor, instruction) if is_adapter else (loaded, None)
+    with nullcontext() if scale is None else at_scale(loaded, scale):
+        model, merge_difference = _merge(loaded, processor, instruction) if is_adapter else (loaded, None)
     # `model.to` would round the frequencies of the rotary embedding, too, which loading never does.
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype or parameter.dtype)

@@ -4,16 +4,17 @@ Stage: trained model -> one record a picture, in the order of the files.
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image as PILImage
 
 from ..data.pictures import UnreadablePictureError, open_picture
+from ..evaluation.choices import picture_class_probabilities
 from ..evaluation.generation import generate_texts
 from ..tasks import TaskSettings, find_kind
 from ..tasks.caption import INSTRUCTION
@@ -114,6 +115,8 @@ def caption_pictures(
     batch_size: int = 16,
     max_new_tokens: int = 48,
     num_beams: int = 1,
+    choices: Sequence[str] = (),
+    temperature: float = 1.0,
 ) -> Iterator[dict]:
     """Asks the same about every picture; records come batch by batch, in order.
 
@@ -123,13 +126,16 @@ def caption_pictures(
         text (`str`): What the user says; see [`ask`].
         batch_size (`int`, *optional*, defaults to 16): Pictures at a time; the texts do not depend on it.
         max_new_tokens, num_beams (`int`, *optional*): See [`~vlm_peft.evaluation.generation.generate_texts`].
+        choices (`Sequence[str]`, *optional*): Classes; the caption is then the likeliest, and nothing is generated.
+        temperature (`float`, *optional*, defaults to 1.0): Divides the log-probabilities of the classes.
 
     Yields:
-        `dict`: `{"image": path, "caption": text}`, or `{"image": path, "error": reason}` for a picture that cannot be
-            read.
+        `dict`: `{"image": path, "caption": text}`, with the `probabilities` of the classes where there are some; or
+            `{"image": path, "error": reason}` for a picture that cannot be read.
     """
     waiting = iter(paths)
-    while records := [{"image": path} for path in islice(waiting, batch_size)]:
+    while paths := list(islice(waiting, batch_size)):
+        records: list[dict[str, Any]] = [{"image": path} for path in paths]
         pictures, readable = [], []
         for record in records:
             try:
@@ -137,7 +143,14 @@ def caption_pictures(
                 readable.append(record)
             except UnreadablePictureError as error:
                 record["error"] = str(error)
-        if readable:
+        if readable and choices:
+            found = picture_class_probabilities(
+                model, processor, pictures, choices, text, temperature=temperature, batch_size=batch_size
+            )
+            for record, row in zip(readable, found.tolist(), strict=True):
+                record["probabilities"] = shares = dict(zip(choices, row, strict=True))
+                record["caption"] = max(shares, key=shares.__getitem__)
+        elif readable:
             pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
             texts = generate_texts(
                 model,

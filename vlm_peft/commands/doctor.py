@@ -45,7 +45,7 @@ from ..data.probe import probe
 from ..data.rows import encode_rows
 from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
-from ..evaluation.generation import generate_texts
+from ..evaluation.evaluate import generate_rows
 from ..model.modeling_vision_qwen import VisionQwen
 from ..training.arguments import VisionArguments, chosen_strategy, keeps_features, parse_arguments
 from ..training.callbacks import PrintedLines
@@ -574,12 +574,12 @@ class Doctor:
         if isinstance(trained, PeftModel):
             model = get_peft_model(again, copy.deepcopy(trained.peft_config["default"])).eval()
         start = time.perf_counter()
-        generate_texts(
+        generate_rows(
             model,
             self.processor,
-            [question.prompt for question in questions],
-            [question.image_ids for question in questions],
+            questions,
             split.fetch_images,
+            task=split.task,
             batch_size=size,
             max_new_tokens=self.vision.max_new_tokens,
             num_beams=self.vision.num_beams,

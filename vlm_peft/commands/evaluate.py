@@ -9,7 +9,7 @@ Several processes share the rows.
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import Field, fields
+from dataclasses import Field, fields, replace
 from pathlib import Path
 
 from ..console import quiet_imports, quiet_progress, show_messages, table
@@ -57,11 +57,22 @@ def parse_arguments(arguments: Sequence[str] | None = None, program: str = "run.
     data.add_argument("--instruction", help="what the user says beside the picture (default: as in training)")
     for own in _asked_options():
         said = f"{own.metadata['help'].rstrip('.')} (default: as in training)"
-        data.add_argument(f"--{own.name}", choices=own.metadata["choices"], help=said)
+        several = None if "choices" in own.metadata else "+"
+        data.add_argument(f"--{own.name}", choices=own.metadata.get("choices"), nargs=several, help=said)
     data.add_argument("--on_bad_row", choices=("stop", "skip"), default="stop", help="(default: stop)")
     data.add_argument("--feature_cache", action=flag, default=True, help="keep encoded pictures (default: yes)")
     data.add_argument("--feature_cache_dir", help="where (default: in the data sets' cache)")
-    return parser.parse_args(arguments)
+
+    shots = parser.add_argument_group("solved examples before each question")
+    shots.add_argument("--shots", type=int, default=0, metavar="K", help="so many; nothing is trained (default: 0)")
+    shots.add_argument("--shot_split", default="train", help="split that they are drawn from (default: train)")
+    shots.add_argument("--seed", type=int, default=0, help="of the draw (default: 0)")
+    options = parser.parse_args(arguments)
+    if options.shots < 0:
+        parser.error(f"--shots: expected 0 or more examples, got {options.shots}")
+    if options.shots and options.shot_split == options.split:
+        parser.error(f"--shot_split {options.split} is what is scored: draw examples from another split")
+    return options
 
 
 def _asked_options() -> list[Field]:
@@ -93,8 +104,9 @@ def main(arguments: Sequence[str] | None = None, program: str = "run.py") -> int
 
     from ..adapters.loading import find_model, load_model
     from ..data.arguments import DataArguments
-    from ..data.splits import encode_pictures, leave_out, load_split
+    from ..data.splits import encode_pictures, leave_out, load_split, settle
     from ..evaluation.evaluate import evaluate_split
+    from ..evaluation.few_shot import check_room, load_examples, with_examples
 
     with state.main_process_first():
         folder = find_model(options.model, options.model_revision)
@@ -128,27 +140,37 @@ def main(arguments: Sequence[str] | None = None, program: str = "run.py") -> int
         instruction=settings.instruction if options.instruction is None else options.instruction,
         **task_options(settings) | given,
     )
-    split = encode_pictures(
-        load_split(data, options.split, processor, limit=options.limit),
-        model,
-        processor,
-        feature_cache=options.feature_cache,
-        directory=options.feature_cache_dir,
-    )
+    data = replace(data, **settle(data, options.split))
+    max_new_tokens = options.max_new_tokens or settings.max_new_tokens
+    split = load_split(data, options.split, processor, limit=options.limit)
+    examples = None
+    if options.shots:
+        count = options.shots * sum(1 for _ in split.questions())
+        examples = load_examples(data, options.shot_split, processor, count=count, seed=options.seed)
+        check_room(model, processor, with_examples(split, examples, options.shots, options.seed), max_new_tokens)
+    for each, on_bad_row in ((split, options.on_bad_row), (examples, "skip")):
+        if each is not None:
+            cache = {"feature_cache": options.feature_cache, "directory": options.feature_cache_dir}
+            leave_out(encode_pictures(each, model, processor, **cache), on_bad_row)
+    recorded = {}
+    if examples is not None:
+        split = with_examples(split, examples, options.shots, options.seed)
+        recorded = {"shots": options.shots, "shot_split": options.shot_split, "seed": options.seed}
     summary = evaluate_split(
         model,
         processor,
-        leave_out(split, options.on_bad_row),
+        split,
         options.output_dir,
         model_name=options.model,
         condition="blind" if options.blind else "after",
         batch_size=options.batch_size,
-        max_new_tokens=options.max_new_tokens or settings.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         num_beams=options.num_beams or settings.num_beams,
         meteor=options.meteor,
         spice=options.spice,
         tokenizer=options.tokenizer,
         clip_model=options.clip_model,
+        recorded=recorded,
     )
     if state.is_main_process:
         metrics = summary["metrics"]

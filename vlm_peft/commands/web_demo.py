@@ -24,6 +24,7 @@ from gradio.data_classes import ImageData
 from peft import PeftModel
 
 from ..data.pictures import UnreadablePictureError, open_picture
+from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
@@ -32,6 +33,7 @@ from ..tasks.example import picture_turn
 from .caption import ask
 
 MAX_EXAMPLES = 12
+MOST_CLASSES = 5
 
 MAX_UPLOAD = 50_000_000
 """Bytes of a picture's file; larger uploads are refused while they arrive."""
@@ -92,6 +94,8 @@ class PictureAnswers:
     def _generate(self, features: torch.Tensor, question: str, is_before: bool = False) -> str:
         model = self._model
         with self._lock, model.disable_adapter() if is_before and isinstance(model, PeftModel) else nullcontext():
+            if self.settings.choices and not question.strip():
+                return self._choose(features)
             return generate_texts(
                 model,
                 self._processor,
@@ -101,6 +105,16 @@ class PictureAnswers:
                 max_new_tokens=self.settings.max_new_tokens,
                 num_beams=self.settings.num_beams,
             )[0]
+
+    def _choose(self, features: torch.Tensor) -> str:
+        """The likeliest classes, one a line."""
+        choices, prompt = self.settings.choices, picture_turn(ask(self.settings))
+        found = choice_log_probs(
+            self._model, self._processor, [prompt], [[0]], lambda _: {"image_features": features}, choices
+        )
+        shares = (found[0] / self.settings.temperature).softmax(-1).tolist()
+        likeliest = sorted(zip(choices, shares, strict=True), key=lambda each: -each[1])[:MOST_CLASSES]
+        return "\n".join(f"{name} ({share:.0%})" for name, share in likeliest)
 
 
 def find_examples(folder: Path) -> list[tuple[str, str, str]]:

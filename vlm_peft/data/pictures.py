@@ -307,7 +307,7 @@ class Pictures:
         Raises:
             UnreadablePictureError: When one that is to be used is not there.
         """
-        row = self._dataset[index].to_pylist()[0]
+        row = self._dataset[index].to_pylist()[0] if self._columns else {}
         cells: list = []
         for column in self._columns:
             cells += row[column] if isinstance(row[column], list) else [row[column]]

@@ -7,6 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import xxhash
@@ -40,6 +41,7 @@ class Question:
         image_ids (`list[int]`): Picture numbers, in the order of the prompt's image parts.
         references (`list[str]`): Accepted texts.
         details (`dict`): What the score needs beside them.
+        solved (`int`): Of the pictures, so many at the beginning belong to solved examples before the question.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Question:
     image_ids: list[int]
     references: list[str]
     details: dict
+    solved: int = 0
 
 
 @dataclass
@@ -134,6 +137,55 @@ def bind_task(data: DataArguments, columns: list[str]) -> Task:
     )
 
 
+def settle(data: DataArguments, name: str, *, is_trained: bool = False) -> dict[str, Any]:
+    """Options of a task that a data set's rows decide, such as the classes to choose from, as far as they are missing.
+
+    Args:
+        data ([`~vlm_peft.data.arguments.DataArguments`]): Data set, columns and task.
+        name (`str`): Of the split whose rows are asked.
+        is_trained (`bool`, *optional*, defaults to `False`): Whether it is trained on.
+
+    Raises:
+        ValueError, FileNotFoundError: See [`load_split`]; and for rows that the task cannot do with.
+    """
+    kind = find_kind(data.task)
+    if kind.settle is None or not undecided(data):
+        return {}
+    with PartialState().main_process_first():
+        rows = _load_rows(data, name)
+    return kind.settle(rows, data.text_column, task_options(data), is_trained)
+
+
+def undecided(data: DataArguments) -> list[str]:
+    """Names of the options that [`settle`] would find."""
+    return [name for name in find_kind(data.task).from_rows if getattr(data, name) is None]
+
+
+def _load_rows(data: DataArguments, name: str, limit: int | None = None) -> Dataset:
+    if data.dataset_name is None:
+        raise ValueError("dataset_name is missing: expected a Hub id, a parquet file or a folder.")
+    share = _SHARE.fullmatch(name)
+    stored = name if share is None else share[1]
+    # What is scored has nothing to do with how much of the rest is trained on.
+    shares = drawn_shares(data.eval_splits if share is None else [name], stored)
+    order = find_kind(data.task).order
+    rows = load_rows(
+        data.dataset_name,
+        stored,
+        revision=data.dataset_revision,
+        stored_split=data.stored_split,
+        split_column=data.split_column,
+        limit=limit if order is None and not shares else None,
+    )
+    if shares:
+        columns = bind_task(data, rows.column_names).image_columns
+        shown = resolve_paths(rows, columns, picture_folder(data.dataset_name, data.image_folder))
+        held = {row for each in shares for row in hold_out(shown, columns, each, data.split_seed)}
+        rows = rows.select([row for row in range(len(rows)) if (row in held) == (share is not None)])
+    chosen = range(len(rows)) if order is None else order(rows, data.text_column)
+    return rows.select(chosen[:limit]) if shares or order is not None else rows
+
+
 def load_split(data: DataArguments, name: str, processor, *, limit: int | None = None) -> Split:
     """Loads a split's rows; pictures are read and processed whenever they are asked for.
 
@@ -151,27 +203,8 @@ def load_split(data: DataArguments, name: str, processor, *, limit: int | None =
         ValueError: When the split, a column or the task is not there.
         FileNotFoundError: When the data set is not there.
     """
-    if data.dataset_name is None:
-        raise ValueError("dataset_name is missing: expected a Hub id, a parquet file or a folder.")
-    share = _SHARE.fullmatch(name)
-    stored = name if share is None else share[1]
-    # What is scored has nothing to do with how much of the rest is trained on.
-    shares = drawn_shares(data.eval_splits if share is None else [name], stored)
     with PartialState().main_process_first():
-        rows = load_rows(
-            data.dataset_name,
-            stored,
-            revision=data.dataset_revision,
-            stored_split=data.stored_split,
-            split_column=data.split_column,
-            limit=None if shares else limit,
-        )
-        if shares:
-            columns = bind_task(data, rows.column_names).image_columns
-            shown = resolve_paths(rows, columns, picture_folder(data.dataset_name, data.image_folder))
-            held = {row for each in shares for row in hold_out(shown, columns, each, data.split_seed)}
-            chosen = [row for row in range(len(rows)) if (row in held) == (share is not None)]
-            rows = rows.select(chosen[:limit])
+        rows = _load_rows(data, name, limit)
         split = make_split(data, name, rows, processor)
     if PartialState().is_main_process:
         texts, pictures = split.texts, split.pictures

@@ -15,7 +15,8 @@ from accelerate.utils import gather_object
 
 from ..data.splits import Question, Split
 from ..metrics.clip_score import clip_scores
-from ..tasks import find_kind
+from ..tasks import Task, find_kind
+from .choices import choice_log_probs
 from .generation import generate_texts
 from .records import Row, score_summary, write_predictions, write_text
 from .task_scores import Scores, score_rows
@@ -37,6 +38,7 @@ def evaluate_split(
     tokenizer: str = "auto",
     clip_model: str | None = None,
     progress: bool = True,
+    recorded: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Generates on all processes, scores on the main one, writes two files and returns what scores.json holds.
 
@@ -52,6 +54,7 @@ def evaluate_split(
         meteor, spice, tokenizer: See `score_captions`.
         clip_model: Folder or id of a CLIP: also the task's metrics that need pictures, with each row's own picture.
         progress: Shows a progress bar.
+        recorded: Beside the decoding, what else the texts depend on.
 
     Raises:
         ValueError: for a blind control of a single row, which has no other picture, or a row that cannot be scored:
@@ -67,6 +70,7 @@ def evaluate_split(
         processor,
         questions,
         split.fetch_images,
+        task=split.task,
         blind=blind,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
@@ -97,7 +101,13 @@ def evaluate_split(
             "task": split.task.name,
             "split": split.name,
             "condition": condition,
-            "decoding": {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "do_sample": False, "blind": blind},
+            "decoding": {
+                "num_beams": num_beams,
+                "max_new_tokens": max_new_tokens,
+                "do_sample": False,
+                "blind": blind,
+                **(recorded or {}),
+            },
         }
         write_predictions(files[0], rows, scores.per_row)
         summary = score_summary(scores, **described)
@@ -128,10 +138,14 @@ class _OwnPictures(Sequence):
     def __len__(self) -> int:
         return len(self._questions)
 
+    def _own(self, index: int) -> int:
+        question = self._questions[index]
+        return question.image_ids[question.solved]
+
     def __getitem__(self, index):
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
-        return self._split.pictures.open(self._questions[index].image_ids[0])
+        return self._split.pictures.open(self._own(index))
 
 
 def _add_clip_scores(scores: Scores, clip_model: str, split: Split, questions: list[Question], rows: list[Row]) -> None:
@@ -152,6 +166,7 @@ def generate_rows(
     questions: list[Question],
     fetch_images,
     *,
+    task: Task | None = None,
     blind: bool = False,
     batch_size: int = 64,
     max_new_tokens: int = 32,
@@ -162,7 +177,8 @@ def generate_rows(
 
     Args:
         model, processor, batch_size, max_new_tokens, num_beams: See `evaluate_split`.
-        blind: Swaps the pictures, see the module's text.
+        task: Of the questions; one with choices has each of them scored, and its rows have `probabilities`.
+        blind: Swaps the pictures, see the module's text; those of solved examples stay.
         questions: Of `Split.questions`.
         fetch_images: Of the split.
         progress: Title of a progress bar on the main process.
@@ -173,22 +189,39 @@ def generate_rows(
     state = PartialState()
     image_ids = [question.image_ids for question in questions]
     if blind:
-        image_ids = _swapped(image_ids)
+        others = _swapped([question.image_ids[question.solved :] for question in questions])
+        image_ids = [[*each.image_ids[: each.solved], *other] for each, other in zip(questions, others, strict=True)]
     mine = range(state.process_index, len(questions), state.num_processes)
-    texts = generate_texts(
-        model,
-        processor,
-        [questions[index].prompt for index in mine],
-        [image_ids[index] for index in mine],
-        fetch_images,
-        batch_size=batch_size,
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        progress=progress if state.is_main_process else None,
-    )
-    gathered = dict(gather_object(list(zip(mine, texts, strict=True))))
+    prompts = [questions[index].prompt for index in mine]
+    shown = [image_ids[index] for index in mine]
+    bar = progress if state.is_main_process else None
+    said: list[dict[str, Any]]
+    if task is not None and task.choices:
+        log_probs = choice_log_probs(
+            model, processor, prompts, shown, fetch_images, task.choices, batch_size=batch_size, progress=bar
+        )
+        said = [
+            {"prediction": task.choices[max(range(len(row)), key=row.__getitem__)], "probabilities": row}
+            for row in (log_probs.double() / task.temperature).softmax(-1).tolist()
+        ]
+        for each in said:
+            each["probabilities"] = dict(zip(task.choices, each["probabilities"], strict=True))
+    else:
+        texts = generate_texts(
+            model,
+            processor,
+            prompts,
+            shown,
+            fetch_images,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            progress=bar,
+        )
+        said = [{"prediction": text} for text in texts]
+    gathered = dict(gather_object(list(zip(mine, said, strict=True))))
     return [
-        {"id": question.id, "prediction": gathered[index], "references": question.references, **question.details}
+        {"id": question.id, **gathered[index], "references": question.references, **question.details}
         for index, question in enumerate(questions)
     ]
 

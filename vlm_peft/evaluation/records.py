@@ -154,7 +154,7 @@ def score_summary(
         "task": task,
         "primary": scores.primary,
         "metrics": scores.metrics,
-        "breakdowns": _breakdowns(scores.metrics),
+        "breakdowns": _breakdowns(scores.metrics) | scores.breakdowns,
         "intervals": intervals,
         "model": model,
         "dataset": dataset,

@@ -134,7 +134,7 @@ class VisionQwenProcessor(ProcessorMixin):
             kwargs.setdefault("sanitize_control_tokens", True)
         return super().apply_chat_template(*args, **kwargs)
 
-    def encode_row(self, prompt: list[dict], completions: list) -> SharedPrefixRow:
+    def encode_row(self, prompt: list[dict], completions: list, *, labels_prompt: bool = True) -> SharedPrefixRow:
         """Token ids, positions, branches and labels of one row with all its completions.
 
         Args:
@@ -143,6 +143,7 @@ class VisionQwenProcessor(ProcessorMixin):
                 Each is a text (the assistant's answer) or the messages that follow, for example a question and its
                 answer. A first message of the prompt's last role continues that turn. Every assistant turn is labelled,
                 with its end-of-turn token; nothing else is.
+            labels_prompt (`bool`, *optional*, defaults to `True`): Otherwise assistant turns of the prompt are not.
 
         Returns:
             [`SharedPrefixRow`]: Each picture's placeholder expanded to N tokens.
@@ -152,12 +153,13 @@ class VisionQwenProcessor(ProcessorMixin):
         """
         conversations: list[tuple[list[dict], bool]] = []
         counts: list[int] = []
+        asked = 0 if labels_prompt else len(_merge_turns(prompt))
         for completion in completions:
             following = (
                 [{"role": "assistant", "content": completion}] if isinstance(completion, str) else list(completion)
             )
             messages = _merge_turns([*prompt, *following])
-            turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+            turns = [index for index in range(asked, len(messages)) if messages[index]["role"] == "assistant"]
             if not turns or any(not _text_of(messages[index]).strip() for index in turns):
                 raise ValueError(f"Expected a completion with text, got {completion!r}.")
             conversations += [(messages[:index], True) for index in turns]

@@ -4,6 +4,7 @@ Colours come from the page's style sheet.
 """
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 12, 14, 44
 _MOST_POINTS = 240
 _BAR, _GROUP = 26, 34
 _OVERLAY = 1000
+_MOST_CLASSES = 20
 
 Point = tuple[float, float]
 
@@ -123,6 +125,85 @@ def bar_chart(
         for split, group in groups.items()
     ]
     return _svg(max(y - 8, 40), f"{title} by split. {'; '.join(said)}", parts)
+
+
+def scale_chart(title: str, series: Mapping[str, Sequence[Point]]) -> Markup:
+    """Return a drawing that stands for itself, without a page's style sheet: scores by scale, 0..1, a line each.
+
+    Args:
+        title: What is drawn.
+        series: From a line's name to (scale, score); at least one.
+    """
+    colours = ("#1f6feb", "#d9822b", "#1a7f4b", "#b3382c", "#8250df", "#5b6472")
+    high = _ticks(0.0, max([0.1, *(y for points in series.values() for _, y in points)]))[-1]
+    parts = [f'<rect width="{_WIDTH}" height="{_HEIGHT + 20 * len(series)}" fill="#fff"/>']
+    style = 'font-family="sans-serif" font-size="13" fill="#444"'
+    for tick in _ticks(0.0, high):
+        y = _HEIGHT - _BOTTOM - tick / high * (_HEIGHT - _TOP - _BOTTOM)
+        parts.append(f'<path d="M{_LEFT} {y:.1f}H{_WIDTH - _RIGHT}" stroke="#dde1e7"/>')
+        parts.append(f'<text {style} x="{_LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    width = _WIDTH - _LEFT - _RIGHT - 8
+    for tick in (0, 0.2, 0.4, 0.6, 0.8, 1):
+        x = _LEFT + tick * width
+        parts.append(f'<text {style} x="{x:.1f}" y="{_HEIGHT - 24}" text-anchor="middle">{tick:g}</text>')
+    parts.append(f'<text {style} x="{_WIDTH / 2}" y="{_HEIGHT - 6}" text-anchor="middle">scale of the adapter</text>')
+    for number, (name, points) in enumerate(series.items()):
+        colour = colours[number % len(colours)]
+        placed = [(_LEFT + x * width, _HEIGHT - _BOTTOM - y / high * (_HEIGHT - _TOP - _BOTTOM)) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
+        parts.append(f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="{path}"/>')
+        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{colour}"/>' for x, y in placed]
+        y = _HEIGHT + 20 * number + 10
+        parts.append(f'<rect x="{_LEFT}" y="{y - 9}" width="10" height="10" fill="{colour}"/>')
+        parts.append(f'<text {style} x="{_LEFT + 16}" y="{y}">{text(name)}</text>')
+    drawn = _svg(_HEIGHT + 20 * len(series), title, parts)
+    return Markup(str(drawn).replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+
+
+def confusion_chart(title: str, counts: Mapping[tuple[str, str], int]) -> Markup:
+    """Return which class was taken for which: a row for each true class, a column for each that was said.
+
+    Of more than 20 classes those are drawn that are confused most often.
+
+    Args:
+        title: What is drawn, for those who cannot see it.
+        counts: From (true class, said class) to rows, not empty.
+    """
+    wrong: Counter[str] = Counter()
+    for (true, said), count in counts.items():
+        wrong.update({true: 0, said: 0} if true == said else {true: count, said: count})
+    most = wrong.most_common(_MOST_CLASSES)
+    names = sorted(name for name, _ in most)
+    left, right, top = 116, 56, 74
+    side = min(72, (_WIDTH - left - right) / len(names))
+    parts = []
+    for row, true in enumerate(names):
+        y = top + row * side
+        of_row = sum(count for (name, _), count in counts.items() if name == true)
+        parts.append(
+            f'<text class="tick" x="{left - 6}" y="{y + side / 2 + 4:.1f}" text-anchor="end">{_cut(true)}</text>'
+        )
+        x = left + row * side + side / 2
+        turned = f'transform="rotate(-45 {x:.1f} {top - 6})"'
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{top - 6}" {turned}>{_cut(true, 12)}</text>')
+        for column, said in enumerate(names):
+            count = counts.get((true, said), 0)
+            box = f'x="{left + column * side:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}"'
+            share = count / of_row if of_row else 0.0
+            kind = "after" if true == said else "wrong"
+            parts.append(f'<rect class="cell {kind}" {box} fill-opacity="{0.85 * share:.3f}"><title>{text(true)}: ')
+            parts.append(f"{count} of {of_row} taken for {text(said)}</title></rect>")
+            if count:
+                x = left + (column + 0.5) * side
+                parts.append(f'<text class="tick" x="{x:.1f}" y="{y + side / 2 + 4:.1f}" text-anchor="middle">')
+                parts.append(f"{count}</text>")
+    same = sum(count for (true, said), count in counts.items() if true == said)
+    label = f"{title}: {same} of {sum(counts.values())} rows on the diagonal"
+    return _svg(top + len(names) * side + 6, label, parts)
+
+
+def _cut(name: str, width: int = 16) -> str:
+    return str(text(name if len(name) <= width else name[: width - 1] + "\u2026"))
 
 
 def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledBox], width: int, height: int) -> Markup:

@@ -10,12 +10,14 @@ It reads what the run wrote, all of it optional; what is missing is named in the
   training (`eval_CIDEr`, or `eval_test_CIDEr` for one of several sets);
 - `eval/<split>/scores.json`, with `eval/<split>-before` and `eval/<split>-blind` beside it, see
   records.read_all_scores; splits of several tasks are shown task by task;
+- `transfer.json`, what was gained and lost, see evaluation.transfer;
 - `eval/<split>/predictions.jsonl` with each line's scores, for the gallery of the 12 best and 12 worst rows;
 - `eval/<split>/pictures/*.webp`, the gallery's thumbnails, see gallery.save_gallery_pictures.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +25,9 @@ from typing import Any
 from markupsafe import Markup
 
 from ..evaluation.records import CONDITIONS, Row, read_all_scores, read_predictions, write_text
+from ..evaluation.transfer import TRANSFER_FILE, transfer_lines
 from ..metrics.boxes import parse_boxes
-from .charts import Point, bar_chart, box_overlay, finite_points, step_chart
+from .charts import Point, bar_chart, box_overlay, confusion_chart, finite_points, step_chart
 from .explained import METRICS, digits, ranking
 from .gallery import (
     Picture,
@@ -93,7 +96,7 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
         lead=_lead(scores),
         tasks=[_task(name, splits) for name, splits in by_task(scores).items()],
         made_by=_made_by(scores),
-        figures=[*_bars(scores), *_curves(scores, log_history)],
+        figures=[*_bars(scores), *_curves(scores, log_history), *_confusions(output_dir, scores)],
         gallery=gallery,
         # The folder's name, not its path: a page that is passed on should not tell how somebody's disk is laid out.
         adapter=repr(str(summary.get("adapter") or output_dir.resolve().name)),
@@ -105,6 +108,8 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
             for each in summary.get("trained") or []
         ],
         notes=summary.get("notes") or [],
+        transfer=transfer_lines(_read_json(output_dir / TRANSFER_FILE, list) or []),
+        passed=_best_point(scores, log_history),
         missing=missing,
     )
     target = output_dir / "report.html"
@@ -277,6 +282,44 @@ def _scores_in_training(scores: Scores, log_history: Sequence[Mapping[str, Any]]
     return {
         name: points for metric in found if metric in (primaries or found) for name, points in found[metric].items()
     }
+
+
+def _best_point(scores: Scores, log_history: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A sentence for the held-out loss, and one for each score: when its best point was passed, and by how much."""
+    curves = {"loss": (finite_points(log_history, "eval_loss"), -1)}
+    curves |= {name: (points, 1) for name, points in _scores_in_training(scores, log_history).items()}
+    losses = finite_points(log_history, "loss")
+    found = []
+    for name, (points, sign) in curves.items():
+        if len(points) < 2:
+            continue
+        best = max(points, key=lambda point: (sign * point[1], point[0]))
+        last = points[-1]
+        if best == last:
+            found.append(f"The held-out {name} was best at the last evaluation (step {last[0]:.0f}).")
+            continue
+        said = (
+            f"The held-out {name} was best at step {best[0]:.0f} ({best[1]:.3f}) and "
+            f"{abs(last[1] - best[1]):.3f} worse at step {last[0]:.0f}"
+        )
+        before = [loss for step, loss in losses if step <= best[0]]
+        if before and losses[-1][0] > best[0]:
+            said += f", while the training loss went from {before[-1]:.3f} to {losses[-1][1]:.3f}"
+        found.append(f"{said}.")
+    return found
+
+
+def _confusions(output_dir: Path, scores: Scores) -> list[tuple[str, Markup]]:
+    """Caption and drawing of which class was taken for which, for splits whose rows have probabilities."""
+    figures = []
+    for split, conditions in scores.items():
+        path = output_dir / "eval" / split / "predictions.jsonl"
+        rows = read_predictions(path) if "after" in conditions and path.is_file() else []
+        if rows and all(isinstance(row.get("probabilities"), Mapping) for row in rows):
+            counts = Counter((row["references"][0], row["prediction"]) for row in rows)
+            caption = f"Confusion on {split}: rows are true classes, columns what was said; shades are shares of a row"
+            figures.append((caption, confusion_chart(caption, counts)))
+    return figures
 
 
 def _gallery(

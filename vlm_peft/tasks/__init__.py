@@ -5,11 +5,12 @@ and reward. `kinds` lists them.
 """
 
 from .example import Example, Task
-from .kinds import DEFAULT_TASK, TASKS, TaskOptions, find_kind, make_task, task_options
+from .kinds import DECIDED_BY_ROWS, DEFAULT_TASK, TASKS, TaskOptions, find_kind, make_task, task_options
 from .scoring import Metric, Scores, TaskKind, make_reward
 from .settings import TASK_FILE, TaskSettings
 
 __all__ = [
+    "DECIDED_BY_ROWS",
     "DEFAULT_TASK",
     "TASKS",
     "TASK_FILE",

@@ -50,6 +50,9 @@ class Task:
         id_column (`str`, *optional*): Column whose values name the rows in messages and predictions (`question_id`).
         beginning (`Callable[[dict], str]`, *optional*): What rows about the same pictures must also have in common to
             become one row, so that they share its prefix. Nothing without it.
+        choices (`tuple[str, ...]`): Texts of which one is the answer; each gets its probability, and none is generated.
+        temperature (`float`): Divides the log-probabilities of the choices.
+        held_back (`int`): Rows of the training split that are not trained on, but calibrate the choices.
     """
 
     name: str
@@ -60,6 +63,9 @@ class Task:
     complete: Callable[[Iterable[dict], list[list[list[int]]]], dict[str, list]] | None = None
     id_column: str | None = None
     beginning: Callable[[dict], str] | None = None
+    choices: tuple[str, ...] = ()
+    temperature: float = 1.0
+    held_back: int = 0
 
 
 PICTURE_PLACES = "picture_places"

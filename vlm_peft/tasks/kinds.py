@@ -5,6 +5,7 @@ from typing import Any
 
 from .caption import CAPTION
 from .chat import CHAT
+from .classify import CLASSIFY, ClassifyOptions
 from .digits import DIGITS_TASK
 from .example import Task
 from .grounding import GROUNDING
@@ -12,15 +13,20 @@ from .scoring import TaskKind
 from .slides import SLIDES, SlideOptions
 from .vqa import VQA
 
-TASKS: dict[str, TaskKind] = {kind.name: kind for kind in (CAPTION, VQA, SLIDES, CHAT, GROUNDING, DIGITS_TASK)}
+TASKS: dict[str, TaskKind] = {
+    kind.name: kind for kind in (CAPTION, VQA, SLIDES, CHAT, GROUNDING, DIGITS_TASK, CLASSIFY)
+}
 """By name."""
+
+DECIDED_BY_ROWS = {name for kind in TASKS.values() for name in kind.from_rows}
+"""Options that a run finds in its rows where they are not given; the rows stand for them in its records."""
 
 DEFAULT_TASK = CAPTION.name
 """Where none is named; also that of files from before there were others."""
 
 
 @dataclass
-class TaskOptions(SlideOptions):
+class TaskOptions(ClassifyOptions, SlideOptions):
     """The own options of all tasks that have some."""
 
 

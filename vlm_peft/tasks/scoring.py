@@ -18,7 +18,7 @@ _SHORT = 64
 
 @dataclass(frozen=True)
 class Metric:
-    """A number that a task is scored by; higher is better, and 0 is the least.
+    """A number that a task is scored by; higher is better, unless its explanation says so, and 0 is the least.
 
     Args:
         name (`str`): In scores.json, in tables and pages.
@@ -58,6 +58,8 @@ class Scores:
     """Metrics asked for and not computed, each with its reason in one line."""
     tokenizer: str | None = None
     """The tokenizer of the caption metrics."""
+    breakdowns: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    """A metric's value for each kind of rows, where there are too many of them for `metrics`."""
 
     def add(self, per_row: dict[str, list[float]]) -> None:
         """Adds metrics that each row has, and their means."""
@@ -104,6 +106,13 @@ class TaskKind:
         hint (`str`, *optional*): What a person should know who asks such a model something else.
         counts_words (`bool`): References without a word cannot be scored.
         truth (`str`): What a row's score needs beside `prediction`.
+        from_rows (`tuple[str, ...]`): Options that `settle` and `calibrate` decide.
+        order (`Callable[[Dataset, str | None], list[int]]`, *optional*): Rows and text column -> their numbers in the
+            order in which they are taken; as they are stored without it.
+        settle (`Callable[[Dataset, str | None, Mapping, bool], dict]`, *optional*): Rows, text column, the task's
+            options and whether the rows are trained on -> values of those options that the rows decide.
+        calibrate (`Callable[[Sequence[Row]], dict]`, *optional*): Rows that were held back from training, with what the
+            trained model says -> values of the options that they decide.
     """
 
     name: str
@@ -119,6 +128,10 @@ class TaskKind:
     hint: str | None = None
     counts_words: bool = False
     truth: str = "references"
+    from_rows: tuple[str, ...] = ()
+    order: Callable[[Any, str | None], list[int]] | None = None
+    settle: Callable[[Any, str | None, Mapping[str, Any], bool], dict[str, Any]] | None = None
+    calibrate: Callable[[Sequence[Row]], dict[str, Any]] | None = None
 
     def check(self, rows: Sequence[Row]) -> None:
         """Checks that rows have the references that a score or a reward needs.

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from .kinds import DEFAULT_TASK, TaskOptions
+from .scoring import is_list_of
 
 TASK_FILE = "task.json"
 """Lies beside an adapter."""
@@ -25,6 +26,16 @@ class TaskSettings(TaskOptions):
     instruction: str | None = None
     max_new_tokens: int = 48
     num_beams: int = 1
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """Texts of which one is the answer, for models that choose; none for those that write."""
+        return tuple(self.class_names or ())
+
+    @property
+    def temperature(self) -> float:
+        """Divides the log-probabilities of the choices."""
+        return self.class_temperature
 
     def to_json(self) -> str:
         """The content of `task.json`."""
@@ -47,8 +58,11 @@ class TaskSettings(TaskOptions):
             raise ValueError(f"{path}: expected a JSON object with {', '.join(_DEFAULTS)} ({error}).") from error
         for name, value in values.items():
             default = _DEFAULTS[name]
-            if not isinstance(value, (str, type(None)) if default is None else type(default)):
-                raise ValueError(f"{path}: {name} is {value!r}, expected a value like {default!r}.")
+            if name in _LISTS and (value is None or is_list_of(str, value)):
+                continue
+            if name in _LISTS or not isinstance(value, (str, type(None)) if default is None else type(default)):
+                expected = "a list of texts" if name in _LISTS else f"a value like {default!r}"
+                raise ValueError(f"{path}: {name} is {value!r}, expected {expected}.")
         return cls(**values)
 
 
@@ -56,3 +70,4 @@ class TaskSettings(TaskOptions):
 _DEFAULTS = {
     each.name: each.default for each in sorted(fields(TaskSettings), key=lambda each: hasattr(TaskOptions, each.name))
 }
+_LISTS = {each.name for each in fields(TaskSettings) if "list[str]" in str(each.type)}

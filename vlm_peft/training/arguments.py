@@ -27,6 +27,17 @@ class VisionArguments(ProjectorSettings, DataArguments):
             "dataset_name to weight; what an entry leaves out is taken from the top level."
         },
     )
+    watch: list[dict] | None = field(
+        default=None,
+        metadata={
+            "help": "In the YAML file: a list of data sets (old tasks, text only) that are scored before and after "
+            "training, to see what is lost; each with options of its own from dataset_name to eval_limit."
+        },
+    )
+    watch_text: str | None = field(
+        default=None,
+        metadata={"help": "Text file whose perplexity is watched; with --watch, a sample of English by default."},
+    )
     streaming: bool = field(
         default=False, metadata={"help": "Read training rows as they come, without a copy on disk; needs --max_steps."}
     )
@@ -201,25 +212,43 @@ def data_sources(arguments: VisionArguments) -> list[DataArguments]:
     Raises:
         ValueError: When an entry has an unknown option, or a value of another kind.
     """
-    names = [each.name for each in fields(DataArguments)]
-    common = DataArguments(**{name: getattr(arguments, name) for name in names})
+    common = DataArguments(**{each.name: getattr(arguments, each.name) for each in fields(DataArguments)})
     if arguments.mixture is None:
         return [common]
+    sources = _entries(arguments.mixture, common, "the mixture")
+    if not sources:
+        raise ValueError("The mixture is empty: expected at least one data set.")
+    return sources
+
+
+def watched_sources(arguments: VisionArguments) -> list[DataArguments]:
+    """The data sets of `watch`, each with options of its own alone.
+
+    Raises:
+        ValueError: When an entry has an unknown option, a value of another kind, or no data set.
+    """
+    sources = _entries(arguments.watch or [], DataArguments(), "watch")
+    for number, source in enumerate(sources, 1):
+        if source.dataset_name is None or not source.eval_splits:
+            raise ValueError(f"Entry {number} of watch: expected dataset_name and eval_splits.")
+    return sources
+
+
+def _entries(entries: list[dict], common: DataArguments, where: str) -> list[DataArguments]:
+    names = [each.name for each in fields(DataArguments)]
     sources = []
-    for number, entry in enumerate(arguments.mixture, 1):
+    for number, entry in enumerate(entries, 1):
         if not isinstance(entry, dict) or not entry:
-            raise ValueError(f"Entry {number} of the mixture: expected options such as dataset_name, got {entry!r}.")
+            raise ValueError(f"Entry {number} of {where}: expected options such as dataset_name, got {entry!r}.")
         unknown = [name for name in entry if name not in names]
         if unknown:
-            raise ValueError(f"Entry {number} of the mixture: unknown option {_with_hints(unknown, names)}.")
+            raise ValueError(f"Entry {number} of {where}: unknown option {_with_hints(unknown, names)}.")
         try:
             source = replace(common, **typed(entry, [DataArguments]))
             check_ranges(source)
         except ValueError as error:
-            raise ValueError(f"Entry {number} of the mixture: {error}") from error
+            raise ValueError(f"Entry {number} of {where}: {error}") from error
         sources.append(source)
-    if not sources:
-        raise ValueError("The mixture is empty: expected at least one data set.")
     return sources
 
 
@@ -299,6 +328,7 @@ def parse_arguments(
         _check_strategy(*parsed)
         _check_reports(training_args)
         sources = data_sources(vision_args)
+        watched_sources(vision_args)
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
     if all(source.train_split is None for source in sources):

@@ -18,7 +18,7 @@ from ..adapters.folder import is_adapter_folder, read_object
 from ..data.splits import Split, content_hash
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.projector import ProjectorSettings
-from ..tasks import TaskOptions
+from ..tasks import DECIDED_BY_ROWS, TaskOptions
 from .arguments import VisionArguments
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _VISION = (
     "loraplus_lr_ratio",
     "task",
     "instruction",
-    *(each.name for each in fields(TaskOptions)),
+    *(each.name for each in fields(TaskOptions) if each.name not in DECIDED_BY_ROWS),
     "train_split",
     "train_limit",
 )

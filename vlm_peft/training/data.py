@@ -3,9 +3,10 @@
 Stage: options -> held-out splits, and training rows from a data set, a mixture or a stream.
 """
 
+import random
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,21 @@ from ..data.arguments import DataArguments
 from ..data.leakage import check_overlap, picture_hashes
 from ..data.mixture import fetch_from, first_images, mix
 from ..data.rows import EncodedRows, encode_rows
-from ..data.splits import Split, drawn_shares, encode_pictures, first_of_each, leave_out, load_split, make_split
+from ..data.splits import (
+    Split,
+    drawn_shares,
+    encode_pictures,
+    first_of_each,
+    leave_out,
+    load_split,
+    make_split,
+    settle,
+    undecided,
+)
 from ..data.streaming import load_stream, stack_pixels
-from .arguments import VisionArguments, keeps_features
-from .setup import check_steps, sources, training_sources, training_stream
+from ..evaluation.perplexity import SAMPLE
+from .arguments import VisionArguments, keeps_features, watched_sources
+from .setup import check_steps, local, sources, training_sources, training_stream
 
 
 @dataclass(frozen=True)
@@ -55,6 +67,28 @@ class Part:
         return make_split(self.source, self.name, rows, processor)
 
 
+def settle_options(vision: VisionArguments) -> None:
+    """Fills in, once, the tasks' options that the training rows decide; see [`~vlm_peft.data.splits.settle`].
+
+    Raises:
+        ValueError: When a task needs all rows to find them, and they come as a stream.
+    """
+    for number, source in enumerate(sources(vision)):
+        missing = undecided(source)
+        if missing and vision.streaming:
+            raise ValueError(
+                f"--streaming: the task {source.task} finds {', '.join(missing)} in all training rows, which come one "
+                f"by one: give --{missing[0]}."
+            )
+        is_trained = source.train_split is not None
+        found = settle(source, source.train_split or source.eval_splits[0], is_trained=is_trained) if missing else {}
+        if vision.mixture is not None:
+            vision.mixture[number].update(found)
+        else:
+            for name, value in found.items():
+                setattr(vision, name, value)
+
+
 def parts(vision: VisionArguments) -> list[Part]:
     """All that a run reads, data set by data set, what is trained on first.
 
@@ -63,6 +97,7 @@ def parts(vision: VisionArguments) -> list[Part]:
         FileNotFoundError: When a data set's path is not there.
     """
     training_sources(vision)
+    settle_options(vision)
     found = []
     for source in sources(vision):
         if vision.streaming and drawn_shares(source.eval_splits, str(source.train_split)):
@@ -129,6 +164,7 @@ class TrainingRows:
         fetch_images: Picture numbers of both -> model inputs.
         described: One sentence for the log.
         splits: What the rows were made of; none for a stream.
+        held_back: Of splits that have such rows, those that are not trained on but calibrate the model.
     """
 
     dataset: Any
@@ -136,6 +172,29 @@ class TrainingRows:
     fetch_images: Callable[[list], dict[str, torch.Tensor]]
     described: str
     splits: list[Split]
+    held_back: list[Split] = field(default_factory=list)
+
+
+def hold_back(split: Split, rows: Dataset) -> tuple[Dataset, Split]:
+    """Takes the rows that a task wants held back out of those that are trained on.
+
+    Args:
+        split: That is trained on.
+        rows: Its encoded rows.
+
+    Returns:
+        The encoded rows without them, and the split with all others left out.
+
+    Raises:
+        ValueError: When nothing is left to train on.
+    """
+    count, usable = split.task.held_back, sorted(set(rows["row"][:]))
+    if count >= len(usable):
+        raise ValueError(f"{count} rows of {split.name} are to be held back, which has {len(usable)}: hold back fewer.")
+    chosen = set(random.Random(0).sample(usable, count))
+    kept = [place for place, row in enumerate(rows["row"][:]) if row not in chosen]
+    others = dict.fromkeys(set(range(len(split.texts))) - chosen, "not held back")
+    return rows.select(kept), replace(split, left_out=others)
 
 
 def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]:
@@ -150,14 +209,50 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
         if not part.is_held_out:
             continue
         split = leave_out(_with_pictures(vision, part.load(processor), model, processor), vision.on_bad_row)
-        # A part like `train[10%]` is a folder's name, too.
-        split.name = re.sub(r"[^\w.+-]+", "-", part.name).strip("-")
+        split.name = _folder_name(part.name)
         if is_mixture:
             split.name = f"{split.data.task}-{split.name}"
             if split.name in found:
                 split.name = f"{Path(str(split.data.dataset_name)).stem}-{split.name}"
         found[split.name] = split
     return found
+
+
+def load_watched(vision: VisionArguments, model, processor) -> dict[str, Split]:
+    """All splits of `watch`, by the name of their folder.
+
+    Raises:
+        FileNotFoundError: When a data set's path is not there.
+        ValueError: If a split is not there, or has rows that cannot be scored.
+    """
+    found: dict[str, Split] = {}
+    for source in watched_sources(vision):
+        source = replace(source, dataset_name=local(str(source.dataset_name), "watch"))
+        source = replace(source, **settle(source, source.eval_splits[0]))
+        for name in source.eval_splits:
+            split = load_split(source, name, processor, limit=source.eval_limit)
+            split = leave_out(_with_pictures(vision, split, model, processor), vision.on_bad_row)
+            split.name = f"watch-{source.task}-{_folder_name(name)}"
+            if split.name in found:
+                split.name = f"watch-{Path(str(source.dataset_name)).stem}-{source.task}-{_folder_name(name)}"
+            found[split.name] = split
+    return found
+
+
+def watched_text(vision: VisionArguments) -> Path | None:
+    """The text file whose perplexity is watched; `None` when nothing is.
+
+    Raises:
+        FileNotFoundError: When it is not there.
+    """
+    if vision.watch_text is not None:
+        return Path(local(vision.watch_text, "watch_text"))
+    return SAMPLE if vision.watch is not None else None
+
+
+def _folder_name(split: str) -> str:
+    """A part like `train[90%:]` is a folder's name, too."""
+    return re.sub(r"[^\w.+-]+", "-", split).strip("-")
 
 
 def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
@@ -191,6 +286,11 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
             encode_split(split, processor, training, on_bad_row=vision.on_bad_row, first_image=first_image).dataset
             for split, first_image in zip([*splits, *others], first_images([*splits, *others]), strict=True)
         ]
+    held_back = []
+    for number, split in enumerate(splits):
+        if split.task.held_back:
+            encoded[number], back = hold_back(split, encoded[number])
+            held_back.append(back)
     eval_dataset = concatenate_datasets(encoded[len(splits) :]) if others else None
     if vision.streaming:
         hashes: set[str] = set()
@@ -210,7 +310,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
     if len(splits) > 1:
         drawn = zip(encoded, splits, strict=False)
         described += f", drawn from {', '.join(f'{len(rows):,} of {split.data.task}' for rows, split in drawn)}"
-    return TrainingRows(dataset, eval_dataset, fetch, described + ".", splits)
+    return TrainingRows(dataset, eval_dataset, fetch, described + ".", splits, held_back)
 
 
 def _with_pictures(vision: VisionArguments, split: Split, model, processor) -> Split:

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -23,22 +23,26 @@ from .. import __version__
 from ..adapters.folder import is_adapter_folder
 from ..adapters.lora import check_trainable, format_trainable_table, trainable_table, unadapted_experts
 from ..adapters.pissa import is_pissa
-from ..console import quiet_progress, show_messages
-from ..data.splits import Split, content_hash, first_of_each
+from ..console import quiet_progress, show_messages, table
+from ..data.splits import Split, bind_task, content_hash, first_of_each
 from ..drafts import draft_of, sweep
 from ..evaluation.evaluate import evaluate_split, generate_rows, sample_table
+from ..evaluation.perplexity import read_paragraphs, text_nats
 from ..evaluation.records import write_text
 from ..evaluation.task_scores import score_rows
+from ..evaluation.transfer import TRANSFER_FILE, compared, compared_text, transfer_lines
 from ..hub.models import check_push, push_adapter
 from ..model.cuda.training import plain_decoder
 from ..model.modeling_vision_qwen import base_model
 from ..report.gallery import choose_gallery, save_gallery_pictures
 from ..report.model_card import card_for_others, write_model_card
 from ..report.report import build_report
+from ..tasks import TASK_FILE, TaskSettings, find_kind
 from .arguments import chosen_strategy, data_sources, keeps_features
 from .callbacks import StopOnSignal
 from .checkpoints import check_same_run, checkpoint_to_resume, checkpoints_in
-from .setup import load_model, loading_arguments, local
+from .data import load_watched, watched_text
+from .setup import load_model, loading_arguments, local, sources
 
 
 class Run:
@@ -125,7 +129,7 @@ def clear_results(folder: Path) -> None:
 
     New weights must never lie beside an old card, nor new predictions beside old scores.
     """
-    shown = [folder / name for name in ("run_summary.json", "log_history.json", "report.html")]
+    shown = [folder / name for name in ("run_summary.json", "log_history.json", TRANSFER_FILE, "report.html")]
     if any(path.is_file() for path in shown):
         shown.append(folder / "README.md")
     for pattern in ("eval/*/predictions.jsonl", "eval/*/scores.json", "eval/*/pictures/*.webp"):
@@ -159,7 +163,7 @@ def make_scorer(run: Run, processor, held_out: dict[str, Split]) -> Callable[[An
         found: dict[str, float] = {}
         for split, asked, others in watched:
             with plain_decoder(model):
-                rows = generate_rows(model, processor, asked, split.fetch_images, **_decoding(run))
+                rows = generate_rows(model, processor, asked, split.fetch_images, task=split.task, **_decoding(run))
             # Document frequencies of the whole split: these figures then compare with the final ones.
             idf = [each.references for each in others]
             if PartialState().is_main_process:
@@ -294,6 +298,34 @@ def evaluate(run: Run, model, processor, splits: dict[str, Split], suffix: str =
             run.say(f"{name + suffix:<20} n={summary['n']}  {shown}")
 
 
+def calibrate(run: Run, model, processor, held_back: Iterable[Split], held_out: dict[str, Split]) -> None:
+    """Scores the rows that were held back from training, and sets what they decide, here and in the adapter folder.
+
+    Args:
+        model, processor: Saved in the folder.
+        held_back: Of [`~vlm_peft.training.data.load_training`].
+        held_out: Are scored with what is found where they are of the same data set.
+    """
+    for split in held_back:
+        kind = find_kind(split.task.name)
+        assert kind.calibrate is not None
+        with run.phase("calibrate"):
+            questions = list(split.questions())
+            rows = generate_rows(model, processor, questions, split.fetch_images, task=split.task, **_decoding(run))
+        found = kind.calibrate(rows)
+        if not found:
+            continue
+        run.say("".join(f"{name} {value:.4g} from {len(rows)} rows of {split.name}\n" for name, value in found.items()))
+        of_model = TaskSettings.read(run.output_dir)
+        # task.json says how the first data set is asked.
+        if run.is_main and of_model is not None and split.data == sources(run.vision)[0]:
+            write_text(run.output_dir / TASK_FILE, replace(of_model, **found).to_json())
+        for other in held_out.values():
+            if other.data.dataset_name == split.data.dataset_name and other.task.name == kind.name:
+                other.data = replace(other.data, **found)
+                other.task = bind_task(other.data, [*other.texts.column_names, *other.task.image_columns])
+
+
 def evaluate_trained(run: Run, model, processor, held_out: dict[str, Split]) -> None:
     """Scores all held-out splits, and those that are also asked blind.
 
@@ -305,6 +337,54 @@ def evaluate_trained(run: Run, model, processor, held_out: dict[str, Split]) -> 
         evaluate(run, model, processor, {name: split for name, split in held_out.items() if split.is_blind}, "-blind")
     if run.unscored:
         raise ValueError(f"The adapter is saved in {run.output_dir}, but not all is scored. {'; '.join(run.unscored)}")
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is scored before and after training, beside the task that is trained.
+
+    Args:
+        splits (`dict[str, Split]`): Of [`~vlm_peft.training.data.load_watched`].
+        paragraphs (`list[str]`): Of the text whose perplexity is watched; none when nothing is.
+        nats (`list[float]`): Of each paragraph before training.
+    """
+
+    splits: dict[str, Split]
+    paragraphs: list[str]
+    nats: list[float]
+
+
+def watch_before(run: Run, model, processor) -> Watched:
+    """Scores what is watched before training.
+
+    Raises:
+        ValueError, OSError: See [`~vlm_peft.training.data.load_watched`] and
+            [`~vlm_peft.evaluation.perplexity.read_paragraphs`].
+    """
+    splits, text = load_watched(run.vision, model, processor), watched_text(run.vision)
+    paragraphs = read_paragraphs(text) if text is not None else []
+    with run.phase("score before"):
+        evaluate(run, model, processor, splits, "-before")
+        return Watched(splits, paragraphs, text_nats(model.eval(), processor, paragraphs))
+
+
+def watch_after(run: Run, model, processor, watched: Watched, held_out: dict[str, Split]) -> None:
+    """Scores it again, and writes and prints the table of what was gained and lost, with the trained task's rows where
+    they were scored before, too."""
+    if not watched.splits and not watched.paragraphs:
+        return
+    with run.phase("score"):
+        evaluate(run, model, processor, watched.splits)
+        nats = text_nats(model, processor, watched.paragraphs)
+    if not run.is_main:
+        return
+    scored = run.output_dir / "eval"
+    names = [name for name in [*held_out, *watched.splits] if (scored / f"{name}-before" / "scores.json").is_file()]
+    names = [name for name in names if (scored / name / "scores.json").is_file()]
+    rows = [compared(scored / f"{name}-before", scored / name, name) for name in names]
+    rows += [compared_text(watched.nats, nats, "text")] if nats else []
+    write_text(run.output_dir / TRANSFER_FILE, json.dumps(rows, indent=2) + "\n")
+    run.say(f"\nGained and lost:\n{table(transfer_lines(rows))}\n")
 
 
 def finish(run: Run, trainer, trained_on: Iterable[Split], held_out: dict[str, Split]) -> None:

@@ -138,6 +138,7 @@ def train(
     if vision.score_before:
         with run.phase("score before"):
             phases.evaluate(run, model, processor, held_out, "-before")
+    watched = phases.watch_before(run, model, processor)
 
     with run.phase("prepare training"):
         record = run_record(vision, training, model_args, model.config, data.splits)
@@ -151,6 +152,8 @@ def train(
         inputs = {key: value for key, value in batch.items() if "labels" not in key}
         trained = phases.save_checked(run, trainer, load_trained, inputs)
     processor = VisionQwenProcessor.from_pretrained(training.output_dir)
+    phases.calibrate(run, trained, processor, data.held_back, held_out)
     phases.evaluate_trained(run, trained, processor, held_out)
+    phases.watch_after(run, trained, processor, watched, held_out)
     phases.finish(run, trainer, data.splits, held_out)
     return 0

@@ -1,0 +1,51 @@
+"""Calibration: whether a model is right as often as it says, and the temperature that makes it so."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+BINS = 15
+"""Of equal width, as in the source."""
+
+
+def calibration_error(probabilities: np.ndarray, labels: Sequence[int]) -> float:
+    """Expected calibration error (ECE): how far confidence and accuracy are apart, 0..1.
+
+    Rows are sorted into [`BINS`] by the probability of the class that comes first; the gaps between mean probability
+    and accuracy are averaged, weighed by the rows of each bin. Source: Guo et al., arXiv 1706.04599, section 2.
+
+    Args:
+        probabilities (`np.ndarray`): `(P, C)`, each row sums to 1.
+        labels (`Sequence[int]`): `(P,)`, numbers of the true classes.
+    """
+    confidence = probabilities.max(axis=1)
+    right = probabilities.argmax(axis=1) == np.asarray(labels)
+    bins = np.ceil(confidence * BINS).astype(int).clip(1, BINS)
+    gaps = [np.sum(bins == each) * abs(np.mean((confidence - right)[bins == each])) for each in np.unique(bins)]
+    return float(np.sum(gaps) / len(confidence))
+
+
+def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> float:
+    """The temperature by which scores must be divided for the true classes to be likeliest, 1/64..64.
+
+    One number, so that no row changes its first class. Source: Guo et al., arXiv 1706.04599, section 4.2.
+
+    Args:
+        log_probabilities (`np.ndarray`): `(P, C)`, nats, up to a constant in each row.
+        labels (`Sequence[int]`): `(P,)`, numbers of the true classes.
+    """
+    rows = np.arange(len(labels))
+
+    def loss(exponent: float) -> float:
+        scaled = log_probabilities * 2.0**-exponent
+        highest = scaled.max(axis=1, keepdims=True)
+        total = highest[:, 0] + np.log(np.exp(scaled - highest).sum(axis=1))
+        return float(np.mean(total - scaled[rows, np.asarray(labels)]))
+
+    # The loss is convex in 1/T, so that it has one minimum in log T, too: golden-section search.
+    low, high, ratio = -6.0, 6.0, (math.sqrt(5) - 1) / 2
+    while high - low > 1e-6:
+        left, right = high - ratio * (high - low), low + ratio * (high - low)
+        low, high = (low, right) if loss(left) <= loss(right) else (left, high)
+    return 2.0 ** ((low + high) / 2)
