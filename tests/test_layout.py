@@ -20,6 +20,7 @@ ROOMS = (
     "evaluation",
     "report",
     "training",
+    "studies",
     "commands",
     "__main__",
 )
@@ -35,7 +36,7 @@ THIRD_PARTIES = {
 }
 """Packages that only these modules may name."""
 
-SPEAKING = {"console", "commands", "data.splits", "hub.unpickle", "training", "__main__"}
+SPEAKING = {"console", "commands", "data.splits", "hub.unpickle", "studies", "training", "__main__"}
 """Rooms and modules that talk to whoever runs a command or a training."""
 
 
