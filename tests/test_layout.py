@@ -30,9 +30,10 @@ LATE = {("model.modeling_vision_qwen", "adapters.folder")}
 """Imports upwards, made when a function is called: `from_adapter` is the public door to a room further up."""
 
 THIRD_PARTIES = {
-    "trl": {"commands.doctor", "training.arguments", "training.setup", "training.trainer"},
+    "trl": {"commands.doctor", "studies.tune", "training.arguments", "training.setup", "training.trainer"},
     "bitsandbytes": {"adapters.lora"},
     "gradio": {"commands.web_demo"},
+    "optuna": {"studies.tune"},
 }
 """Packages that only these modules may name."""
 

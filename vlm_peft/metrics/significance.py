@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -129,6 +130,7 @@ def runs_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> RunsMea
     return RunsMean(mean, (mean - half, mean + half), runs)
 
 
+@cache
 def student_t(level: float, freedom: int) -> float:
     """Return the bound that Student's t with so many degrees of freedom keeps within with the probability `level`."""
     # t = sqrt(freedom) tan(angle) has the density cos(angle)^(freedom - 1), up to a factor.

@@ -132,7 +132,7 @@ class Measured:
     """A mean with its interval at some x, and the single runs behind it.
 
     Args:
-        x: Above 0, for the axis is logarithmic.
+        x: Where it stands.
         y: Mean.
         interval: 95 %; None when it is not known.
         runs: What was averaged.
@@ -144,13 +144,16 @@ class Measured:
     runs: tuple[float, ...] = ()
 
 
-def log_chart(
+def curve_chart(
     title: str,
     x_name: str,
     series: Mapping[str, Sequence[Measured]],
     levels: Mapping[str, float] | None = None,
+    *,
+    is_log: bool = True,
+    is_joined: bool = True,
 ) -> Markup:
-    """Return means over a logarithmic axis: a line and a band for each series, and a dot for each run.
+    """Return means over an axis: a line and a band for each series, and a dot for each run.
 
     Args:
         title: What is drawn, for those who cannot see it.
@@ -158,29 +161,34 @@ def log_chart(
         series: From a name to its points; the n-th (from 0) has the class `series-n` in the style sheet, at most
             `SERIES` of them. At least one has a point.
         levels: From a name to a value that no x belongs to, drawn as a dashed line; they go on counting classes.
+        is_log: Whether the axis is logarithmic, and every x above 0.
+        is_joined: Whether lines join the points of a series.
     """
     points = [point for line in series.values() for point in line]
     levels = levels or {}
     seen = [value for point in points for value in (point.y, *point.runs)] + list(levels.values())
     y_ticks = _ticks(min(0.0, *seen), max(*seen, 1e-9))
     y_low, y_high = y_ticks[0], y_ticks[-1]
-    x_low, x_high = math.log(min(point.x for point in points)), math.log(max(point.x for point in points))
+    scale, unscale = (math.log, math.exp) if is_log else (float, float)
+    x_low, x_high = scale(min(point.x for point in points)), scale(max(point.x for point in points))
     margin = 0.06 * (x_high - x_low) or 1.0
     x_low, x_high = x_low - margin, x_high + margin
 
     def place(x: float, y: float) -> str:
-        across = _LEFT + (math.log(x) - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        across = _LEFT + (scale(x) - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
         # An interval may reach beyond all that was scored.
         down = _HEIGHT - _BOTTOM - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
         return f"{across:.1f},{down:.1f}"
 
-    left, right = math.exp(x_low), math.exp(x_high)
+    left, right = unscale(x_low), unscale(x_high)
     parts = []
     for tick in y_ticks:
         y = place(left, tick).partition(",")[2]
         parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for tick in _log_ticks(left, right, sorted({point.x for point in points})):
+    shown = sorted({point.x for point in points})
+    ticks = _log_ticks(left, right, shown) if is_log else [x for x in _ticks(shown[0], shown[-1]) if left <= x <= right]
+    for tick in ticks:
         x = place(tick, y_low).partition(",")[0]
         parts.append(f'<text class="tick" x="{x}" y="{_HEIGHT - 24}" text-anchor="middle">{_short(tick)}</text>')
     axis = f'x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle"'
@@ -194,7 +202,7 @@ def log_chart(
         for point, interval in known if len(known) == 1 else ():
             ends = " L".join(place(point.x, end) for end in interval)
             parts.append(f'<path class="spread series-{number}" d="M{ends}"/>')
-        if len(line) > 1:
+        if len(line) > 1 and is_joined:
             path = " ".join(place(point.x, point.y) for point in line)
             parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
         for point in line:

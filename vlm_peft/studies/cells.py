@@ -33,6 +33,8 @@ OPTIONS_FILE = "options.yaml"
 OUTCOME_FILE = "cell.json"
 LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
+PROGRAM = [sys.executable, "-m"]
+"""How the process of a cell is started; a module and its arguments follow."""
 _OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "config")
 """Options that a study sets for its cells, or that make no sense there."""
 _ENCODING = (
@@ -191,13 +193,14 @@ def _devices() -> int:
     return torch.cuda.device_count()
 
 
-def start(arguments: list[str], log: Path, place: dict[str, str] | None = None) -> str | None:
-    """Runs this module with arguments in a process of its own.
+def start(arguments: list[str], log: Path, place: dict[str, str] | None = None, module: str = __name__) -> str | None:
+    """Runs a module with arguments in a process of its own.
 
     Args:
-        arguments (`list[str]`): Of [`main`].
+        arguments (`list[str]`): Of its `main`.
         log (`Path`): Gets all that it prints, after what is there.
         place (`dict[str, str]`, *optional*): Added to its environment.
+        module (`str`, *optional*): This one by default.
 
     Returns:
         `str`, *optional*: The last line that it printed, if it failed.
@@ -205,7 +208,7 @@ def start(arguments: list[str], log: Path, place: dict[str, str] | None = None) 
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", __name__, *arguments],
+            [*PROGRAM, module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

@@ -17,7 +17,7 @@ from typing import Any
 
 from ..evaluation.records import write_text
 from ..metrics.significance import bootstrap_interval, runs_mean
-from ..report.charts import SERIES, Measured, log_chart
+from ..report.charts import SERIES, Measured, curve_chart
 from ..report.explained import digits
 from ..report.pages import render
 from ..training.options import read_config
@@ -355,7 +355,7 @@ def _figures(described: Sequence[Row], metric: str, split: str) -> list[dict[str
     return [
         {
             "caption": caption,
-            "drawn": log_chart(caption.partition(" over ")[0], axis, line, flat(y)),
+            "drawn": curve_chart(caption.partition(" over ")[0], axis, line, flat(y)),
             "keys": list(enumerate([*line, *flat(y)])),
         }
         for caption, x, y, axis in drawings
