@@ -158,13 +158,13 @@ def _best(at: dict[int, list[Group]], untrained: list[Group], metric: str, margi
             small, large = sorted((first, second), key=lambda name: weights[name])
             cost = f"; {small} trains {weights[small]:,} weights, {large} {weights[large]:,}"
             said.append(
-                f"{with_pictures}, {first} is as good as {second}: {second} has {metric} {differences}"
+                f"{with_pictures}, {first} is as good as {second} ({second} minus {first}: {metric} {differences})"
                 f"{cost if weights[small] != weights[large] else ''}."
             )
         else:
             said.append(
-                f"{with_pictures}, it cannot be told whether {first} or {second} is better: {second} has {metric} "
-                f"{differences}."
+                f"{with_pictures}, it cannot be told whether {first} or {second} is better ({second} minus {first}: "
+                f"{metric} {differences})."
             )
     return said
 

@@ -511,7 +511,8 @@ def describe(options: TuneOptions, found: dict[str, Any], test: dict[str, Any]) 
     where = f"the split {options.validation}" if isinstance(options.validation, str) else "rows held back from training"
     values = ", ".join(f"{name} {_shown(value)}" for name, value in best["values"].items())
     said = [
-        f"Trial {best['number']} of {len(found['trials'])} is the best on {where}: {metric} {best['value']:.3f} ({values})."
+        f"Trial {best['number']} of {len(found['trials'])} is the best on {where}: {metric} {best['value']:.3f} "
+        f"({values})."
     ]
     if found["start"] is not None:
         if found["gain"] is None:
