@@ -359,3 +359,12 @@ def test_a_killed_cell_goes_on_from_its_checkpoint_and_is_locked_meanwhile(tmp_p
     assert cells.run_one(tmp_path, work) == 0
     assert len(asked) == 2
     assert asked[1] == ["--config", str(tmp_path / "options.yaml")]
+
+
+def test_the_demos_study_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    study = compare.read_study("recipes/configs/study_demo.yaml", str(tmp_path))
+    places = compare.lay_out(study)
+    cells.prepare([place.cell for place in places], "compare.py")
+    assert len(places) == len({place.cell.folder for place in places})
+    assert {place.cell.kind for place in places} == {"train", "untrained"}

@@ -182,8 +182,8 @@ def test_trials_are_real_runs_that_never_read_the_test_split(tmp_path, search_fi
         assert [path.name for path in (run_folder / "eval").iterdir()] == [HELD_BACK]
         data = json.loads((run_folder / "run_summary.json").read_text())["data"]
         assert set(data) == {"train", HELD_BACK}
-    scores = [path.parent.name for path in (folder / "best/eval").glob("*/scores.json")]
-    assert scores == ["test"]
+    scores = sorted(path.parent.name for path in (folder / "best/eval").glob("*/scores.json"))
+    assert scores == ["test", "test-blind"]
     whole = json.loads((folder / "best/run_summary.json").read_text())["data"]
     assert whole["train"]["rows"] == data["train"]["rows"] + data[HELD_BACK]["rows"]
 
@@ -234,3 +234,11 @@ def test_held_back_rows_share_no_picture_with_the_others(tmp_path):
     assert len(drawn) > 1
     with pytest.raises(ValueError, match="expected at least one group on either side"):
         divide(rows.select([0, 1, 2, 3]), ["image", "second"], 0.3, 0)
+
+
+def test_the_demos_search_is_understood(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    options = tune.read_search("recipes/configs/tune_demo.yaml", str(tmp_path))
+    tune.check_bounds(options, tune.distributions(options), "tune.py")
+    assert options.trials == 12
+    cells.prepare([tune.best_cell(options, options.start)], "tune.py")
