@@ -226,16 +226,19 @@ def test_cells_side_by_side_have_a_device_each_or_share_the_cores(monkeypatch):
 
 @pytest.fixture
 def in_this_process(monkeypatch):
-    """Cells without an import of seconds each; signals belong to the main thread."""
+    """Cells without an import of seconds each; signals belong to the main thread. Gives the kinds that were started."""
+    kinds: list[str] = []
     monkeypatch.setattr(StopOnSignal, "on_train_begin", lambda self, *args, **kwargs: None)
 
     def start(arguments, log, place=None):
+        kinds.append(arguments[0])
         try:
             return None if cells.main(arguments) == 0 else "failed"
         except ValueError as error:
             return str(error)
 
     monkeypatch.setattr(cells, "start", start)
+    return kinds
 
 
 @pytest.fixture
@@ -267,11 +270,14 @@ def study_file(tmp_path, bases, flickr):
 
 
 def test_study_is_a_table_a_page_and_one_run_of_the_encoder(tmp_path, study_file, in_this_process, monkeypatch, capsys):
-    encoded: list[str] = []
+    encoded: list[tuple[str, str]] = []
     encode = feature_cache.encode_batch
-    monkeypatch.setattr(
-        feature_cache, "encode_batch", lambda batch, **given: encoded.extend(batch["hash"]) or encode(batch, **given)
-    )
+
+    def watched(batch, **given):
+        encoded.extend((each, in_this_process[-1]) for each in batch["hash"])
+        return encode(batch, **given)
+
+    monkeypatch.setattr(feature_cache, "encode_batch", watched)
     arguments = ["--config", str(study_file(seeds=[0], train_limits=[2, 4]))]
     assert compare.main(arguments) == 0
     study = tmp_path / "study"
@@ -283,8 +289,9 @@ def test_study_is_a_table_a_page_and_one_run_of_the_encoder(tmp_path, study_file
         ("lora", "4", "finished"),
         ("small", "4", "finished"),
     ]
-    assert encoded
-    assert len(set(encoded)) == len(encoded)
+    assert len({each for each, _ in encoded}) == len(encoded) > 0
+    # Before the cells, which may run side by side.
+    assert {kind for _, kind in encoded} == {"features"}
     whole = json.loads((study / "study.json").read_text())
     for row, again in zip(rows, whole["runs"], strict=True):
         condition = "-before" if row["strategy"] == "zero-shot" else ""

@@ -102,7 +102,9 @@ class RunsMean:
     runs: int
 
 
-def runs_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> RunsMean:
+def runs_mean(
+    scores: Sequence[Sequence[float]], level: float = 0.95, usual: tuple[float, int] | None = None
+) -> RunsMean:
     """Return a mean over runs and pictures, with an interval that knows that both are samples.
 
     Runs and pictures are crossed: each run scores the same pictures. The variances of the runs' means and of the
@@ -113,6 +115,8 @@ def runs_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> RunsMea
     Args:
         scores: One list for each run, with one score (or one difference of two systems' scores) for each picture.
         level: That the interval covers.
+        usual: Variance between runs' means that other systems had, with its degrees of freedom. Three runs alone know
+            little of it, and their interval is wide. With it, the larger variance of both is taken.
 
     Raises:
         ValueError: if there are fewer than two runs or pictures, or the runs' numbers of pictures differ.
@@ -122,8 +126,11 @@ def runs_mean(scores: Sequence[Sequence[float]], level: float = 0.95) -> RunsMea
         raise ValueError(f"expected two or more runs with scores of the same pictures, got {[len(s) for s in scores]}")
     array = np.asarray(scores, dtype=np.float64)
     runs, pictures = array.shape
+    variance, freedom = float(array.mean(axis=1).var(ddof=1)), runs - 1
+    if usual is not None:
+        variance, freedom = max(variance, usual[0]), max(freedom, usual[1])
     half = math.hypot(
-        student_t(level, runs - 1) * array.mean(axis=1).std(ddof=1) / math.sqrt(runs),
+        student_t(level, freedom) * math.sqrt(variance / runs),
         student_t(level, pictures - 1) * array.mean(axis=0).std(ddof=1) / math.sqrt(pictures),
     )
     mean = float(array.mean())

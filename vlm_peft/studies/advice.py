@@ -1,12 +1,14 @@
 """Advice: sentences about a study's figures, each carried by an interval that knows of pictures and seeds.
 
 Stage: below compare; from scores of rows to text. All comparisons that could be spoken of are counted, and their
-intervals hold together (Bonferroni), so that the winner of many is no accident.
+intervals hold together (Bonferroni), so that the winner of many is no accident. How much a seed changes is learnt from
+all strategies together, for three runs of one know little of it.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations, pairwise
+from statistics import fmean
 
 from ..metrics.significance import runs_mean
 
@@ -68,8 +70,15 @@ def compare(
     *,
     names: tuple[str, str] = ("", ""),
     pictures: int | None = None,
+    usual: tuple[float, int] | None = None,
 ) -> Comparison | None:
     """Compares runs of two systems on the rows that all of them answered; runs are paired in their order.
+
+    Args:
+        first, second (`Sequence[Run]`): Of each system.
+        level (`float`): Of the interval.
+        names, pictures (*optional*): Recorded.
+        usual (*optional*): See [`~vlm_peft.metrics.significance.runs_mean`], of differences.
 
     Returns:
         [`Comparison`], *optional*: `None` when there is no row or no run to compare.
@@ -80,7 +89,7 @@ def compare(
         return None
     differences = [[after[row] - before[row] for row in rows] for before, after in pairs]
     mean = sum(map(sum, differences)) / (len(pairs) * len(rows))
-    interval = runs_mean(differences, level).interval if len(pairs) > 1 and len(rows) > 1 else None
+    interval = runs_mean(differences, level, usual).interval if len(pairs) > 1 and len(rows) > 1 else None
     return Comparison(*names, pictures, mean, interval, len(pairs))
 
 
@@ -114,8 +123,9 @@ def advise(groups: Sequence[Group], metric: str, margin: float | None = None) ->
     count += sum(len(group.watched) + bool(group.blind) for group in trained)
     level = 1 - 0.05 / max(count, 1)
 
-    said = _best(at, untrained, metric, margin, level) + _more_pictures(by_strategy, metric, level)
-    said += _losses(trained, level) + _blind(trained, metric, level)
+    usual = _usual(trained)
+    said = _best(at, untrained, metric, margin, level, usual) + _more_pictures(by_strategy, metric, level, usual)
+    said += _losses(trained, level) + _blind(trained, metric, level, usual)
     fewest = min(len(group.runs) for group in groups)
     if fewest < 2:
         said.append(
@@ -123,13 +133,21 @@ def advise(groups: Sequence[Group], metric: str, margin: float | None = None) ->
             "there. Give at least three seeds."
         )
     said.append(
-        f"Brackets: intervals over pictures and seeds that hold at 95 % for all {count} comparisons together; "
+        f"Brackets: intervals over pictures and seeds that hold at 95 % for all {count} comparisons together, "
+        "the spread between seeds taken as no smaller than is usual in this study; "
         f"as good as: within {margin:.2g} {metric}."
     )
     return said
 
 
-def _best(at: dict[int, list[Group]], untrained: list[Group], metric: str, margin: float, level: float) -> list[str]:
+def _best(
+    at: dict[int, list[Group]],
+    untrained: list[Group],
+    metric: str,
+    margin: float,
+    level: float,
+    usual: tuple[float, int] | None,
+) -> list[str]:
     """The best of each amount of data against each of the others, equal verdicts in one sentence."""
     found: dict[tuple[str, str, str], list[Comparison]] = {}
     weights: dict[str, int] = {}
@@ -139,14 +157,14 @@ def _best(at: dict[int, list[Group]], untrained: list[Group], metric: str, margi
         for other in rivals[1:]:
             best = rivals[0]
             names = (other.strategy, best.strategy)
-            compared = compare(other.runs, best.runs, level, names=names, pictures=amount)
+            compared = compare(other.runs, best.runs, level, names=names, pictures=amount, usual=usual)
             if compared is None:
                 continue
             verdict = "better" if compared.is_more else "equal" if compared.is_within(margin) else "open"
             # The better of two that cannot be told apart may change from one amount to the next.
             key = names if verdict == "better" else (min(names), max(names))
             if key != names:
-                compared = compare(best.runs, other.runs, level, names=key, pictures=amount) or compared
+                compared = compare(best.runs, other.runs, level, names=key, pictures=amount, usual=usual) or compared
             found.setdefault((verdict, *key), []).append(compared)
     said = []
     for (verdict, first, second), each in found.items():
@@ -169,12 +187,14 @@ def _best(at: dict[int, list[Group]], untrained: list[Group], metric: str, margi
     return said
 
 
-def _more_pictures(by_strategy: dict[str, list[Group]], metric: str, level: float) -> list[str]:
+def _more_pictures(
+    by_strategy: dict[str, list[Group]], metric: str, level: float, usual: tuple[float, int] | None
+) -> list[str]:
     """Whether the last step to more pictures still helped."""
     said = []
     for name, groups in by_strategy.items():
         for fewer, more in list(pairwise(groups))[-1:]:
-            compared = compare(fewer.runs, more.runs, level)
+            compared = compare(fewer.runs, more.runs, level, usual=usual)
             if compared is None:
                 continue
             amounts = f"{more.pictures:,} pictures instead of {fewer.pictures:,}"
@@ -198,17 +218,27 @@ def _losses(trained: list[Group], level: float) -> list[str]:
     return said
 
 
-def _blind(trained: list[Group], metric: str, level: float) -> list[str]:
+def _blind(trained: list[Group], metric: str, level: float, usual: tuple[float, int] | None) -> list[str]:
     """Who may as well not have looked."""
     said = []
     for group in trained:
-        compared = compare(group.blind, group.runs, level)
+        compared = compare(group.blind, group.runs, level, usual=usual)
         if compared is not None and compared.interval is not None and not compared.is_more:
             said.append(
                 f"With {group.pictures:,} pictures, {group.strategy} cannot be told from its blind control, which sees "
                 f"other pictures: {metric} {compared}."
             )
     return said
+
+
+def _usual(groups: Sequence[Group]) -> tuple[float, int] | None:
+    """How much differences of two strategies' runs vary with the seed in this study, with degrees of freedom."""
+    squares, freedom = 0.0, 0
+    for group in groups:
+        means = [fmean(run.values()) for run in group.runs if run]
+        squares += sum((mean - fmean(means)) ** 2 for mean in means)
+        freedom += max(len(means) - 1, 0)
+    return (2 * squares / freedom, freedom) if freedom else None
 
 
 def _mean(group: Group) -> float:

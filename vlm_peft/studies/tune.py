@@ -189,7 +189,7 @@ def trial_cell(options: TuneOptions, name: str, values: dict[str, Any]) -> Cell:
     """
     base = _base(options) | options.trial_options
     if isinstance(options.validation, str):
-        held = {"eval_splits": [options.validation]}
+        held: dict[str, Any] = {"eval_splits": [options.validation]}
     else:
         held = {"eval_splits": [HELD_BACK], "validation_share": options.validation, "validation_seed": options.seed}
     held |= {"blind_splits": [], "score_before": False}
@@ -436,7 +436,7 @@ def summarize(study: optuna.Study, options: TuneOptions) -> dict[str, Any]:
         ]
         shared = sorted(set(rows[0]) & set(rows[1]))
         if shared:
-            compared = paired_difference(*([run[row] for row in shared] for run in rows))
+            compared = paired_difference([rows[0][row] for row in shared], [rows[1][row] for row in shared])
     importance: dict[str, float] = {}
     if len(whole) >= 4 and len({trial.value for trial in whole}) > 1:
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
