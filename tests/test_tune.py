@@ -12,12 +12,9 @@ import optuna
 import pytest
 import yaml
 from conftest import ROOT
-from datasets import Dataset, Image
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from PIL import Image as Pictures
 
-from vlm_peft.data.splits import HELD_BACK, divide
 from vlm_peft.studies import cells, tune
 from vlm_peft.training.callbacks import StopOnSignal
 
@@ -39,6 +36,7 @@ with open(folder / ".lock", "a") as lock:
     if folder.name == "0001":
         sys.exit("diverged")
     (split,) = options["eval_splits"]
+    split = split.replace("[25%]", "-25")
     (folder / "eval" / split).mkdir(parents=True)
     score = {"n": 2, "primary": "CIDEr", "condition": "after", "metrics": {"CIDEr": options["learning_rate"]}}
     (folder / "eval" / split / "scores.json").write_text(json.dumps(score))
@@ -92,6 +90,7 @@ def search_file(tmp_path, bases, flickr):
         ({"start": {"seed": 1}}, "start: seed is not searched"),
         ({"sampler": "cmaes"}, "sampler is 'cmaes', expected one of tpe, random"),
         ({"validation": "test"}, "validation: test is what the last run is scored on"),
+        ({"options": {"eval_splits": ["train[20%]"]}}, "drawn from the training split: make it a split of its own"),
         ({"validation": 1.5}, "validation: expected a share above 0 and below 1"),
         ({"trials": 0}, "trials: expected a whole number of at least 1"),
         ({"options": {"mixture": [{"task": "vqa"}]}}, "a search over a mixture is not possible"),
@@ -146,7 +145,6 @@ def test_killed_search_goes_on_without_losing_or_repeating_a_trial(tmp_path, sea
     options = yaml.safe_load((folder / "best.yaml").read_text())
     assert options["learning_rate"] == best.params["learning_rate"]
     assert options["eval_splits"] == ["test"]
-    assert "validation_share" not in options
     said = capsys.readouterr().out
     assert f"Trial {best.number} of {TRIALS} is the best on rows held back from training" in said
     page = (folder / "tune.html").read_text()
@@ -179,13 +177,13 @@ def test_trials_are_real_runs_that_never_read_the_test_split(tmp_path, search_fi
     for trial in journal(folder):
         assert list(trial.intermediate_values) == [1, 2]
         run_folder = folder / f"trials/{trial.number:04d}"
-        assert [path.name for path in (run_folder / "eval").iterdir()] == [HELD_BACK]
+        assert [path.name for path in (run_folder / "eval").iterdir()] == ["train-25"]
         data = json.loads((run_folder / "run_summary.json").read_text())["data"]
-        assert set(data) == {"train", HELD_BACK}
+        assert set(data) == {"train", "train-25"}
     scores = sorted(path.parent.name for path in (folder / "best/eval").glob("*/scores.json"))
     assert scores == ["test", "test-blind"]
     whole = json.loads((folder / "best/run_summary.json").read_text())["data"]
-    assert whole["train"]["rows"] == data["train"]["rows"] + data[HELD_BACK]["rows"]
+    assert whole["train"]["rows"] == data["train"]["rows"] + data["train-25"]["rows"]
 
 
 def test_pruner_ends_a_trial_that_is_worse(tmp_path):
@@ -208,32 +206,6 @@ def test_pruner_ends_a_trial_that_is_worse(tmp_path):
     with pytest.raises(tune._Pruned):
         reports.on_evaluate(Arguments, State, None, {"eval_CIDEr": 0.1})
     assert study.get_trials()[number].intermediate_values == {1: 0.1}
-
-
-def test_held_back_rows_share_no_picture_with_the_others(tmp_path):
-    colours = [0, 0, 1, 1, 2, 2, 3, 3, 4, 5]
-    others = [None, 6, 6, None, None, None, 7, None, 7, None]
-    for colour in range(8):
-        Pictures.new("RGB", (4, 4), (colour * 20, 0, 0)).save(tmp_path / f"{colour}.png")
-    rows = Dataset.from_dict(
-        {
-            "image": [str(tmp_path / f"{colour}.png") for colour in colours],
-            "second": [None if colour is None else str(tmp_path / f"{colour}.png") for colour in others],
-        }
-    ).cast_column("image", Image(decode=False))
-    rows = rows.cast_column("second", Image(decode=False))
-    joined = [{0, 1, 2, 3}, {4, 5}, {6, 7, 8}, {9}]
-    drawn = set()
-    for seed in range(8):
-        kept, held = divide(rows, ["image", "second"], 0.3, seed)
-        assert sorted(kept + held) == list(range(10))
-        assert all(group <= set(kept) or group <= set(held) for group in joined)
-        assert len(held) >= 3
-        assert (kept, held) == divide(rows, ["image", "second"], 0.3, seed)
-        drawn.add(tuple(held))
-    assert len(drawn) > 1
-    with pytest.raises(ValueError, match="expected at least one group on either side"):
-        divide(rows.select([0, 1, 2, 3]), ["image", "second"], 0.3, 0)
 
 
 def test_the_demos_search_is_understood(tmp_path, monkeypatch):

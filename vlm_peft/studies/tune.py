@@ -27,7 +27,7 @@ from optuna.trial import TrialState
 from transformers import TrainerCallback
 
 from ..console import quiet_imports, run_script, table
-from ..data.splits import HELD_BACK
+from ..data.splits import drawn_shares
 from ..evaluation.records import write_text
 from ..metrics.significance import paired_difference
 from ..report.charts import Measured, curve_chart
@@ -54,7 +54,16 @@ STUDY = "search"
 SAMPLERS = ("tpe", "random")
 PRUNERS = ("none", "median", "hyperband", "halving")
 _PRUNED_FILE = "pruned.json"
-_OWN = ("output_dir", "resume_from_checkpoint", "eval_splits", "blind_splits", "score_before", "train_split", "mixture")
+_OWN = (
+    "output_dir",
+    "resume_from_checkpoint",
+    "eval_splits",
+    "blind_splits",
+    "score_before",
+    "train_split",
+    "split_seed",
+    "mixture",
+)
 """Options that the search sets for its trials, or that say on which data they are compared."""
 
 
@@ -141,7 +150,7 @@ def distributions(options: TuneOptions) -> dict[str, optuna.distributions.BaseDi
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             raise ValueError(f"search: unknown option {name!r}" + (f" (did you mean {near[0]!r}?)." if near else "."))
-        if name in _OWN or name.startswith("validation_"):
+        if name in _OWN:
             raise ValueError(f"search: {name} decides what trials are compared on, and cannot be searched.")
         found[name] = _distribution(name, space)
     for name, value in options.start.items():
@@ -188,11 +197,11 @@ def trial_cell(options: TuneOptions, name: str, values: dict[str, Any]) -> Cell:
         ValueError, OSError: When base and validation do not go together.
     """
     base = _base(options) | options.trial_options
+    held: dict[str, Any] = {"blind_splits": [], "score_before": False}
     if isinstance(options.validation, str):
-        held: dict[str, Any] = {"eval_splits": [options.validation]}
+        held["eval_splits"] = [options.validation]
     else:
-        held = {"eval_splits": [HELD_BACK], "validation_share": options.validation, "validation_seed": options.seed}
-    held |= {"blind_splits": [], "score_before": False}
+        held |= {"eval_splits": [f"{_train_split(base)}[{100 * options.validation:g}%]"], "split_seed": options.seed}
     return Cell(Path(options.output_dir) / "trials" / name, {**base, **values, **held})
 
 
@@ -204,6 +213,10 @@ def best_cell(options: TuneOptions, values: dict[str, Any]) -> Cell:
     return Cell(Path(options.output_dir) / "best", {**base, "eval_splits": splits})
 
 
+def _train_split(base: dict[str, Any]) -> str:
+    return base.get("train_split") or "train"
+
+
 def _base(options: TuneOptions) -> dict[str, Any]:
     base = read_base(options.base) | options.options
     base.pop("output_dir", None)
@@ -213,6 +226,10 @@ def _base(options: TuneOptions) -> dict[str, Any]:
         )
     asked = base.get("eval_splits", ["test"])
     asked = asked if isinstance(asked, list) else [asked]
+    if drawn_shares(map(str, asked), _train_split(base)):
+        raise ValueError(
+            "base: what is scored at the end is drawn from the training split: make it a split of its own."
+        )
     if isinstance(options.validation, str) and (options.validation.startswith("test") or asked == [options.validation]):
         raise ValueError(
             f"validation: {options.validation} is what the last run is scored on: name another split, or a share of "
@@ -429,11 +446,10 @@ def summarize(study: optuna.Study, options: TuneOptions) -> dict[str, Any]:
     first = next((trial for trial in whole if trial.number == 0), None) if options.start else None
     compared = None
     if first is not None and first.number != best.number:
-        split = options.validation if isinstance(options.validation, str) else HELD_BACK
-        rows = [
-            read_rows(Path(options.output_dir) / "trials" / f"{trial.number:04d}" / "eval" / split, metric)
-            for trial in (first, best)
-        ]
+        rows = []
+        for trial in (first, best):
+            (folder,) = (Path(options.output_dir) / "trials" / f"{trial.number:04d}" / "eval").iterdir()
+            rows.append(read_rows(folder, metric))
         shared = sorted(set(rows[0]) & set(rows[1]))
         if shared:
             compared = paired_difference([rows[0][row] for row in shared], [rows[1][row] for row in shared])
