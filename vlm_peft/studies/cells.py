@@ -35,8 +35,8 @@ LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
 PROGRAM = [sys.executable, "-m"]
 """How the process of a cell is started; a module and its arguments follow."""
-_OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "config")
-"""Options that a study sets for its cells, or that make no sense there."""
+_OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "config", "stages")
+"""Options that a study sets for its cells, or that it does not know how to score."""
 _ENCODING = (
     "mixture",
     "vision_model",
@@ -107,7 +107,9 @@ def prepare(cells: Sequence[Cell], program: str) -> None:
     for cell in cells:
         refused = [name for name in _OWN if name in cell.options]
         if refused:
-            raise ValueError(f"{cell.name}: {refused[0]} is set by the study for each run: leave it out.")
+            raise ValueError(
+                f"{cell.name}: {refused[0]} is set by the study, or has no place in one of its runs: leave it out."
+            )
         wanted = {**cell.options, "output_dir": str(cell.folder)}
         file = cell.folder / OPTIONS_FILE
         if file.is_file() and (there := read_config(str(file))) != wanted:
