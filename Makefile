@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 READY := $(VENV)/.ready
 
-.PHONY: demo test check format clean
+.PHONY: demo study test check format clean
 
 # torch is installed by its exact version first: another package's open range would take the newest CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -17,6 +17,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
 		recipes/sft.py
+
+# Runs that are finished are kept: the same command goes on.
+study: $(READY)
+	$(BIN)/python recipes/compare.py --config recipes/configs/study_demo.yaml --jobs $(CORES)
 
 test: $(READY)
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile

@@ -20,6 +20,7 @@ ROOMS = (
     "evaluation",
     "report",
     "training",
+    "studies",
     "commands",
     "__main__",
 )
@@ -29,13 +30,14 @@ LATE = {("model.modeling_vision_qwen", "adapters.folder")}
 """Imports upwards, made when a function is called: `from_adapter` is the public door to a room further up."""
 
 THIRD_PARTIES = {
-    "trl": {"commands.doctor", "training.arguments", "training.setup", "training.trainer"},
+    "trl": {"commands.doctor", "studies.tune", "training.arguments", "training.setup", "training.trainer"},
     "bitsandbytes": {"adapters.lora"},
     "gradio": {"commands.web_demo"},
+    "optuna": {"studies.tune"},
 }
 """Packages that only these modules may name."""
 
-SPEAKING = {"console", "commands", "data.splits", "hub.unpickle", "training", "__main__"}
+SPEAKING = {"console", "commands", "data.splits", "hub.unpickle", "studies", "training", "__main__"}
 """Rooms and modules that talk to whoever runs a command or a training."""
 
 

@@ -1,7 +1,9 @@
 """How sure a mean over pictures is: bootstrap intervals and a paired test, on per-picture scores."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -88,3 +90,58 @@ def _blocks(samples: int, size: int) -> list[int]:
     rows = max(1, min(samples, _BLOCK // size))
     full, rest = divmod(samples, rows)
     return [rows] * full + ([rest] if rest else [])
+
+
+@dataclass
+class RunsMean:
+    """A mean over several runs of one system (seeds) and over pictures."""
+
+    mean: float
+    interval: tuple[float, float]
+    """Of what other runs on other pictures would give."""
+    runs: int
+
+
+def runs_mean(
+    scores: Sequence[Sequence[float]], level: float = 0.95, usual: tuple[float, int] | None = None
+) -> RunsMean:
+    """Return a mean over runs and pictures, with an interval that knows that both are samples.
+
+    Runs and pictures are crossed: each run scores the same pictures. The variances of the runs' means and of the
+    pictures' means are each divided by their number and widened by Student's t for it, and the two half-widths add as
+    squares. What runs and pictures do together is counted twice, so the interval is rather too wide than too narrow.
+    Source: Graybill and Wang, Confidence Intervals on Nonnegative Linear Combinations of Variances, 1980, for the sum.
+
+    Args:
+        scores: One list for each run, with one score (or one difference of two systems' scores) for each picture.
+        level: That the interval covers.
+        usual: Variance between runs' means that other systems had, with its degrees of freedom. Three runs alone know
+            little of it, and their interval is wide. With it, the larger variance of both is taken.
+
+    Raises:
+        ValueError: if there are fewer than two runs or pictures, or the runs' numbers of pictures differ.
+    """
+    sizes = {len(run) for run in scores}
+    if len(scores) < 2 or len(sizes) != 1 or min(sizes) < 2:
+        raise ValueError(f"expected two or more runs with scores of the same pictures, got {[len(s) for s in scores]}")
+    array = np.asarray(scores, dtype=np.float64)
+    runs, pictures = array.shape
+    variance, freedom = float(array.mean(axis=1).var(ddof=1)), runs - 1
+    if usual is not None:
+        variance, freedom = max(variance, usual[0]), max(freedom, usual[1])
+    half = math.hypot(
+        student_t(level, freedom) * math.sqrt(variance / runs),
+        student_t(level, pictures - 1) * array.mean(axis=0).std(ddof=1) / math.sqrt(pictures),
+    )
+    mean = float(array.mean())
+    return RunsMean(mean, (mean - half, mean + half), runs)
+
+
+@cache
+def student_t(level: float, freedom: int) -> float:
+    """Return the bound that Student's t with so many degrees of freedom keeps within with the probability `level`."""
+    # t = sqrt(freedom) tan(angle) has the density cos(angle)^(freedom - 1), up to a factor.
+    angles = np.linspace(-np.pi / 2, np.pi / 2, 200_001)
+    below = np.cumsum(np.cos(angles) ** (freedom - 1))
+    angle = np.interp((1 + level) / 2, below / below[-1], angles)
+    return math.sqrt(freedom) * math.tan(angle)

@@ -6,6 +6,8 @@ Colours come from the page's style sheet.
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from markupsafe import Markup
@@ -204,6 +206,118 @@ def confusion_chart(title: str, counts: Mapping[tuple[str, str], int]) -> Markup
 
 def _cut(name: str, width: int = 16) -> str:
     return str(text(name if len(name) <= width else name[: width - 1] + "\u2026"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A mean with its interval at some x, and the single runs behind it.
+
+    Args:
+        x: Where it stands.
+        y: Mean.
+        interval: 95 %; None when it is not known.
+        runs: What was averaged.
+    """
+
+    x: float
+    y: float
+    interval: tuple[float, float] | None = None
+    runs: tuple[float, ...] = ()
+
+
+def curve_chart(
+    title: str,
+    x_name: str,
+    series: Mapping[str, Sequence[Measured]],
+    levels: Mapping[str, float] | None = None,
+    *,
+    is_log: bool = True,
+    is_joined: bool = True,
+) -> Markup:
+    """Return means over an axis: a line and a band for each series, and a dot for each run.
+
+    Args:
+        title: What is drawn, for those who cannot see it.
+        x_name: Below the axis.
+        series: From a name to its points; the n-th (from 0) has the class `series-n` in the style sheet, at most
+            `SERIES` of them. At least one has a point.
+        levels: From a name to a value that no x belongs to, drawn as a dashed line; they go on counting classes.
+        is_log: Whether the axis is logarithmic, and every x above 0.
+        is_joined: Whether lines join the points of a series.
+    """
+    points = [point for line in series.values() for point in line]
+    levels = levels or {}
+    seen = [value for point in points for value in (point.y, *point.runs)] + list(levels.values())
+    y_ticks = _ticks(min(0.0, *seen), max(*seen, 1e-9))
+    y_low, y_high = y_ticks[0], y_ticks[-1]
+    scale, unscale = (math.log, math.exp) if is_log else (float, float)
+    x_low, x_high = scale(min(point.x for point in points)), scale(max(point.x for point in points))
+    margin = 0.06 * (x_high - x_low) or 1.0
+    x_low, x_high = x_low - margin, x_high + margin
+
+    def place(x: float, y: float) -> str:
+        across = _LEFT + (scale(x) - x_low) / (x_high - x_low) * (_WIDTH - _LEFT - _RIGHT)
+        # An interval may reach beyond all that was scored.
+        down = _HEIGHT - _BOTTOM - (min(max(y, y_low), y_high) - y_low) / (y_high - y_low) * (_HEIGHT - _TOP - _BOTTOM)
+        return f"{across:.1f},{down:.1f}"
+
+    left, right = unscale(x_low), unscale(x_high)
+    parts = []
+    for tick in y_ticks:
+        y = place(left, tick).partition(",")[2]
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick" x="{_LEFT - 8}" y="{float(y) + 4:.1f}" text-anchor="end">{tick:g}</text>')
+    shown = sorted({point.x for point in points})
+    ticks = _log_ticks(left, right, shown) if is_log else [x for x in _ticks(shown[0], shown[-1]) if left <= x <= right]
+    for tick in ticks:
+        x = place(tick, y_low).partition(",")[0]
+        parts.append(f'<text class="tick" x="{x}" y="{_HEIGHT - 24}" text-anchor="middle">{_short(tick)}</text>')
+    axis = f'x="{(_LEFT + _WIDTH) / 2}" y="{_HEIGHT - 5}" text-anchor="middle"'
+    parts.append(f'<text class="tick" {axis}>{text(x_name)}</text>')
+    for number, line in enumerate(series.values()):
+        known = [(point, point.interval) for point in line if point.interval is not None]
+        if len(known) > 1:
+            edges = [place(point.x, high) for point, (_, high) in known]
+            edges += [place(point.x, low) for point, (low, _) in reversed(known)]
+            parts.append(f'<polygon class="band series-{number}" points="{" ".join(edges)}"/>')
+        for point, interval in known if len(known) == 1 else ():
+            ends = " L".join(place(point.x, end) for end in interval)
+            parts.append(f'<path class="spread series-{number}" d="M{ends}"/>')
+        if len(line) > 1 and is_joined:
+            path = " ".join(place(point.x, point.y) for point in line)
+            parts.append(f'<polyline class="line series-{number}" points="{path}"/>')
+        for point in line:
+            dots = [(run, 2.0) for run in point.runs if len(point.runs) > 1] + [(point.y, 3.5)]
+            for value, radius in dots:
+                x, y = place(point.x, value).split(",")
+                parts.append(f'<circle class="dot series-{number}" cx="{x}" cy="{y}" r="{radius}"/>')
+    for number, value in enumerate(levels.values(), len(series)):
+        ends = f"{place(left, value)} {place(right, value)}"
+        parts.append(f'<polyline class="line level series-{number}" points="{ends}"/>')
+    last = [f"{name} {line[-1].y:.3f}" for name, line in series.items() if line]
+    last += [f"{name} {value:.3f}" for name, value in levels.items()]
+    return _svg(_HEIGHT, f"{title} over {x_name}; at the end {', '.join(last)}", parts)
+
+
+SERIES = 8
+"""Series that the style sheet has colours for."""
+
+
+def _log_ticks(low: float, high: float, values: Sequence[float]) -> list[float]:
+    """Return the values themselves if they are few, else 1, 2 and 5 times powers of ten, from `low` to `high`."""
+    if len(values) <= 6 and all(after / before >= 1.3 for before, after in pairwise(values)):
+        return list(values)
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in (1, 2, 5)]
+    ticks = [tick for tick in ticks if low <= tick <= high]
+    return ticks if len(ticks) <= 8 else [tick for tick in ticks if f"{tick:e}".startswith("1.")]
+
+
+def _short(value: float) -> str:
+    for size, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if value >= size:
+            return f"{value / (1e3 if name == 'k' else size):.3g}{name}"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def box_overlay(predicted: Sequence[LabelledBox], references: Sequence[LabelledBox], width: int, height: int) -> Markup:

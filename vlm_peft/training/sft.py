@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from ..adapters.loading import load_trained
 from ..data.probe import probe
@@ -36,6 +36,7 @@ def make_trainer(
     held_out: dict[str, Split],
     record: dict[str, Any],
     start: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> VisionSFTTrainer:
     """The trainer with its collator, after the table of what trains was printed and checked.
 
@@ -44,6 +45,7 @@ def make_trainer(
         data, held_out: Of [`~vlm_peft.training.data.load_training`] and [`~vlm_peft.training.data.load_held_out`].
         record (`dict`): Of [`~vlm_peft.training.checkpoints.run_record`]; kept in every checkpoint.
         start (`Path`, *optional*): Folder of an earlier training that this one goes on from.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Of whoever runs the recipe.
 
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have, or something else trains than they say.
@@ -58,7 +60,7 @@ def make_trainer(
         data.dataset,
         data.fetch_images,
         eval_dataset=data.eval_dataset,
-        callbacks=[] if patience is None else [EarlyStoppingCallback(patience)],
+        callbacks=[*callbacks, *([] if patience is None else [EarlyStoppingCallback(patience)])],
         score=phases.make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
         extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
         start=start,
@@ -75,6 +77,7 @@ def main(
     program: str = "vlm-peft train",
     command: str | None = None,
     started: float | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
     """Trains, saves, checks, scores and reports.
 
@@ -83,6 +86,7 @@ def main(
         program (`str`, *optional*, defaults to `"vlm-peft train"`): Put before messages.
         command (`str`, *optional*): How the program is started, for the report; its name by default.
         started (`float`, *optional*): `time.monotonic()` when it was.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer's.
 
     Returns:
         `int`: The exit status.
@@ -101,17 +105,24 @@ def main(
     parsed = parse_arguments(given, **named)
     said = " ".join([command or program, *arguments])
     if parsed[0].stages is None:
-        return train(*parsed, command=said, started=started)
+        return train(*parsed, command=said, started=started, callbacks=callbacks)
     stages = parse_stages(given, parsed[0].stages, **named)
 
     def train_stage(stage: Stage, start: Path | None) -> int:
-        return train(stage.vision, stage.training, stage.model_args, command=said, start=start)
+        return train(stage.vision, stage.training, stage.model_args, command=said, start=start, callbacks=callbacks)
 
     return run_stages(stages, train_stage)
 
 
 def train(
-    vision, training, model_args, *, command: str, started: float | None = None, start: Path | None = None
+    vision,
+    training,
+    model_args,
+    *,
+    command: str,
+    started: float | None = None,
+    start: Path | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> int:
     """One training, from its options to its report.
 
@@ -119,6 +130,7 @@ def train(
         vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
         command, started: Of [`main`].
         start (`Path`, *optional*): Folder of an earlier training, which this one goes on from.
+        callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer's.
 
     Returns:
         `int`: The exit status.
@@ -143,7 +155,7 @@ def train(
     with run.phase("prepare training"):
         record = run_record(vision, training, model_args, model.config, data.splits)
         run.compare(record)
-        trainer = make_trainer(run, model, processor, data, held_out, record, start)
+        trainer = make_trainer(run, model, processor, data, held_out, record, start, callbacks)
     status = phases.train(run, trainer)
     if status:
         return status
