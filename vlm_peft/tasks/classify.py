@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 
@@ -84,7 +83,7 @@ def classify_task(
         [image_column],
         example,
         # The same picture under two labels is two rows: its score shows it.
-        beginning=lambda row: uuid4().hex,
+        beginning=lambda row: str(row["id"]),
         choices=tuple(names or ()),
         temperature=class_temperature,
         held_back=calibration_rows,
