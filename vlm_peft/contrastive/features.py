@@ -17,7 +17,7 @@ from accelerate import PartialState
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
-from ..data.pictures import UnreadablePictureError
+from ..data.pictures import UnreadablePictureError, open_picture
 from .encoder import DualEncoder
 
 _HASH = 33  # bytes of a line: 32 hexadecimal digits and the end
@@ -136,17 +136,15 @@ def encode_missing(
         known = store.rows()
         missing = list({name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values())
         for start in range(0, len(missing), _BATCH):
-            inputs, done = [], []
+            opened, done = [], []
             for index in missing[start : start + _BATCH]:
                 try:
-                    inputs.append(encoder.pixels([read(index)])["pixel_values"])
+                    opened.append(open_picture(read(index)))
                     done.append(index)
                 except UnreadablePictureError as error:
                     problems[index] = str(error)
             if done:
-                pictures = [read(index) for index in done]
-                found = encoder.embed_pictures(pictures, batch_size)
-                store.add([str(hashes[index]) for index in done], found.numpy())
+                store.add([str(hashes[index]) for index in done], encoder.embed_pictures(opened, batch_size).numpy())
             progress(len(missing[start : start + _BATCH]))
     state.wait_for_everyone()
     rows = store.rows()

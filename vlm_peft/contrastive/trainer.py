@@ -1,0 +1,126 @@
+"""The trainer of a CLIP: transformers' own, with a contrastive loss over the batches of all processes.
+
+Stage: adapted [`DualEncoder`] and pairs -> adapter folders.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.nn.functional import all_gather
+from transformers import Trainer, TrainerCallback
+
+from .encoder import DualEncoder
+from .folder import load_trained, save_clip
+from .loss import info_nce, matches, sigmoid_loss
+
+MAX_SCALE = math.log(100)
+"""CLIP's bound of `logit_scale`."""
+
+LOSSES = ("info_nce", "sigmoid")
+
+
+class ContrastiveTrainer(Trainer):
+    """transformers' `Trainer` with the negatives of all processes; every checkpoint is a complete adapter folder.
+
+    Args:
+        model ([`DualEncoder`]): What trains is what requires gradients.
+        *args, **kwargs: Of `Trainer`.
+        loss (`str`): One of [`LOSSES`].
+        extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
+    """
+
+    def __init__(
+        self,
+        model: DualEncoder,
+        *args,
+        loss: str = "info_nce",
+        extra_files: dict[str, str] | None = None,
+        **kwargs,
+    ):
+        super().__init__(model, *args, **kwargs)
+        self._loss, self._extra_files = loss, extra_files or {}
+        # The loss is a mean over all pairs at once: nothing is to be divided by a count of tokens.
+        self.model_accepts_loss_kwargs = False
+        self.add_callback(_BoundedScale())
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs) -> Any:
+        """The loss of all processes' pairs together, the same on each.
+
+        DDP averages the processes' gradients, and the gathered embeddings get the sum of theirs: what comes out is the
+        gradient of one process with the whole batch.
+        """
+        images, texts = model(inputs["text"], inputs["image"])
+        picture_of, picture_ids, text_ids = (inputs[name] for name in ("picture_of", "picture_ids", "text_ids"))
+        if self.args.world_size > 1:
+            images, texts = _gather(images), _gather(texts)
+            counts = _gather(torch.tensor([len(picture_ids)], device=picture_ids.device))
+            before = counts.cumsum(0) - counts
+            picture_of = _gather(picture_of + before[self.args.process_index])
+            picture_ids, text_ids = _gather(picture_ids), _gather(text_ids)
+        loss = contrastive_loss(
+            self.accelerator.unwrap_model(model), self._loss, images, texts, picture_of, picture_ids, text_ids
+        )
+        return (loss, {"images": images, "texts": texts}) if return_outputs else loss
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        save_clip(self.accelerator.unwrap_model(self.model), folder)
+        for name, text in self._extra_files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        load_trained(self.accelerator.unwrap_model(model or self.model).clip, resume_from_checkpoint)
+
+
+def contrastive_loss(
+    encoder: DualEncoder,
+    loss: str,
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    picture_of: torch.Tensor,
+    picture_ids: torch.Tensor,
+    text_ids: torch.Tensor,
+) -> torch.Tensor:
+    """The loss of embeddings under the encoder's temperature and bias.
+
+    Args:
+        encoder ([`DualEncoder`]): Whose `logit_scale` and `logit_bias` enter.
+        loss (`str`): One of [`LOSSES`].
+        images, texts (`torch.Tensor`): `(P, D)` and `(T, D)`, of unit length.
+        picture_of, picture_ids, text_ids: See [`~vlm_peft.contrastive.loss.matches`].
+
+    Returns:
+        Scalar.
+    """
+    logits = images @ texts.T * encoder.logit_scale.exp()
+    true = matches(picture_ids, picture_of, text_ids)
+    if loss == "info_nce":
+        return info_nce(logits, picture_of, true)
+    bias = encoder.logit_bias
+    return sigmoid_loss(logits if bias is None else logits + bias, true)
+
+
+def _gather(rows: torch.Tensor) -> torch.Tensor:
+    """Rows of all processes, one after the other, which may have different numbers; gradients flow back."""
+    count = torch.tensor([len(rows)], device=rows.device)
+    counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(counts, count)
+    most = int(max(counts))
+    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    if rows.requires_grad:
+        found = list(all_gather(padded))
+    else:
+        found = [torch.zeros_like(padded) for _ in counts]
+        torch.distributed.all_gather(found, padded)
+    return torch.cat([each[: int(size)] for each, size in zip(found, counts, strict=True)])
+
+
+class _BoundedScale(TrainerCallback):
+    """Keeps the temperature within CLIP's bound."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs) -> None:
+        scale = getattr(model, "module", model).logit_scale
+        if scale.requires_grad:
+            scale.data.clamp_(max=MAX_SCALE)
