@@ -1,0 +1,111 @@
+"""Retrieval and zero-shot classification of held-out splits, as records beside those of other tasks.
+
+Stage: encoder and pairs -> scores with intervals, predictions, and their files. Conditions are those of every run:
+before training, after, and blind, where texts are scored against pictures that are not theirs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ..evaluation.task_scores import Scores
+from ..metrics.classification import classification_scores
+from ..metrics.retrieval import retrieval_ranks, retrieval_scores
+from .encoder import DualEncoder
+from .pairs import Pairs, picture_vectors
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was found on one split.
+
+    Args:
+        task (`str`): `"retrieval"` or `"zero_shot"`.
+        scores ([`~vlm_peft.evaluation.task_scores.Scores`]): Of it.
+        rows (`list[dict]`): Lines of predictions.jsonl.
+        per_row (`dict[str, list[float]]`): Of each line, whether it is right.
+    """
+
+    task: str
+    scores: Scores
+    rows: list[dict[str, Any]]
+    per_row: dict[str, list[float]] = field(default_factory=dict)
+
+
+def embed_split(encoder: DualEncoder, pairs: Pairs, directory: str | None, batch_size: int = 64) -> np.ndarray:
+    """Embeddings `(P, D)` of a split's pictures in float32; with `directory` they are kept there as float16."""
+    if directory is not None:
+        return picture_vectors(encoder, pairs, directory, batch_size).astype(np.float32)
+    return np.concatenate(
+        [
+            encoder.embed_pictures([pairs.picture(row) for row in range(start, min(start + 256, len(pairs)))], batch_size)
+            for start in range(0, len(pairs), 256)
+        ]
+    )
+
+
+def evaluate_retrieval(encoder: DualEncoder, pairs: Pairs, images: np.ndarray, *, blind: bool = False) -> Evaluated:
+    """Texts find their picture, and pictures one of their texts.
+
+    Args:
+        encoder ([`DualEncoder`]): Embeds the texts.
+        pairs ([`Pairs`]): With texts.
+        images (`np.ndarray`): `(P, D)`, of [`embed_split`].
+        blind (`bool`, *optional*, defaults to `False`): Texts belong to the next picture: what is left is chance.
+    """
+    flat = [(place, text) for place, texts in enumerate(pairs.texts) for text in texts]
+    owners = np.array([place for place, _ in flat])
+    if blind:
+        owners = (owners + 1) % len(images)
+    texts = encoder.embed_texts([text for _, text in flat]).numpy()
+    of_text, of_image = retrieval_ranks(images, texts, owners)
+    metrics, per_picture = retrieval_scores(of_text, of_image, owners)
+    nearest = [flat[index][1] for index in _nearest(images, texts)]
+    rows = [
+        {"id": name, "prediction": text, "references": own, "rank": int(rank)}
+        for name, text, own, rank in zip(pairs.ids, nearest, pairs.texts, of_image, strict=True)
+    ]
+    scores = Scores(metrics, per_picture, "image_retrieval_recall@1")
+    scores.notes.append(
+        f"Among {len(images)} pictures and {len(flat)} texts; chance is {1 / len(images):.4f} for "
+        "image_retrieval_recall@1."
+    )
+    return Evaluated("retrieval", scores, rows, per_picture)
+
+
+def _nearest(images: np.ndarray, texts: np.ndarray) -> list[int]:
+    return [int(index) for start in range(0, len(images), 1024) for index in (images[start : start + 1024] @ texts.T).argmax(1)]
+
+
+def evaluate_zero_shot(
+    encoder: DualEncoder, pairs: Pairs, images: np.ndarray, names: Sequence[str], templates: Sequence[str]
+) -> Evaluated | None:
+    """Classes by their names alone.
+
+    Args:
+        encoder ([`DualEncoder`]): Embeds names in templates.
+        pairs ([`Pairs`]): With labels; rows without one are left out.
+        images (`np.ndarray`): `(P, D)`, of [`embed_split`].
+        names (`Sequence[str]`): Of all classes.
+        templates (`Sequence[str]`): With `{}`; their mean stands for a class.
+
+    Returns:
+        [`Evaluated`], or `None` when no row has a label.
+    """
+    kept = [row for row, label in enumerate(pairs.labels) if label is not None]
+    if not kept:
+        return None
+    classes = encoder.embed_classes(names, templates).numpy()
+    places = {name: place for place, name in enumerate(names)}
+    scores = images[kept] @ classes.T
+    metrics, per_picture = classification_scores(scores, [places[str(pairs.labels[row])] for row in kept])
+    rows = [
+        {"id": pairs.ids[row], "prediction": names[int(best)], "references": [pairs.labels[row]]}
+        for row, best in zip(kept, scores.argmax(axis=1), strict=True)
+    ]
+    found = Scores(metrics, per_picture, "acc1")
+    others = f"; {len(pairs) - len(kept)} pictures have no class, or several" if len(kept) < len(pairs) else ""
+    found.notes.append(f"Zero-shot among {len(names)} names, {len(templates)} templates{others}.")
+    return Evaluated("zero_shot", found, rows, per_picture)
