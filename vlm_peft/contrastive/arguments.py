@@ -7,7 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
-from ..training.arguments import unknown_options
+from ..training.arguments import _with_hints as unknown_options
 from ..training.options import check_ranges, name_choice, read_config, typed
 from .adapt import TUNINGS, Tuning
 from .pairs import TEMPLATES
@@ -82,3 +82,68 @@ class ClipArguments(DataArguments):
     def prompts(self) -> list[str]:
         """The templates themselves."""
         return TEMPLATES[self.templates[0]] if len(self.templates) == 1 and self.templates[0] in TEMPLATES else self.templates
+
+
+_AT_LEAST_ONE = ("last_layers", "texts_per_picture", "chunk_size", "eval_batch_size")
+
+
+def parse_arguments(
+    arguments: list[str], *, program: str = "clip.py", description: str | None = None
+) -> tuple[ClipArguments, TrainingArguments]:
+    """Command line and YAML file -> options.
+
+    Args:
+        arguments (`list[str]`): `--config FILE.yaml` and options, which override the file's.
+        program (`str`, *optional*, defaults to `"clip.py"`): Put before messages.
+        description (`str`, *optional*): First line of `--help`.
+
+    Raises:
+        SystemExit: For an unknown or missing option, and for a value of another kind or out of its range.
+        OSError: When the file cannot be read.
+    """
+    types: Any = (ClipArguments, TrainingArguments)
+    usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
+    parser = HfArgumentParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
+    given = list(arguments)
+    known = {each.name for kind in types for each in fields(kind)}
+    unknown: list[str] = []
+    try:
+        if "--config" in given:
+            place = given.index("--config")
+            if place + 1 == len(given):
+                raise ValueError("--config expects a YAML file.")
+            config = typed(read_config(given[place + 1]), types)
+            del given[place : place + 2]
+            os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
+            unknown = [name for name in config if name not in known]
+            parser.set_defaults(**{name: value for name, value in config.items() if name in known})
+        options, training, others = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
+    except (ValueError, TypeError) as error:
+        said = name_choice(error, types) if isinstance(error, ValueError) else str(error)
+        raise SystemExit(f"{program}: {' '.join(said.split())}") from error
+    unknown += [text.split("=")[0].lstrip("-") for text in others if text.startswith("--")] or others[:1]
+    if unknown:
+        raise SystemExit(f"{program}: unknown option: {unknown_options(unknown, sorted(known))}.")
+    for each in fields(options):
+        # On the command line there is no other way to take back what the file says.
+        if each.default is None and getattr(options, each.name) in ("none", "null", ["none"], ["null"]):
+            setattr(options, each.name, None)
+        elif getattr(options, each.name) in (["none"], ["null"]):
+            setattr(options, each.name, [])
+    try:
+        check_ranges(options, training)
+        for name in _AT_LEAST_ONE:
+            if (getattr(options, name) or 1) < 1:
+                raise ValueError(f"{name} is {getattr(options, name)}, expected at least 1.")
+        if options.clip_model is None or options.dataset_name is None:
+            lacking = "clip_model" if options.clip_model is None else "dataset_name"
+            raise ValueError(f"--{lacking} is missing; give it on the command line or in the --config file.")
+        if options.train_on == "labels" and options.label_column is None:
+            raise ValueError("--train_on labels needs --label_column, the column with the class.")
+        if training.push_to_hub:
+            raise ValueError("--push_to_hub does not take a CLIP: push its folder with `hf upload` after the run.")
+    except ValueError as error:
+        raise SystemExit(f"{program}: {error}") from error
+    # Batches hold texts and pictures under names that no model's forward has.
+    training.remove_unused_columns = False
+    return options, training

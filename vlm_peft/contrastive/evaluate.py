@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..evaluation.task_scores import Scores
+from ..tasks.scoring import Scores
 from ..metrics.classification import classification_scores
 from ..metrics.retrieval import retrieval_ranks, retrieval_scores
 from .encoder import DualEncoder
@@ -23,7 +23,7 @@ class Evaluated:
 
     Args:
         task (`str`): `"retrieval"` or `"zero_shot"`.
-        scores ([`~vlm_peft.evaluation.task_scores.Scores`]): Of it.
+        scores ([`~vlm_peft.tasks.scoring.Scores`]): Of it.
         rows (`list[dict]`): Lines of predictions.jsonl.
         per_row (`dict[str, list[float]]`): Of each line, whether it is right.
     """
@@ -53,12 +53,13 @@ def evaluate_retrieval(encoder: DualEncoder, pairs: Pairs, images: np.ndarray, *
         encoder ([`DualEncoder`]): Embeds the texts.
         pairs ([`Pairs`]): With texts.
         images (`np.ndarray`): `(P, D)`, of [`embed_split`].
-        blind (`bool`, *optional*, defaults to `False`): Texts belong to the next picture: what is left is chance.
+        blind (`bool`, *optional*, defaults to `False`): Texts belong to a picture half the split away: what is left is chance.
     """
     flat = [(place, text) for place, texts in enumerate(pairs.texts) for text in texts]
     owners = np.array([place for place, _ in flat])
     if blind:
-        owners = (owners + 1) % len(images)
+        # Half the split away: neighbours in a table may be alike.
+        owners = (owners + len(images) // 2) % len(images)
     texts = encoder.embed_texts([text for _, text in flat]).numpy()
     of_text, of_image = retrieval_ranks(images, texts, owners)
     metrics, per_picture = retrieval_scores(of_text, of_image, owners)

@@ -4,13 +4,15 @@ Stage: adapted [`DualEncoder`] and pairs -> adapter folders.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.nn.functional import all_gather
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from ..training.callbacks import PrintedLines, ProgressLines
 from .encoder import DualEncoder
 from .folder import load_trained, save_clip
 from .loss import info_nce, matches, sigmoid_loss
@@ -29,6 +31,8 @@ class ContrastiveTrainer(Trainer):
         *args, **kwargs: Of `Trainer`.
         loss (`str`): One of [`LOSSES`].
         extra_files (`dict[str, str]`, *optional*): File name -> text, written beside every saved adapter.
+        score (`Callable[[], dict[str, float]]`, *optional*): Called at every evaluation on all processes; what it
+            returns is logged as `eval_<name>` and may be the `metric_for_best_model`.
     """
 
     def __init__(
@@ -37,10 +41,14 @@ class ContrastiveTrainer(Trainer):
         *args,
         loss: str = "info_nce",
         extra_files: dict[str, str] | None = None,
+        score: Callable[[], dict[str, float]] | None = None,
         **kwargs,
     ):
         super().__init__(model, *args, **kwargs)
-        self._loss, self._extra_files = loss, extra_files or {}
+        self._loss, self._extra_files, self._score = loss, extra_files or {}, score
+        for theirs, ours in ((ProgressCallback, ProgressLines), (PrinterCallback, PrintedLines)):
+            if self.pop_callback(theirs) is not None:
+                self.add_callback(ours)
         # The loss is a mean over all pairs at once: nothing is to be divided by a count of tokens.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_BoundedScale())
@@ -63,6 +71,18 @@ class ContrastiveTrainer(Trainer):
             self.accelerator.unwrap_model(model), self._loss, images, texts, picture_of, picture_ids, text_ids
         )
         return (loss, {"images": images, "texts": texts}) if return_outputs else loss
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """Scores in the place of a loss, which depends on the size of the batch."""
+        self.model.eval()
+        found = self._score() if self._score is not None else {}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(str(self.state.best_model_checkpoint))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -94,12 +114,14 @@ def contrastive_loss(
     Returns:
         Scalar.
     """
-    logits = images @ texts.T * encoder.logit_scale.exp()
-    true = matches(picture_ids, picture_of, text_ids)
-    if loss == "info_nce":
-        return info_nce(logits, picture_of, true)
-    bias = encoder.logit_bias
-    return sigmoid_loss(logits if bias is None else logits + bias, true)
+    # Mixed precision would round the products that the softmax compares.
+    with torch.autocast(images.device.type, enabled=False):
+        logits = images @ texts.T * encoder.logit_scale.exp()
+        true = matches(picture_ids, picture_of, text_ids)
+        if loss == "info_nce":
+            return info_nce(logits, picture_of, true)
+        bias = encoder.logit_bias
+        return sigmoid_loss(logits if bias is None else logits + bias, true)
 
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
