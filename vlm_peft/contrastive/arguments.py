@@ -7,7 +7,7 @@ from typing import Any
 from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
-from ..training.arguments import _with_hints as unknown_options
+from ..training.arguments import with_hints
 from ..training.options import check_ranges, name_choice, read_config, typed
 from .adapt import TUNINGS, Tuning
 from .pairs import TEMPLATES
@@ -123,7 +123,7 @@ def parse_arguments(
         raise SystemExit(f"{program}: {' '.join(said.split())}") from error
     unknown += [text.split("=")[0].lstrip("-") for text in others if text.startswith("--")] or others[:1]
     if unknown:
-        raise SystemExit(f"{program}: unknown option: {unknown_options(unknown, sorted(known))}.")
+        raise SystemExit(f"{program}: unknown option: {with_hints(unknown, sorted(known))}.")
     for each in fields(options):
         # On the command line there is no other way to take back what the file says.
         if each.default is None and getattr(options, each.name) in ("none", "null", ["none"], ["null"]):
