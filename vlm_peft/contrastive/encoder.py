@@ -167,6 +167,17 @@ class DualEncoder(nn.Module):
         texts = self.embed_texts([each.replace("{}", name) for name in names for each in templates])
         return nn.functional.normalize(texts.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
 
+    @torch.inference_mode()
+    def probabilities(self, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Probabilities `(P, C)` of classes: a softmax over them, or, where the model has a bias, of each alone.
+
+        Args:
+            images, classes (`torch.Tensor`): `(P, D)` and `(C, D)`, of unit length, on the CPU.
+        """
+        logits = images @ classes.T * self.logit_scale.exp().cpu()
+        bias = self.logit_bias
+        return logits.softmax(dim=-1) if bias is None else (logits + bias.cpu()).sigmoid()
+
 
 def check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
     """Refuses names and templates of classes that no text could tell apart.
