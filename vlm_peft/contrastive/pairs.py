@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from ..data.arguments import DataArguments
 from ..data.rows import bind_rows, load_rows, picture_folder
 from ..data.splits import Split, leave_out, row_name
-from ..tasks.caption import caption_task
+from ..tasks.caption import CAPTION, caption_task
 from ..tasks.example import Example, Task, picture_turn, require_columns, to_text
 from .encoder import DualEncoder
 from .features import PictureVectors, encode_missing, open_vectors
@@ -131,7 +131,8 @@ def _task(data: DataArguments, columns: list[str], label_column: str | None, wit
         label = _label(row, label_column)
         return Example(picture_turn("Which?"), [label or "none"], [[label or "none"]])
 
-    return Task("labels", [data.image_column], example)
+    # A label is a text of its picture, and looked at like one.
+    return Task(CAPTION.name, [data.image_column], example)
 
 
 def _label(row: dict, column: str | None) -> str | None:
