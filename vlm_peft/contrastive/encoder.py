@@ -57,7 +57,7 @@ class DualEncoder(nn.Module):
 
     def forward(
         self, text: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """Embeds a batch.
 
         Args:
@@ -66,12 +66,15 @@ class DualEncoder(nn.Module):
                 embeddings `(P, D)` of a locked tower.
 
         Returns:
-            `tuple`: `(P, D)` and `(T, D)` in float32, of unit length.
+            `tuple`: `(P, D)` and `(T, D)` in float32, of unit length; inverse temperature; and SigLIP's bias or `None`.
+            DDP needs all that trains to come out of here.
         """
         images = image.float() if isinstance(image, torch.Tensor) else self._run(self.clip.get_image_features, image)
-        return nn.functional.normalize(images, dim=-1), nn.functional.normalize(
-            self._run(self.clip.get_text_features, text), dim=-1
-        )
+        texts = self._run(self.clip.get_text_features, text)
+        images, texts = (nn.functional.normalize(each, dim=-1) for each in (images, texts))
+        bias = self.logit_bias
+        # A parameter that is given out as it is would be none of DDP's outputs.
+        return images, texts, self.logit_scale.exp(), None if bias is None else bias * 1
 
     def _run(self, tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         def embed(*values: torch.Tensor) -> torch.Tensor:

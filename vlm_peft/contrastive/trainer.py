@@ -52,6 +52,8 @@ class ContrastiveTrainer(Trainer):
         # The loss is a mean over all pairs at once: nothing is to be divided by a count of tokens.
         self.model_accepts_loss_kwargs = False
         self.add_callback(_BoundedScale())
+        # accelerate tells the epoch to a sampler or to the data set, as the number of processes has it.
+        self.add_callback(_Epochs(self.train_dataset))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs) -> Any:
         """The loss of all processes' pairs together, the same on each.
@@ -59,7 +61,7 @@ class ContrastiveTrainer(Trainer):
         DDP averages the processes' gradients, and the gathered embeddings get the sum of theirs: what comes out is the
         gradient of one process with the whole batch.
         """
-        images, texts = model(inputs["text"], inputs["image"])
+        images, texts, scale, bias = model(inputs["text"], inputs["image"])
         picture_of, picture_ids, text_ids = (inputs[name] for name in ("picture_of", "picture_ids", "text_ids"))
         if self.args.world_size > 1:
             images, texts = _gather(images), _gather(texts)
@@ -67,9 +69,14 @@ class ContrastiveTrainer(Trainer):
             before = counts.cumsum(0) - counts
             picture_of = _gather(picture_of + before[self.args.process_index])
             picture_ids, text_ids = _gather(picture_ids), _gather(text_ids)
-        loss = contrastive_loss(
-            self.accelerator.unwrap_model(model), self._loss, images, texts, picture_of, picture_ids, text_ids
-        )
+        true = matches(picture_ids, picture_of, text_ids)
+        # Mixed precision would round the products that the softmax compares.
+        with torch.autocast(images.device.type, enabled=False):
+            logits = images @ texts.T * scale
+            if self._loss == "info_nce":
+                loss = info_nce(logits, picture_of, true)
+            else:
+                loss = sigmoid_loss(logits if bias is None else logits + bias, true)
         return (loss, {"images": images, "texts": texts}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -94,36 +101,6 @@ class ContrastiveTrainer(Trainer):
         load_trained(self.accelerator.unwrap_model(model or self.model).clip, resume_from_checkpoint)
 
 
-def contrastive_loss(
-    encoder: DualEncoder,
-    loss: str,
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    picture_of: torch.Tensor,
-    picture_ids: torch.Tensor,
-    text_ids: torch.Tensor,
-) -> torch.Tensor:
-    """The loss of embeddings under the encoder's temperature and bias.
-
-    Args:
-        encoder ([`DualEncoder`]): Whose `logit_scale` and `logit_bias` enter.
-        loss (`str`): One of [`LOSSES`].
-        images, texts (`torch.Tensor`): `(P, D)` and `(T, D)`, of unit length.
-        picture_of, picture_ids, text_ids: See [`~vlm_peft.contrastive.loss.matches`].
-
-    Returns:
-        Scalar.
-    """
-    # Mixed precision would round the products that the softmax compares.
-    with torch.autocast(images.device.type, enabled=False):
-        logits = images @ texts.T * encoder.logit_scale.exp()
-        true = matches(picture_ids, picture_of, text_ids)
-        if loss == "info_nce":
-            return info_nce(logits, picture_of, true)
-        bias = encoder.logit_bias
-        return sigmoid_loss(logits if bias is None else logits + bias, true)
-
-
 def _gather(rows: torch.Tensor) -> torch.Tensor:
     """Rows of all processes, one after the other, which may have different numbers; gradients flow back."""
     count = torch.tensor([len(rows)], device=rows.device)
@@ -137,6 +114,16 @@ def _gather(rows: torch.Tensor) -> torch.Tensor:
         found = [torch.zeros_like(padded) for _ in counts]
         torch.distributed.all_gather(found, padded)
     return torch.cat([each[: int(size)] for each, size in zip(found, counts, strict=True)])
+
+
+class _Epochs(TrainerCallback):
+    """Tells the training rows which epoch it is, by which they draw texts."""
+
+    def __init__(self, rows: Any):
+        self._rows = rows
+
+    def on_epoch_begin(self, args, state, control, **kwargs) -> None:
+        self._rows.set_epoch(int(round(state.epoch or 0, 6)))
 
 
 class _BoundedScale(TrainerCallback):
