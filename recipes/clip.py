@@ -9,27 +9,22 @@ true` also a plain checkpoint. Options are those of `vlm_peft.contrastive.argume
 `TrainingArguments`.
 """
 
-import os
 import sys
 import time
-
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-
-STARTED = time.monotonic()
 
 from vlm_peft.console import quiet_imports, run_script
 
 
 def main() -> int:
-    """Runs the recipe; returns the exit status."""
+    """Trains; returns the exit status."""
+    started = time.monotonic()
     quiet_imports()
     from vlm_peft.contrastive.fine_tune import main as fine_tune
     from vlm_peft.training.setup import CLONE
 
     arguments = sys.argv[1:] or ["--config", str(CLONE / "recipes" / "configs" / "clip_demo.yaml")]
-    return fine_tune(arguments, command="accelerate launch recipes/clip.py", started=STARTED)
+    return fine_tune(arguments, command="accelerate launch recipes/clip.py", started=started)
 
 
 if __name__ == "__main__":
-    raise SystemExit(run_script(main, "clip.py"))
+    sys.exit(run_script(main, "clip.py"))

@@ -167,7 +167,9 @@ def test_chunks_hold_fewer_activations(folders, pictures):
     assert saved(2) < saved(None) / 3
 
 
-def train(folder, pictures, output, *, tuning=None, steps=3, size=4, callbacks=(), vectors=False, loss="info_nce", **more):
+def train(
+    folder, pictures, output, *, tuning=None, steps=3, size=4, callbacks=(), vectors=False, loss="info_nce", **more
+):
     torch.manual_seed(0)
     encoder, pairs = load_clip(folder), load(pictures)
     found = picture_vectors(encoder, pairs, str(output / "vectors")) if vectors else None
@@ -199,7 +201,9 @@ def _one_of_two(rank, port, folder, pictures, output):
     trainer.train()
     if rank == 0:
         trainer.save_model(str(output / "two"))
-        (output / "two.json").write_text(json.dumps([each["loss"] for each in trainer.state.log_history if "loss" in each]))
+        (output / "two.json").write_text(
+            json.dumps([each["loss"] for each in trainer.state.log_history if "loss" in each])
+        )
 
 
 def test_two_processes_train_as_one_with_the_whole_batch(folders, pictures, tmp_path):
@@ -227,11 +231,13 @@ def test_a_tower_trains_as_asked_and_its_folder_loads(folders, pictures, tmp_pat
     before = {name: value.clone() for name, value in trainer.model.clip.state_dict().items()}
     trainer.train()
     moved = {n for n, value in trainer.model.clip.state_dict().items() if not torch.equal(before[n], value)}
-    assert moved and all("vision" in name or "visual" in name or "logit_" in name for name in moved)
+    assert moved
+    assert all("vision" in name or "visual" in name or "logit_" in name for name in moved)
     if way == "last_layers":
         assert not [name for name in moved if "embeddings" in name or "layers.0." in name]
     counts = {part: trained for part, _, trained in tuning_table(trainer.model.clip)}
-    assert counts["text tower"] == 0 and counts["vision tower"] > 0
+    assert counts["text tower"] == 0
+    assert counts["vision tower"] > 0
 
     trainer.save_model(str(tmp_path / "adapter"))
     encoder, loaded = trainer.model.eval(), load_clip(tmp_path / "adapter", merge=False)
@@ -241,7 +247,8 @@ def test_a_tower_trains_as_asked_and_its_folder_loads(folders, pictures, tmp_pat
     # The merged folder is any program's: stock transformers, without a key too many or too few.
     save_merged(tmp_path / "adapter", tmp_path / "merged")
     stock, info = AutoModel.from_pretrained(tmp_path / "merged", output_loading_info=True)
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
     features = stock.get_image_features(**encoder.pixels(picture)).pooler_output
     expected = encoder.embed_pictures(picture)
     torch.testing.assert_close(torch.nn.functional.normalize(features), expected, rtol=1e-4, atol=1e-5)
@@ -367,7 +374,8 @@ def test_an_adapter_folder_refuses_another_base_and_damage(folders, pictures, tm
 
 def test_pairs_have_all_texts_of_a_picture_and_its_class(pictures):
     pairs = load(pictures, label_column="label")
-    assert pairs.texts[0] == ["it is red", "red it is"] and pairs.labels[0] == "red"
+    assert pairs.texts[0] == ["it is red", "red it is"]
+    assert pairs.labels[0] == "red"
     assert class_names([pairs]) == sorted(COLORS)
     with pytest.raises(ValueError, match="2 labels are not among the 6 class names, 'black'"):
         class_names([pairs], [color for color in COLORS if color not in ("black", "blue")])
@@ -376,14 +384,17 @@ def test_pairs_have_all_texts_of_a_picture_and_its_class(pictures):
     for epoch in (0, 1, 2, 0):
         rows.set_epoch(epoch)
         drawn.append([row["texts"] for row in (rows[index] for index in range(len(rows)))])
-    assert drawn[0] == drawn[3] and len({json.dumps(each) for each in drawn}) == 3
+    assert drawn[0] == drawn[3]
+    assert len({json.dumps(each) for each in drawn}) == 3
 
 
 def test_a_row_a_caption_becomes_a_picture_with_its_captions(pictures, tmp_path):
     for name in ("0.png", "1.png"):
         (tmp_path / name).write_bytes((pictures / name).read_bytes())
     lines = [("0.png", "one"), ("1.png", "two"), ("0.png", "three")]
-    (tmp_path / "metadata.jsonl").write_text("".join(json.dumps({"file_name": f, "caption": c}) + "\n" for f, c in lines))
+    (tmp_path / "metadata.jsonl").write_text(
+        "".join(json.dumps({"file_name": f, "caption": c}) + "\n" for f, c in lines)
+    )
     assert load(tmp_path).texts == [["one", "three"], ["two"]]
 
 
@@ -392,7 +403,8 @@ def test_a_folder_per_class_is_read(pictures, tmp_path):
         (tmp_path / color).mkdir()
         (tmp_path / color / "a.png").write_bytes((pictures / f"{index}.png").read_bytes())
     pairs = load(tmp_path, label_column="label", with_texts=False)
-    assert sorted(map(str, pairs.labels)) == ["blue", "green", "red"] and not any(pairs.texts)
+    assert sorted(map(str, pairs.labels)) == ["blue", "green", "red"]
+    assert not any(pairs.texts)
     row = PairRows(pairs, templates=["a {} thing"])[0]
     assert row["texts"] == [f"a {pairs.labels[0]} thing"]
 

@@ -132,7 +132,12 @@ def _add_model_options(add) -> None:
 
 def _add_clip(add, name: str, **options) -> None:
     """The model and the machine of commands that compare pictures with texts."""
-    add(name, help="CLIP or SigLIP: adapter folder, plain checkpoint, or Hub id" + (" (default: %(default)s)" if options else ""), **options)
+    add(
+        name,
+        help="CLIP or SigLIP: adapter folder, plain checkpoint, or Hub id"
+        + (" (default: %(default)s)" if options else ""),
+        **options,
+    )
     add("--batch_size", type=_count, default=64, metavar="B", help="pictures at a time (default: 64)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
 

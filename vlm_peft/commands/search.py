@@ -83,8 +83,8 @@ def classify_pictures(
     """One record a picture, in order: `image`, `label`, `probability` and `probabilities`, or `image` and `error`.
 
     Args:
-        encoder ([`~vlm_peft.contrastive.encoder.DualEncoder`]): CLIP's probabilities are a softmax over the labels, which
-            sum to 1; SigLIP judges each label alone.
+        encoder ([`~vlm_peft.contrastive.encoder.DualEncoder`]): CLIP's probabilities are a softmax over the labels;
+            SigLIP judges each label alone.
         paths (`Iterable[str]`): Of the pictures.
         labels (`Sequence[str]`): To choose from.
         templates (`Sequence[str]`): With `{}` where the label goes.

@@ -18,10 +18,13 @@ from .trainer import LOSSES
 class ClipArguments(DataArguments):
     """What transformers' own arguments do not cover: the data, the CLIP, what of it trains, and the evaluation."""
 
-    clip_model: str | None = field(default=None, metadata={"help": "Hub id or folder of a CLIP or SigLIP, or an adapter."})
+    clip_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of a CLIP or SigLIP, or an adapter."}
+    )
     clip_revision: str | None = field(default=None, metadata={"help": "Commit or branch of it."})
     vision_tuning: str = field(
-        default="lora", metadata={"help": "How the image tower trains; locked pictures are encoded once.", "choices": list(TUNINGS)}
+        default="lora",
+        metadata={"help": "How the image tower trains; locked pictures are encoded once.", "choices": list(TUNINGS)},
     )
     text_tuning: str = field(default="lora", metadata={"help": "How the text tower trains.", "choices": list(TUNINGS)})
     last_layers: int = field(default=1, metadata={"help": "Of last_layers: so many, and what comes after them."})
@@ -34,7 +37,8 @@ class ClipArguments(DataArguments):
         default=None, metadata={"help": "Texts of a picture in a step, drawn anew in every epoch; all by default."}
     )
     chunk_size: int | None = field(
-        default=None, metadata={"help": "Pictures whose activations are held at a time: large batches in little memory."}
+        default=None,
+        metadata={"help": "Pictures whose activations are held at a time: large batches in little memory."},
     )
     train_on: str = field(
         default="texts", metadata={"help": "Texts, or class names in templates.", "choices": ["texts", "labels"]}
@@ -81,7 +85,11 @@ class ClipArguments(DataArguments):
     @property
     def prompts(self) -> list[str]:
         """The templates themselves."""
-        return TEMPLATES[self.templates[0]] if len(self.templates) == 1 and self.templates[0] in TEMPLATES else self.templates
+        return (
+            TEMPLATES[self.templates[0]]
+            if len(self.templates) == 1 and self.templates[0] in TEMPLATES
+            else self.templates
+        )
 
 
 _AT_LEAST_ONE = ("last_layers", "texts_per_picture", "chunk_size", "eval_batch_size")

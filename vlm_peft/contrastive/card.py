@@ -45,7 +45,8 @@ def write_clip_card(output_dir: Path | str) -> Path:
     for path in sorted(output_dir.glob("eval/*/scores.json")):
         scores = json.loads(path.read_text(encoding="utf-8"))
         shown = ", ".join(
-            f"{name} {value:.3f}" + _interval(scores["intervals"].get(name)) for name, value in scores["metrics"].items()
+            f"{name} {value:.3f}" + _interval(scores["intervals"].get(name))
+            for name, value in scores["metrics"].items()
         )
         lines.append(f"- **{path.parent.name}** (n = {scores['n']}): {shown}. {' '.join(scores['notes'])}")
     lines += [

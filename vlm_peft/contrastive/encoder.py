@@ -29,6 +29,8 @@ class DualEncoder(nn.Module):
             2101.06983, by `torch.utils.checkpoint`).
     """
 
+    clip: Any
+
     def __init__(self, clip: PreTrainedModel, processor: Any, *, chunk_size: int | None = None):
         super().__init__()
         self.clip = clip
@@ -152,7 +154,9 @@ class DualEncoder(nn.Module):
         """Embeddings `(T, D)` of texts on the CPU, float32, of unit length."""
         found = []
         for start in range(0, len(texts), batch_size):
-            inputs = {name: value.to(self.device) for name, value in self.tokens(texts[start : start + batch_size]).items()}
+            inputs = {
+                name: value.to(self.device) for name, value in self.tokens(texts[start : start + batch_size]).items()
+            }
             found.append(self.clip.get_text_features(**inputs).pooler_output.float().cpu())
         return nn.functional.normalize(torch.cat(found), dim=-1)
 
@@ -195,4 +199,8 @@ def check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
         raise ValueError(f"Expected at least two labels to choose from, got {', '.join(names) or 'none'}.")
     without = [each for each in templates if "{}" not in each]
     if without or not templates:
-        raise ValueError(f"Expected templates with {{}} where the label goes, got {without[0]!r}." if without else "Expected a template.")
+        raise ValueError(
+            f"Expected templates with {{}} where the label goes, got {without[0]!r}."
+            if without
+            else "Expected a template."
+        )

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..tasks.scoring import Scores
 from ..metrics.classification import classification_scores
 from ..metrics.retrieval import retrieval_ranks, retrieval_scores
+from ..tasks.scoring import Scores
 from .encoder import DualEncoder
 from .pairs import Pairs, picture_vectors
 
@@ -40,7 +40,9 @@ def embed_split(encoder: DualEncoder, pairs: Pairs, directory: str | None, batch
         return picture_vectors(encoder, pairs, directory, batch_size).astype(np.float32)
     return np.concatenate(
         [
-            encoder.embed_pictures([pairs.picture(row) for row in range(start, min(start + 256, len(pairs)))], batch_size)
+            encoder.embed_pictures(
+                [pairs.picture(row) for row in range(start, min(start + 256, len(pairs)))], batch_size
+            )
             for start in range(0, len(pairs), 256)
         ]
     )
@@ -53,13 +55,13 @@ def evaluate_retrieval(encoder: DualEncoder, pairs: Pairs, images: np.ndarray, *
         encoder ([`DualEncoder`]): Embeds the texts.
         pairs ([`Pairs`]): With texts.
         images (`np.ndarray`): `(P, D)`, of [`embed_split`].
-        blind (`bool`, *optional*, defaults to `False`): Texts belong to a picture half the split away: what is left is chance.
+        blind (`bool`, *optional*, defaults to `False`): Texts get a picture half the split away: chance is left.
     """
     flat = [(place, text) for place, texts in enumerate(pairs.texts) for text in texts]
-    owners = np.array([place for place, _ in flat])
+    owners = [place for place, _ in flat]
     if blind:
         # Half the split away: neighbours in a table may be alike.
-        owners = (owners + len(images) // 2) % len(images)
+        owners = [(place + len(images) // 2) % len(images) for place in owners]
     texts = encoder.embed_texts([text for _, text in flat]).numpy()
     of_text, of_image = retrieval_ranks(images, texts, owners)
     metrics, per_picture = retrieval_scores(of_text, of_image, owners)
@@ -77,7 +79,11 @@ def evaluate_retrieval(encoder: DualEncoder, pairs: Pairs, images: np.ndarray, *
 
 
 def _nearest(images: np.ndarray, texts: np.ndarray) -> list[int]:
-    return [int(index) for start in range(0, len(images), 1024) for index in (images[start : start + 1024] @ texts.T).argmax(1)]
+    return [
+        int(index)
+        for start in range(0, len(images), 1024)
+        for index in (images[start : start + 1024] @ texts.T).argmax(1)
+    ]
 
 
 def evaluate_zero_shot(

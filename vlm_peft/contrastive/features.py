@@ -1,7 +1,7 @@
 """Vectors of pictures: the locked image tower runs once per picture, ever.
 
-Stage: pictures -> embeddings of unit length in one memory-mapped float16 file. Rows are found by the hash of a picture's
-bytes, and the folder is named by all that its vectors depend on: a changed picture or tower never reads an old one.
+Stage: pictures -> embeddings of unit length in one memory-mapped float16 file. Rows are found by the hash of a
+picture's bytes, and the folder is named by all that its vectors depend on: what changed never reads an old one.
 Locked-image training, few-shot heads and search read the same file.
 """
 
@@ -89,7 +89,9 @@ def image_tower_key(encoder: DualEncoder) -> str:
             digest.update(f"{name} {tuple(tensor.shape)}".encode())
             digest.update(tensor.detach().cpu().contiguous().numpy())
     settings = encoder.config.vision_config.to_dict()
-    settings = {name: settings[name] for name in settings if name not in ("transformers_version", "_name_or_path", "dtype")}
+    settings = {
+        name: settings[name] for name in settings if name not in ("transformers_version", "_name_or_path", "dtype")
+    }
     digest.update(json.dumps(settings, sort_keys=True, default=str).encode())
     processor = encoder.processor.image_processor
     digest.update(f"{type(processor).__name__} {processor.to_json_string()}".encode())
@@ -104,7 +106,7 @@ def open_vectors(encoder: DualEncoder, directory: str | Path | None = None) -> P
         directory (`str` or `Path`, *optional*): See [`vectors_folder`].
     """
     config = encoder.config
-    width = getattr(config, "projection_dim", None) if config.model_type == "clip" else config.vision_config.hidden_size
+    width = config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
     return PictureVectors(vectors_folder(directory) / image_tower_key(encoder), width)
 
 
@@ -134,7 +136,9 @@ def encode_missing(
     state = PartialState()
     if state.is_main_process:
         known = store.rows()
-        missing = list({name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values())
+        missing = list(
+            {name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values()
+        )
         for start in range(0, len(missing), _BATCH):
             opened, done = [], []
             for index in missing[start : start + _BATCH]:

@@ -14,7 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 
 from .. import __version__
@@ -85,7 +84,7 @@ def main(
         vectors = None
         if options.vision_tuning == "locked":
             vectors = picture_vectors(encoder, pairs, options.vectors_dir, options.eval_batch_size)
-        trainer = make_trainer(run, encoder, pairs, vectors, held_out, record)
+        trainer = make_trainer(run, encoder, pairs, vectors, held_out, names, record)
     status = phases.train(run, trainer)
     if status:
         return status
@@ -95,7 +94,9 @@ def main(
         trained = load_checked(run, encoder.eval(), pairs)
     with run.phase("score"):
         evaluate(run, trained, held_out, names)
-        evaluate(run, trained, {name: held_out[name] for name in options.blind_splits if name in held_out}, [], "-blind")
+        evaluate(
+            run, trained, {name: held_out[name] for name in options.blind_splits if name in held_out}, [], "-blind"
+        )
     if run.is_main:
         finish(run, trainer, pairs, held_out)
     return 0
@@ -119,7 +120,9 @@ def _load(options: ClipArguments, name: str, limit: int | None, encoder: DualEnc
     return pairs
 
 
-def _record(options: ClipArguments, training: Any, encoder: DualEncoder | None = None, pairs: Pairs | None = None) -> dict:
+def _record(
+    options: ClipArguments, training: Any, encoder: DualEncoder | None = None, pairs: Pairs | None = None
+) -> dict:
     """What a run must have in common with the one that it goes on with."""
     found: dict[str, Any] = asdict(options.tuning) | {
         name: getattr(options, name) for name in ("loss", "texts_per_picture", "train_on", "train_limit")
@@ -139,6 +142,7 @@ def make_trainer(
     pairs: Pairs,
     vectors: np.ndarray | None,
     held_out: dict[str, Pairs],
+    names: Sequence[str],
     record: dict[str, Any],
 ) -> ContrastiveTrainer:
     """The trainer, after the table of what trains was printed.
@@ -148,6 +152,7 @@ def make_trainer(
         pairs ([`~vlm_peft.contrastive.pairs.Pairs`]): To train on.
         vectors (`np.ndarray`, *optional*): `(P, D)`, of a locked image tower.
         held_out (`dict`): The first is scored at evaluations.
+        names (`Sequence[str]`): Of its classes.
         record (`dict`): Kept in every checkpoint.
 
     Raises:
@@ -167,12 +172,12 @@ def make_trainer(
     run.say(f"Training on {len(pairs):,} {kinds}, with {sum(map(len, pairs.texts)) or len(pairs):,} texts.")
 
     def score() -> dict[str, float]:
-        name, part = next(iter(held_out.items()))
-        found = evaluate_retrieval if any(part.texts) else None
-        if found is None:
-            return {}
-        directory = _directory(run)
-        return found(encoder, part, embed_split(encoder, part, directory, options.eval_batch_size)).scores.metrics
+        part = next(iter(held_out.values()))
+        images = embed_split(encoder, part, _directory(run), options.eval_batch_size)
+        if any(part.texts):
+            return evaluate_retrieval(encoder, part, images).scores.metrics
+        found = evaluate_zero_shot(encoder, part, images, names, options.prompts)
+        return {} if found is None else found.scores.metrics
 
     return ContrastiveTrainer(
         encoder,

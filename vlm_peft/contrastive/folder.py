@@ -39,7 +39,7 @@ def load_clip(
     """Loads a CLIP or SigLIP in float32, whatever it is stored in: float16 weights would train into NaN.
 
     Args:
-        name (`str` or `Path`): Folder or Hub id of a `CLIPModel`, `SiglipModel` or `Siglip2Model`; or an adapter folder.
+        name (`str` or `Path`): Folder or Hub id of a `CLIPModel`, `SiglipModel`, `Siglip2Model`; or an adapter folder.
         revision (`str`, *optional*): Of a Hub id.
         base (`str` or `Path`, *optional*): Where an adapter's base lies when it moved.
         merge (`bool`, *optional*, defaults to `True`): Adds LoRA to the weights; otherwise a `PeftModel` is kept.
@@ -99,9 +99,7 @@ def _load_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Any]:
         raise FileNotFoundError(f"The adapter {folder} was trained on {where}, which is not there: say where it lies.")
     clip, _ = _load_plain(where, None if base else stored["base_revision"])
     if clip.config.base_fingerprint != stored["base_fingerprint"]:
-        raise ValueError(
-            f"The adapter {folder} was trained on another base: {where} has other weights than then."
-        )
+        raise ValueError(f"The adapter {folder} was trained on another base: {where} has other weights than then.")
     if adapter.get("peft_type") == "LORA":
         with reading(folder / "adapter_config.json"):
             clip = PeftModel(clip, LoraConfig(**{**adapter, "inference_mode": False}))
@@ -123,9 +121,9 @@ def load_trained(clip: Any, folder: str | Path) -> None:
     whole = {name: value for name, value in state.items() if name.removeprefix(_PREFIX) in own}
     lora = {name: value for name, value in state.items() if name not in whole}
     expected = get_peft_model_state_dict(clip) if is_lora(clip) else {}
-    wrong = sorted(lora.keys() ^ expected.keys()) + [
-        name for name, value in state.items() if value.shape != expected.get(name, own.get(name.removeprefix(_PREFIX), value)).shape
-    ]
+    shapes = {name: value.shape for name, value in (expected | {f"{_PREFIX}{n}": v for n, v in own.items()}).items()}
+    wrong = sorted(lora.keys() ^ expected.keys())
+    wrong += [name for name, value in state.items() if name in shapes and value.shape != shapes[name]]
     if wrong:
         raise ValueError(f"{path} does not fit adapter_config.json and the base: {wrong[0]} ({len(wrong)} tensors).")
     if lora:

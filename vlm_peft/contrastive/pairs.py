@@ -1,7 +1,7 @@
 """Pairs: pictures with the texts that are true of them, and pictures with their class.
 
-Stage: data set -> rows for the trainer and its batches. A picture is one row with all its texts, whatever the table looks
-like, so that two of its captions can never be each other's negatives.
+Stage: data set -> rows for the trainer and its batches. A picture is one row with all its texts, whatever the table
+looks like, so that two of its captions can never be each other's negatives.
 """
 
 import random
@@ -227,7 +227,9 @@ class PairRows(Dataset):
         label = self.pairs.labels[index]
         texts = self.pairs.texts[index]
         if texts:
-            chosen = texts if self.texts_per_picture is None else draw.sample(texts, min(self.texts_per_picture, len(texts)))
+            chosen = (
+                texts if self.texts_per_picture is None else draw.sample(texts, min(self.texts_per_picture, len(texts)))
+            )
             ids = [_number(text) for text in chosen]
         else:
             # Whatever the template says of a class, it is true of all its pictures.

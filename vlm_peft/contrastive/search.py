@@ -100,7 +100,10 @@ def index_pictures(
         ValueError: When no picture can be read.
     """
     store = open_vectors(encoder, directory)
-    file = store.folder / f"files-{xxhash.xxh3_64_hexdigest(str(Path(folder).resolve()).encode('utf-8', 'surrogateescape'))}.json"
+    file = (
+        store.folder
+        / f"files-{xxhash.xxh3_64_hexdigest(str(Path(folder).resolve()).encode('utf-8', 'surrogateescape'))}.json"
+    )
     known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
     seen, hashes = {}, []
     for path in paths:
@@ -114,7 +117,9 @@ def index_pictures(
         seen[name] = old
         hashes.append(old[2])
     before = len(store.array())
-    problems = encode_missing(encoder, store, hashes, lambda index: paths[index], batch_size=batch_size, progress=progress)
+    problems = encode_missing(
+        encoder, store, hashes, lambda index: paths[index], batch_size=batch_size, progress=progress
+    )
     write_text(file, json.dumps(seen))
     rows = store.rows()
     kept = [index for index in range(len(paths)) if index not in problems]

@@ -55,7 +55,7 @@ class ContrastiveTrainer(Trainer):
         # accelerate tells the epoch to a sampler or to the data set, as the number of processes has it.
         self.add_callback(_Epochs(self.train_dataset))
 
-    def compute_loss(self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, **kwargs) -> Any:
+    def compute_loss(self, model: Any, inputs, return_outputs: bool = False, num_items_in_batch=None) -> Any:
         """The loss of all processes' pairs together, the same on each.
 
         DDP averages the processes' gradients, and the gathered embeddings get the sum of theirs: what comes out is the
@@ -81,7 +81,7 @@ class ContrastiveTrainer(Trainer):
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Scores in the place of a loss, which depends on the size of the batch."""
-        self.model.eval()
+        self.accelerator.unwrap_model(self.model).eval()
         found = self._score() if self._score is not None else {}
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         self.log(metrics)

@@ -5,9 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def classification_scores(
-    scores: np.ndarray, labels: Sequence[int]
-) -> tuple[dict[str, float], dict[str, list[float]]]:
+def classification_scores(scores: np.ndarray, labels: Sequence[int]) -> tuple[dict[str, float], dict[str, list[float]]]:
     """`acc1`, `acc5` (with more than five classes) and `mean_per_class_recall`, all 0..1.
 
     Args:

@@ -15,9 +15,7 @@ RECALLS = (1, 5, 10)
 _BLOCK = 50_000_000  # Scores held at once, 200 MB in float32.
 
 
-def retrieval_ranks(
-    images: np.ndarray, texts: np.ndarray, picture_of: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def retrieval_ranks(images: np.ndarray, texts: np.ndarray, picture_of: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Rank of the first right answer; of equal scores the earlier one comes first, as in a stable sort.
 
     Args:
@@ -33,7 +31,9 @@ def retrieval_ranks(
     """
     owners = np.asarray(picture_of, dtype=np.int64)
     if not len(images) or owners.shape != (len(texts),):
-        raise ValueError(f"expected a picture for each text, got {len(images)} pictures, {owners.shape} for {len(texts)}")
+        raise ValueError(
+            f"expected a picture for each text, got {len(images)} pictures, {owners.shape} for {len(texts)}"
+        )
     without = np.setdiff1d(np.arange(len(images)), owners)
     if len(without):
         raise ValueError(f"expected a text for each picture, picture {without[0]} has none")

@@ -238,7 +238,8 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
     transformers_logging.set_verbosity_error()
     try:
         with _safetensors_only(config.vision_name_or_path):
-            name, weights = str(config.vision_name_or_path), {}
+            name = str(config.vision_name_or_path)
+            weights: dict[str, Any] = {}
             load: Any = AutoModel.from_pretrained
             if (Path(name) / "adapter_config.json").is_file():
                 load, weights = _fine_tuned_vision(name, config.vision_tower_config)
