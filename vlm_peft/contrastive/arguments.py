@@ -96,20 +96,25 @@ _AT_LEAST_ONE = ("last_layers", "texts_per_picture", "chunk_size", "eval_batch_s
 
 
 def parse_arguments(
-    arguments: list[str], *, program: str = "clip.py", description: str | None = None
-) -> tuple[ClipArguments, TrainingArguments]:
+    arguments: list[str],
+    *,
+    program: str = "clip.py",
+    description: str | None = None,
+    kind: type[ClipArguments] = ClipArguments,
+) -> tuple[Any, TrainingArguments]:
     """Command line and YAML file -> options.
 
     Args:
         arguments (`list[str]`): `--config FILE.yaml` and options, which override the file's.
         program (`str`, *optional*, defaults to `"clip.py"`): Put before messages.
         description (`str`, *optional*): First line of `--help`.
+        kind (`type`, *optional*): Of the options beside `TrainingArguments`.
 
     Raises:
         SystemExit: For an unknown or missing option, and for a value of another kind or out of its range.
         OSError: When the file cannot be read.
     """
-    types: Any = (ClipArguments, TrainingArguments)
+    types: Any = (kind, TrainingArguments)
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
     parser = HfArgumentParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
     given = list(arguments)

@@ -6,12 +6,14 @@ before training, after, and blind, where texts are scored against pictures that 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ..metrics.classification import classification_scores
 from ..metrics.retrieval import retrieval_ranks, retrieval_scores
+from ..evaluation.records import write_predictions, write_scores
 from ..tasks.scoring import Scores
 from .encoder import DualEncoder
 from .pairs import Pairs, picture_vectors
@@ -116,3 +118,50 @@ def evaluate_zero_shot(
     others = f"; {len(pairs) - len(kept)} pictures have no class, or several" if len(kept) < len(pairs) else ""
     found.notes.append(f"Zero-shot among {len(names)} names, {len(templates)} templates{others}.")
     return Evaluated("zero_shot", found, rows, per_picture)
+
+
+def evaluate_all(
+    encoder: DualEncoder,
+    pairs: Pairs,
+    images: np.ndarray,
+    names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    blind: bool = False,
+) -> list[Evaluated]:
+    """Retrieval where there are texts, and zero-shot classification where there are classes.
+
+    Args:
+        encoder, pairs, images, blind: Of [`evaluate_retrieval`].
+        names, templates (`Sequence[str]`): Of [`evaluate_zero_shot`]; no names for none.
+    """
+    found = [evaluate_retrieval(encoder, pairs, images, blind=blind)] if any(pairs.texts) else []
+    zero_shot = evaluate_zero_shot(encoder, pairs, images, names, templates) if names else None
+    return found if zero_shot is None else [*found, zero_shot]
+
+
+def write_evaluated(output_dir: Path, pairs: Pairs, found: Evaluated, suffix: str = "") -> str:
+    """Writes predictions.jsonl and scores.json into `eval/<task>-<split><suffix>/`, and returns a line to print."""
+    name = pairs.split.name
+    folder = output_dir / "eval" / f"{found.task}-{file_name(name)}{suffix}"
+    if pairs.split.left_out:
+        found.scores.notes.append(f"{len(pairs.split.left_out)} rows left out: no readable picture, or no text.")
+    write_predictions(folder / "predictions.jsonl", found.rows, found.per_row)
+    write_scores(
+        folder / "scores.json",
+        found.scores,
+        model=str(output_dir),
+        dataset=pairs.split.data.dataset_name,
+        task=found.task,
+        split=name,
+    )
+    shown = "  ".join(
+        f"{metric.replace('_retrieval_recall', ' R').replace('_retrieval', '')} {value:.3f}"
+        for metric, value in found.scores.metrics.items()
+    )
+    return f"{f'{found.task} {name}{suffix}':<28} n={len(found.rows)}  {shown}"
+
+
+def file_name(split: str) -> str:
+    """What the folder of a split like `train[90%:]` is called."""
+    return "".join(letter if letter.isalnum() or letter in "_.+" else "_" for letter in split).strip("_")

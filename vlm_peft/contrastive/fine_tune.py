@@ -20,7 +20,7 @@ from .. import __version__
 from ..console import table
 from ..data.leakage import check_overlap
 from ..data.splits import content_hash
-from ..evaluation.records import write_predictions, write_scores, write_text
+from ..evaluation.records import write_text
 from ..report.gallery import choose_gallery, save_gallery_pictures
 from ..report.report import build_report
 from ..training import run as phases
@@ -30,7 +30,7 @@ from .adapt import adapt, tuning_table
 from .arguments import ClipArguments, parse_arguments
 from .card import write_clip_card
 from .encoder import DualEncoder
-from .evaluate import Evaluated, embed_split, evaluate_retrieval, evaluate_zero_shot
+from .evaluate import embed_split, evaluate_all, file_name, write_evaluated
 from .features import vectors_folder
 from .folder import load_clip, save_merged
 from .pairs import PairCollator, PairRows, Pairs, check_texts, class_names, load_pairs, picture_vectors
@@ -174,10 +174,8 @@ def make_trainer(
     def score() -> dict[str, float]:
         part = next(iter(held_out.values()))
         images = embed_split(encoder, part, _directory(run), options.eval_batch_size)
-        if any(part.texts):
-            return evaluate_retrieval(encoder, part, images).scores.metrics
-        found = evaluate_zero_shot(encoder, part, images, names, options.prompts)
-        return {} if found is None else found.scores.metrics
+        found = evaluate_all(encoder, part, images, names, options.prompts)
+        return {metric: value for each in found for metric, value in each.scores.metrics.items()}
 
     return ContrastiveTrainer(
         encoder,
@@ -214,38 +212,9 @@ def evaluate(run: Run, encoder: DualEncoder, parts: dict[str, Pairs], names: Seq
     if run.is_main:
         for name, part in parts.items():
             images = embed_split(encoder, part, _directory(run), run.vision.eval_batch_size)
-            found: list[Evaluated | None] = []
-            if any(part.texts):
-                found.append(evaluate_retrieval(encoder, part, images, blind=suffix == "-blind"))
-            if names:
-                found.append(evaluate_zero_shot(encoder, part, images, names, run.vision.prompts))
-            for each in filter(None, found):
-                _write(run, part, each, name, suffix)
+            for found in evaluate_all(encoder, part, images, names, run.vision.prompts, blind=suffix == "-blind"):
+                run.say(write_evaluated(run.output_dir, part, found, suffix))
     PartialState().wait_for_everyone()
-
-
-def _write(run: Run, part: Pairs, found: Evaluated, name: str, suffix: str) -> None:
-    folder = run.output_dir / "eval" / f"{found.task}-{_file_name(name)}{suffix}"
-    if part.split.left_out:
-        found.scores.notes.append(f"{len(part.split.left_out)} rows left out: no readable picture, or no text.")
-    write_predictions(folder / "predictions.jsonl", found.rows, found.per_row)
-    write_scores(
-        folder / "scores.json",
-        found.scores,
-        model=str(run.output_dir),
-        dataset=part.split.data.dataset_name,
-        task=found.task,
-        split=name,
-        decoding={"templates": run.vision.prompts} if found.task == "zero_shot" else None,
-    )
-    shown = "  ".join(
-        f"{metric.replace('_retrieval_recall', ' R')} {value:.3f}" for metric, value in found.scores.metrics.items()
-    )
-    run.say(f"{found.task} {name + suffix:<20} n={len(found.rows)}  {shown}")
-
-
-def _file_name(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "_.+" else "_" for letter in name).strip("_")
 
 
 def load_checked(run: Run, trained: DualEncoder, pairs: Pairs) -> DualEncoder:
@@ -304,12 +273,13 @@ def finish(run: Run, trainer: ContrastiveTrainer, pairs: Pairs, held_out: dict[s
         "versions": {"vlm_peft": __version__}
         | {name: version(name) for name in ("torch", "transformers", "peft", "datasets")},
         "adapter": str(run.output_dir),
+        "load": f"from vlm_peft.contrastive.folder import load_clip\nencoder = load_clip({str(run.output_dir)!r})",
     }
     write_text(run.output_dir / "run_summary.json", json.dumps(summary, indent=2) + "\n")
     write_text(run.output_dir / "log_history.json", json.dumps(trainer.state.log_history, indent=2) + "\n")
     for folder in sorted(run.output_dir.glob("eval/*/predictions.jsonl")):
         name = folder.parent.name
-        part = next((part for split, part in held_out.items() if name.endswith(f"-{_file_name(split)}")), None)
+        part = next((part for split, part in held_out.items() if name.endswith(f"-{file_name(split)}")), None)
         if part is not None:
             wanted = set(map(str, choose_gallery(folder.parent)))
             found = {each: _opened(part, row) for row, each in enumerate(part.ids) if each in wanted}
