@@ -126,15 +126,12 @@ def _few_shot(
         return images[kept], [places[str(part.labels[row])] for row in kept]
 
     classes = encoder.embed_classes(names, options.prompts).numpy()
-    tables = {}
-    for part, images in zip(held_out, embedded, strict=True):
-        shown, truth = labelled(part, images)
-        if not truth:
-            continue
-        rows = few_shot_table(labelled(train, of_train), (shown, truth), classes)
-        tables[part.split.name] = rows
+    tests = {part.split.name: labelled(part, images) for part, images in zip(held_out, embedded, strict=True)}
+    tests = {name: test for name, test in tests.items() if test[1]}
+    tables = few_shot_table(labelled(train, of_train), tests, classes)
+    for name, rows in tables.items():
         shots = sorted({row["shots"] for row in rows} - {0})
-        lines = [(f"{part.split.name}: acc1, n={len(truth)}", *(f"{count} shots" for count in shots))]
+        lines = [(f"{name}: acc1, n={len(tests[name][1])}", *(f"{count} shots" for count in shots))]
         for head in dict.fromkeys(row["head"] for row in rows):
             cells = {row["shots"]: f"{row['acc1']:.3f} ±{row['deviation']:.3f}" for row in rows if row["head"] == head}
             lines.append((head, *(cells.get(count, cells.get(0, "")) for count in shots)))

@@ -146,8 +146,9 @@ def parse_arguments(
     try:
         check_ranges(options, training)
         for name in _AT_LEAST_ONE:
-            if (getattr(options, name) or 1) < 1:
-                raise ValueError(f"{name} is {getattr(options, name)}, expected at least 1.")
+            value = getattr(options, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected at least 1.")
         if options.clip_model is None or options.dataset_name is None:
             lacking = "clip_model" if options.clip_model is None else "dataset_name"
             raise ValueError(f"--{lacking} is missing; give it on the command line or in the --config file.")

@@ -6,7 +6,7 @@ shot after the other, or has its paper's value.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ import torch
 from ..metrics.classification import classification_scores
 
 SHOTS = (1, 2, 4, 8, 16)
-STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
+STRENGTHS = (0.1, 1.0, 10.0)
 """L2 regularisation of the linear probe, tried in this order of strength: the sum of squared weights times a half."""
 
 _TIP_ALPHA, _TIP_BETA = 1.0, 5.5
-_SCALE = 100.0  # CLIP's inverse temperature, under which a softmax over cosines says something
+_STEPS = 300
+_SCALE = 100.0  # CLIP's inverse temperature: under it a softmax over cosines, where a probe starts, says something
 
 
 def linear_probe(
@@ -45,7 +46,7 @@ def linear_probe(
         origin += torch.from_numpy(start)
     weight, bias = origin.clone().requires_grad_(), torch.zeros(classes, dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
-        [weight, bias], max_iter=1000, tolerance_grad=1e-7, tolerance_change=1e-12, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=_STEPS, tolerance_grad=1e-5, tolerance_change=1e-10, line_search_fn="strong_wolfe"
     )
 
     def closure() -> torch.Tensor:
@@ -134,56 +135,55 @@ def draw_shots(labels: Sequence[int], shots: int, seed: int) -> np.ndarray:
 
 def few_shot_table(
     train: tuple[np.ndarray, Sequence[int]],
-    test: tuple[np.ndarray, Sequence[int]],
+    tests: Mapping[str, tuple[np.ndarray, Sequence[int]]],
     classes: np.ndarray,
     *,
     shots: Sequence[int] = SHOTS,
     seeds: Sequence[int] = (0, 1, 2),
-) -> list[dict[str, Any]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Accuracy of each head for each number of shots, over several draws.
 
     Args:
-        train, test (`tuple`): Features `(N, D)` of unit length, and labels.
+        train (`tuple`): Features `(N, D)` of unit length, and labels.
+        tests (`Mapping`): The same of each split to score, by its name.
         classes (`np.ndarray`): `(C, D)`, embeddings of the names.
         shots, seeds (`Sequence[int]`, *optional*): 1, 2, 4, 8, 16 shots and three draws.
 
     Returns:
-        `list[dict]`: `head`, `shots`, `acc1` (mean over draws), `deviation` (between them) and `pictures`. The head
+        `dict`: Name of a split -> `list[dict]` of `head`, `shots`, `acc1` (mean over draws), `deviation` (between them) and `pictures`. The head
         `zero_shot` has 0 shots.
     """
-    (features, labels), (shown, truth) = train, test
-    known = np.asarray(labels, dtype=np.int64)
-
-    def accuracy(scores: np.ndarray) -> float:
-        return classification_scores(scores, truth)[0]["acc1"]
-
-    table = [{"head": "zero_shot", "shots": 0, "acc1": accuracy(shown @ classes.T), "deviation": 0.0, "pictures": 0}]
-    # The scale makes a probe's scores, which start as cosines, speak in a softmax.
-    starts = {"linear_probe": None, "zero_shot_probe": classes}
+    features, known = train[0] * np.sqrt(_SCALE), np.asarray(train[1], dtype=np.int64)
+    starts = {"linear_probe": None, "zero_shot_probe": classes * np.sqrt(_SCALE)}
+    shown = {name: (found * np.sqrt(_SCALE), truth) for name, (found, truth) in tests.items()}
+    table: dict[str, list[dict[str, Any]]] = {}
+    for name, (found, truth) in shown.items():
+        table[name] = [_row("zero_shot", 0, [_accuracy(found @ classes.T, truth)], [0])]
     for count in shots:
-        found: dict[str, list[float]] = {"linear_probe": [], "zero_shot_probe": [], "tip_adapter": []}
-        sizes = []
-        for seed in seeds:
-            rows = draw_shots(known, count, seed)
-            sizes.append(len(rows))
+        hits: dict[tuple[str, str], list[float]] = {}
+        draws = [draw_shots(known, count, seed) for seed in seeds]
+        for rows in draws:
+            few, labels = features[rows], known[rows]
             for head, start in starts.items():
-                scaled = features[rows] * np.sqrt(_SCALE)
-                begin = None if start is None else start * np.sqrt(_SCALE)
-                strength = choose_strength(scaled, known[rows], len(classes), begin)
-                probe = linear_probe(scaled, known[rows], len(classes), strength, begin)
-                found[head].append(accuracy(apply_probe(probe, shown * np.sqrt(_SCALE))))
-            found["tip_adapter"].append(accuracy(tip_adapter(features[rows], known[rows], classes, shown)))
-        table += [
-            {
-                "head": head,
-                "shots": count,
-                "acc1": float(np.mean(values)),
-                "deviation": float(np.std(values)),
-                "pictures": int(np.mean(sizes)),
-            }
-            for head, values in found.items()
-        ]
+                strength = choose_strength(few, labels, len(classes), start)
+                probe = linear_probe(few, labels, len(classes), strength, start)
+                for name, (found, truth) in shown.items():
+                    hits.setdefault((head, name), []).append(_accuracy(apply_probe(probe, found), truth))
+            for name, (found, truth) in tests.items():
+                scores = tip_adapter(train[0][rows], labels, classes, found)
+                hits.setdefault(("tip_adapter", name), []).append(_accuracy(scores, truth))
+        for (head, name), values in hits.items():
+            table[name].append(_row(head, count, values, [len(rows) for rows in draws]))
     return table
+
+
+def _accuracy(scores: np.ndarray, truth: Sequence[int]) -> float:
+    return classification_scores(scores, truth)[0]["acc1"]
+
+
+def _row(head: str, shots: int, values: list[float], sizes: list[int]) -> dict[str, Any]:
+    mean, deviation = float(np.mean(values)), float(np.std(values))
+    return {"head": head, "shots": shots, "acc1": mean, "deviation": deviation, "pictures": int(np.mean(sizes))}
 
 
 def read_zhou_split(path: str | Path) -> dict[str, list[tuple[str, int, str]]]:
