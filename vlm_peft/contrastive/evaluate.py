@@ -154,6 +154,7 @@ def write_evaluated(output_dir: Path, pairs: Pairs, found: Evaluated, suffix: st
         dataset=pairs.split.data.dataset_name,
         task=found.task,
         split=name,
+        condition=suffix.removeprefix("-") or "after",
     )
     shown = "  ".join(
         f"{metric.replace('_retrieval_recall', ' R').replace('_retrieval', '')} {value:.3f}"
