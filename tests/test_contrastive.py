@@ -7,18 +7,14 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT, make_tokenizer
+from conftest import ROOT
 from PIL import Image
+from tiny_clips import COLORS, SIDE, save_tiny
 from transformers import (
     AutoModel,
-    CLIPConfig,
     CLIPModel,
-    SiglipConfig,
-    SiglipModel,
     TrainingArguments,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from vlm_peft.contrastive.adapt import TUNINGS, Tuning, adapt, trained_parameters, tuning_table
 from vlm_peft.contrastive.folder import interpolate, load_clip, load_trained, save_clip, save_merged
@@ -28,35 +24,12 @@ from vlm_peft.contrastive.trainer import ContrastiveTrainer
 from vlm_peft.data.arguments import DataArguments
 
 KINDS = ("clip", "siglip")
-SIDE = 8
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-
-
-def save_tiny(folder, kind="clip", dtype=torch.float32):
-    """A checkpoint with random weights: 8 px pictures, 24 tokens of text, 2 layers a tower."""
-    torch.manual_seed(1)
-    text = {**TOWER, "vocab_size": 260, "max_position_embeddings": 24, "bos_token_id": 257, "eos_token_id": 258}
-    text |= {"pad_token_id": 256}
-    vision = {**TOWER, "image_size": SIDE, "patch_size": 2}
-    if kind == "clip":
-        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12))
-        processor = CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE})
-    else:
-        model = SiglipModel(SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision))
-        processor = SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    model.to(dtype).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     place = tmp_path_factory.mktemp("clips")
     return {kind: save_tiny(place / kind, kind) for kind in KINDS}
-
-
-COLORS = ("red", "green", "blue", "white", "black", "yellow", "purple", "orange")
 
 
 @pytest.fixture(scope="module")

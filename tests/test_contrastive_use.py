@@ -10,13 +10,13 @@ import pytest
 import torch
 from conftest import ROOT
 from PIL import Image
-from test_contrastive import COLORS, SIDE, save_tiny
+from tiny_clips import COLORS, SIDE, save_tiny
 
 from vlm_peft.__main__ import main
 from vlm_peft.commands.evaluate_clip import main as evaluate_clip
 from vlm_peft.contrastive.arguments import parse_arguments
+from vlm_peft.contrastive.features import PictureVectors
 from vlm_peft.contrastive.few_shot import (
-    apply_probe,
     choose_strength,
     draw_shots,
     few_shot_table,
@@ -24,7 +24,6 @@ from vlm_peft.contrastive.few_shot import (
     read_zhou_split,
     tip_adapter,
 )
-from vlm_peft.contrastive.features import PictureVectors
 from vlm_peft.contrastive.folder import load_clip
 from vlm_peft.contrastive.search import PictureIndex, index_pictures
 from vlm_peft.metrics.classification import classification_scores
@@ -300,7 +299,9 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     assert table["1"] == pytest.approx(scores["metrics"])
 
 
-@pytest.mark.parametrize("name", ["clip_demo", "clip_folder", "clip_flickr30k", "clip_coco", "clip_cifar10", "clip_eurosat"])
+@pytest.mark.parametrize(
+    "name", ["clip_demo", "clip_folder", "clip_flickr30k", "clip_coco", "clip_cifar10", "clip_eurosat"]
+)
 def test_configurations_are_options(name):
     more = ["--dataset_name", "mine"] if name == "clip_folder" else []
     options, _ = parse_arguments(

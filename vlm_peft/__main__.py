@@ -69,6 +69,13 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--instruction", help="what an empty line asks (default: as in training)")
     _add_model_options(add)
 
+    add = command(demo, "a web page to try the model").add_argument
+    add("model", help=MODEL_HELP)
+    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
+    add("--port", type=_port, help="(default: the first free one from 7860)")
+    add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
+    _add_model_options(add)
+
     add = command(search, "pictures of a folder by a text").add_argument
     add("folder", help="folder of pictures")
     add("text", help="what to look for: 'a red bicycle'")
@@ -84,13 +91,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
     add("--labels", nargs="+", required=True, metavar="LABEL", help="names to choose from")
     add("--templates", nargs="+", metavar="TEXT", default=["a photo of a {}."], help="texts with {} for the label")
-
-    add = command(demo, "a web page to try the model").add_argument
-    add("model", help=MODEL_HELP)
-    add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
-    add("--port", type=_port, help="(default: the first free one from 7860)")
-    add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
-    _add_model_options(add)
 
     add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
     add("model", help=MODEL_HELP)

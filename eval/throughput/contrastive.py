@@ -41,7 +41,11 @@ class _Times(TrainerCallback):
 def _base_32(folder: Path) -> Path:
     """A CLIP of the shape of ViT-B/32 with random weights, and the demo's tokenizer of 4,096 tokens."""
     tokenizer = AutoTokenizer.from_pretrained(DEMO)
-    text = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    text = {
+        "vocab_size": len(tokenizer),
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     torch.manual_seed(0)
     CLIPModel(CLIPConfig(text_config=text)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -89,7 +93,9 @@ def _peer(clip: Path, pairs: Pairs, arguments: TrainingArguments) -> Trainer:
         text = encoder.tokens([pairs.texts[row["index"]][0] for row in rows])
         return {**text, **encoder.pixels(pairs.picture(row["index"]) for row in rows), "return_loss": True}
 
-    return Trainer(model, arguments, train_dataset=Dataset.from_dict({"index": list(range(len(pairs)))}), data_collator=collate)
+    return Trainer(
+        model, arguments, train_dataset=Dataset.from_dict({"index": list(range(len(pairs)))}), data_collator=collate
+    )
 
 
 def measure_contrastive(shape: str = "demo", pairs_per_step: int = 32, pictures: int = 128) -> str:
@@ -107,9 +113,9 @@ def measure_contrastive(shape: str = "demo", pairs_per_step: int = 32, pictures:
         folder = Path(name)
         clip = _base_32(folder / "clip") if shape == "b32" else DEMO
         paths = make_pictures(folder, pictures)
-        Dataset.from_dict({"image": paths, "caption": [make_captions(index)[0] for index in range(pictures)]}).to_parquet(
-            str(folder / "pairs.parquet")
-        )
+        Dataset.from_dict(
+            {"image": paths, "caption": [make_captions(index)[0] for index in range(pictures)]}
+        ).to_parquet(str(folder / "pairs.parquet"))
         pairs = load_pairs(DataArguments(dataset_name=str(folder / "pairs.parquet")), "train")
         start = time.perf_counter()
         vectors = picture_vectors(load_clip(clip), pairs, str(folder / "vectors"))

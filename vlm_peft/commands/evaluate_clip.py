@@ -1,8 +1,8 @@
 """Scores of a CLIP without training it: retrieval, zero-shot, few-shot heads, and weights between two encoders.
 
-    python eval/clip.py --clip_model openai/clip-vit-base-patch32 --config recipes/configs/clip_cifar10.yaml
-    python eval/clip.py --clip_model outputs/clip_demo --config recipes/configs/clip_demo.yaml --few_shot true
-    python eval/clip.py ... --wise_ft 0 0.25 0.5 0.75 1
+python eval/clip.py --clip_model openai/clip-vit-base-patch32 --config recipes/configs/clip_cifar10.yaml
+python eval/clip.py --clip_model outputs/clip_demo --config recipes/configs/clip_demo.yaml --few_shot true
+python eval/clip.py ... --wise_ft 0 0.25 0.5 0.75 1
 """
 
 import json

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from ..evaluation.records import write_predictions, write_scores
 from ..metrics.classification import classification_scores
 from ..metrics.retrieval import retrieval_ranks, retrieval_scores
-from ..evaluation.records import write_predictions, write_scores
 from ..tasks.scoring import Scores
 from .encoder import DualEncoder
 from .pairs import Pairs, picture_vectors
