@@ -1,4 +1,4 @@
-"""Using a CLIP: retrieval and classification metrics, few-shot heads, the index, and the commands as a user runs them."""
+"""Using a CLIP: retrieval and classification metrics, few-shot heads, the index, commands as a user runs them."""
 
 import json
 import re
@@ -285,7 +285,7 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     # It goes on from its checkpoint, with what it was trained with and nothing else.
     resume = ["--resume_from_checkpoint", "true", *data, *more]
     assert fine_tune(resume) == 0
-    with pytest.raises(ValueError, match="lora_r|r: 8 there, 4 here"):
+    with pytest.raises(ValueError, match=r"\(r: 8 there, 4 here\)"):
         fine_tune([*resume, "--lora_r", "4"])
     capsys.readouterr()
     arguments = [*data, "--clip_model", str(output), "--output_dir", str(tmp_path / "scores"), "--wise_ft", "0", "1"]
@@ -297,18 +297,6 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     before = json.loads((output / "eval" / f"retrieval-{name}-before" / "scores.json").read_text())
     assert table["0"] == pytest.approx(before["metrics"])
     assert table["1"] == pytest.approx(scores["metrics"])
-
-
-@pytest.mark.parametrize(
-    "name", ["clip_demo", "clip_folder", "clip_flickr30k", "clip_coco", "clip_cifar10", "clip_eurosat"]
-)
-def test_configurations_are_options(name):
-    more = ["--dataset_name", "mine"] if name == "clip_folder" else []
-    options, _ = parse_arguments(
-        ["--config", str(ROOT / "recipes" / "configs" / f"{name}.yaml"), *more, "--use_cpu", "true", "--bf16", "false"]
-    )
-    assert options.tuning
-    assert options.prompts
 
 
 def test_options_that_are_none_are_named():

@@ -135,6 +135,6 @@ def measure_contrastive(shape: str = "demo", pairs_per_step: int = 32, pictures:
     lines.append(("pairs/s", f"{rates['peer']:.1f}", f"{rates['ours']:.1f}", f"{ratio:.1f}x"))
     return (
         f"{table(lines)}\n\nCLIP `{shape}`, {pairs_per_step} pairs a step, JPEG files of 500 x 375. Ours encodes the "
-        f"{pictures} pictures once before, in {encoded:.1f} s. Losses agree to {apart:.0e}; medians of {TURNS} turns of "
-        f"{STEPS} steps; {torch.get_num_threads()} threads."
+        f"{pictures} pictures once before, in {encoded:.1f} s. Losses agree to {apart:.0e}; medians of {TURNS} turns "
+        f"of {STEPS} steps; {torch.get_num_threads()} threads."
     )

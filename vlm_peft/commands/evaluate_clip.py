@@ -52,8 +52,9 @@ def main(arguments: Sequence[str]) -> int:
         list(arguments), description="Score a CLIP or SigLIP.", kind=EvaluationArguments
     )
     device = "cpu" if training.use_cpu else default_device()
-    encoder = load_clip(options.clip_model, revision=options.clip_revision, device=device)
-    output = Path(training.output_dir)
+    encoder = load_clip(str(options.clip_model), revision=options.clip_revision, device=device)
+    output = Path(str(training.output_dir))
+    train: Pairs | None
     if options.split_file is not None:
         train, held_out = _of_split_file(options)
     else:
@@ -141,12 +142,12 @@ def _few_shot(
 
 def _wise_ft(options: EvaluationArguments, held_out: list[Pairs], names: list[str], output: Path, device) -> None:
     """Scores between a base and what was fine-tuned from it (WiSE-FT)."""
-    base = options.wise_ft_base or getattr(load_clip(options.clip_model).config, "base_name_or_path", None)
+    base = options.wise_ft_base or getattr(load_clip(str(options.clip_model)).config, "base_name_or_path", None)
     if base is None or Path(str(base)) == Path(str(options.clip_model)).resolve():
         raise ValueError("--wise_ft: the model is no adapter, which names its base: say it with --wise_ft_base.")
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for share in options.wise_ft:
-        encoder = interpolate(load_clip(base), load_clip(options.clip_model), share)
+        encoder = interpolate(load_clip(base), load_clip(str(options.clip_model)), share)
         encoder.to(device)
         for part in held_out:
             images = embed_split(encoder, part, None, options.eval_batch_size)

@@ -119,7 +119,7 @@ def tip_adapter(shots: np.ndarray, labels: np.ndarray, classes: np.ndarray, feat
     return _SCALE * features @ classes.T + _TIP_ALPHA * affinity @ np.eye(len(classes))[labels]
 
 
-def draw_shots(labels: Sequence[int], shots: int, seed: int) -> np.ndarray:
+def draw_shots(labels: Sequence[int] | np.ndarray, shots: int, seed: int) -> np.ndarray:
     """Rows of so many pictures of each class, fewer where a class has fewer, class after class.
 
     Args:
@@ -150,8 +150,8 @@ def few_shot_table(
         shots, seeds (`Sequence[int]`, *optional*): 1, 2, 4, 8, 16 shots and three draws.
 
     Returns:
-        `dict`: Name of a split -> `list[dict]` of `head`, `shots`, `acc1` (mean over draws), `deviation` (between them) and `pictures`. The head
-        `zero_shot` has 0 shots.
+        `dict`: Name of a split -> `list[dict]` of `head`, `shots`, `acc1` (mean over draws), `deviation` (between them)
+        and `pictures`. The head `zero_shot` has 0 shots.
     """
     features, known = train[0] * np.sqrt(_SCALE), np.asarray(train[1], dtype=np.int64)
     starts = {"linear_probe": None, "zero_shot_probe": classes * np.sqrt(_SCALE)}

@@ -204,13 +204,13 @@ def evaluate(run: Run, encoder: DualEncoder, parts: dict[str, Pairs], names: Seq
 
     Args:
         encoder ([`DualEncoder`]): To score.
-        parts (`dict`): Name -> split.
+        parts (`dict`): Splits by name.
         names (`Sequence[str]`): Of the classes; none for no zero-shot scores.
         suffix (`str`): `"-before"`, `"-blind"`, or nothing.
     """
     encoder.eval()
     if run.is_main:
-        for name, part in parts.items():
+        for part in parts.values():
             images = embed_split(encoder, part, _directory(run), run.vision.eval_batch_size)
             for found in evaluate_all(encoder, part, images, names, run.vision.prompts, blind=suffix == "-blind"):
                 run.say(write_evaluated(run.output_dir, part, found, suffix))
