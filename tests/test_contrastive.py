@@ -2,21 +2,20 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.multiprocessing as mp
-from conftest import ROOT
+from conftest import ROOT, make_tokenizer
 from PIL import Image
-from tiny_clips import COLORS, SIDE, save_tiny
-from transformers import (
-    AutoModel,
-    CLIPModel,
-    TrainingArguments,
-)
+from tiny_clips import COLORS, SIDE, TOWER, save_tiny
+from transformers import AutoModel, CLIPModel, Siglip2Config, Siglip2Model, TrainingArguments
+from transformers.models.siglip2.image_processing_pil_siglip2 import Siglip2ImageProcessorPil
 
 from vlm_peft.contrastive.adapt import TUNINGS, Tuning, adapt, trained_parameters, tuning_table
+from vlm_peft.contrastive.encoder import DualEncoder
 from vlm_peft.contrastive.folder import interpolate, load_clip, load_trained, save_clip, save_merged
 from vlm_peft.contrastive.loss import info_nce, matches, sigmoid_loss
 from vlm_peft.contrastive.pairs import PairCollator, PairRows, check_texts, class_names, load_pairs, picture_vectors
@@ -68,6 +67,23 @@ def test_with_one_text_a_picture_the_loss_is_the_models_own(folders, pictures, k
     inputs = batch(encoder, load(pictures), texts_per_picture=1)
     own = encoder.clip(**inputs["text"], **inputs["image"], return_loss=True).loss
     torch.testing.assert_close(loss_of(encoder, inputs, loss), own, rtol=1e-6, atol=1e-6)
+
+
+def test_pictures_of_any_shape_have_the_models_own_loss_too(pictures):
+    """SigLIP 2 with native aspect ratios takes patches, a mask and their grid."""
+    text = {**TOWER, "vocab_size": 260, "max_position_embeddings": 24, "projection_size": 16, "pad_token_id": 256}
+    model = Siglip2Model(
+        Siglip2Config(text_config=text, vision_config={**TOWER, "num_patches": 16, "patch_size": 2})
+    ).eval()
+    processor = SimpleNamespace(
+        image_processor=Siglip2ImageProcessorPil(patch_size=2, max_num_patches=16), tokenizer=make_tokenizer()
+    )
+    encoder = DualEncoder(model, processor)
+    inputs = batch(encoder, load(pictures), texts_per_picture=1)
+    own = model(**inputs["text"], **inputs["image"], return_loss=True).loss
+    for size in (None, 2):
+        encoder.chunk_size = size
+        torch.testing.assert_close(loss_of(encoder, inputs, "sigmoid"), own, rtol=1e-5, atol=1e-5)
 
 
 def test_other_texts_of_a_picture_are_never_negatives():
