@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from accelerate import PartialState
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
 
@@ -119,7 +118,7 @@ def encode_missing(
     batch_size: int = 64,
     progress: Callable[[int], None] = lambda count: None,
 ) -> dict[int, str]:
-    """Encodes the pictures that have no vector, on one process; what is done is kept as it goes.
+    """Encodes the pictures that have no vector; what is done is kept as it goes.
 
     Args:
         encoder ([`DualEncoder`]): Of [`open_vectors`].
@@ -133,24 +132,21 @@ def encode_missing(
         `dict[int, str]`: Numbers of the pictures that cannot be read -> why.
     """
     problems = {index: "It is missing." for index, name in enumerate(hashes) if name is None}
-    state = PartialState()
-    if state.is_main_process:
-        known = store.rows()
-        missing = list(
-            {name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values()
-        )
-        for start in range(0, len(missing), _BATCH):
-            opened, done = [], []
-            for index in missing[start : start + _BATCH]:
-                try:
-                    opened.append(open_picture(read(index)))
-                    done.append(index)
-                except UnreadablePictureError as error:
-                    problems[index] = str(error)
-            if done:
-                store.add([str(hashes[index]) for index in done], encoder.embed_pictures(opened, batch_size).numpy())
-            progress(len(missing[start : start + _BATCH]))
-    state.wait_for_everyone()
+    known = store.rows()
+    missing = list(
+        {name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values()
+    )
+    for start in range(0, len(missing), _BATCH):
+        opened, done = [], []
+        for index in missing[start : start + _BATCH]:
+            try:
+                opened.append(open_picture(read(index)))
+                done.append(index)
+            except UnreadablePictureError as error:
+                problems[index] = str(error)
+        if done:
+            store.add([str(hashes[index]) for index in done], encoder.embed_pictures(opened, batch_size).numpy())
+        progress(len(missing[start : start + _BATCH]))
     rows = store.rows()
     return problems | {
         index: problems.get(index, "It cannot be read.") for index, name in enumerate(hashes) if name not in rows

@@ -83,7 +83,9 @@ def main(
     with run.phase("prepare training"):
         vectors = None
         if options.vision_tuning == "locked":
-            vectors = picture_vectors(encoder, pairs, options.vectors_dir, options.eval_batch_size)
+            # The others read what the first one writes.
+            with PartialState().main_process_first():
+                vectors = picture_vectors(encoder, pairs, options.vectors_dir, options.eval_batch_size)
         trainer = make_trainer(run, encoder, pairs, vectors, held_out, names, record)
     status = phases.train(run, trainer)
     if status:
