@@ -160,4 +160,7 @@ def parse_arguments(
         raise SystemExit(f"{program}: {error}") from error
     # Batches hold texts and pictures under names that no model's forward has.
     training.remove_unused_columns = False
+    if training.ddp_find_unused_parameters is None:
+        # All that trains has a part in every step; to look for what has none takes time.
+        training.ddp_find_unused_parameters = False
     return options, training

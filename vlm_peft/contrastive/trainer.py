@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.nn.functional import all_gather
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from ..training.callbacks import PrintedLines, ProgressLines
@@ -58,8 +57,8 @@ class ContrastiveTrainer(Trainer):
     def compute_loss(self, model: Any, inputs, return_outputs: bool = False, num_items_in_batch=None) -> Any:
         """The loss of all processes' pairs together, the same on each.
 
-        DDP averages the processes' gradients, and the gathered embeddings get the sum of theirs: what comes out is the
-        gradient of one process with the whole batch.
+        DDP averages the processes' gradients, and each process has those of its own embeddings only, times their number:
+        what comes out is the gradient of one process with the whole batch.
         """
         images, texts, scale, bias = model(inputs["text"], inputs["image"])
         picture_of, picture_ids, text_ids = (inputs[name] for name in ("picture_of", "picture_ids", "text_ids"))
@@ -73,10 +72,9 @@ class ContrastiveTrainer(Trainer):
         # Mixed precision would round the products that the softmax compares.
         with torch.autocast(images.device.type, enabled=False):
             logits = images @ texts.T * scale
-            if self._loss == "info_nce":
-                loss = info_nce(logits, picture_of, true)
-            else:
-                loss = sigmoid_loss(logits if bias is None else logits + bias, true)
+            # It changes no softmax; but DDP waits for the gradient of all that trains.
+            logits = logits if bias is None else logits + bias
+            loss = info_nce(logits, picture_of, true) if self._loss == "info_nce" else sigmoid_loss(logits, true)
         return (loss, {"images": images, "texts": texts}) if return_outputs else loss
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -102,18 +100,19 @@ class ContrastiveTrainer(Trainer):
 
 
 def _gather(rows: torch.Tensor) -> torch.Tensor:
-    """Rows of all processes, one after the other, which may have different numbers; gradients flow back."""
+    """Rows of all processes, one after the other, which may have different numbers; gradients flow to the own ones."""
     count = torch.tensor([len(rows)], device=rows.device)
     counts = [torch.zeros_like(count) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(counts, count)
     most = int(max(counts))
-    padded = torch.cat([rows, rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    padded = torch.cat([rows.detach(), rows.new_zeros(most - len(rows), *rows.shape[1:])])
+    found = [torch.zeros_like(padded) for _ in counts]
+    torch.distributed.all_gather(found, padded)
+    parts = [each[: int(size)] for each, size in zip(found, counts, strict=True)]
     if rows.requires_grad:
-        found = list(all_gather(padded))
-    else:
-        found = [torch.zeros_like(padded) for _ in counts]
-        torch.distributed.all_gather(found, padded)
-    return torch.cat([each[: int(size)] for each, size in zip(found, counts, strict=True)])
+        rows.register_hook(lambda gradient: gradient * len(parts))
+        parts[torch.distributed.get_rank()] = rows
+    return torch.cat(parts)
 
 
 class _Epochs(TrainerCallback):
