@@ -57,7 +57,7 @@ class ContrastiveTrainer(Trainer):
     def compute_loss(self, model: Any, inputs, return_outputs: bool = False, num_items_in_batch=None) -> Any:
         """The loss of all processes' pairs together, the same on each.
 
-        DDP averages the processes' gradients, and each process has those of its own embeddings only, times their number:
+        DDP averages gradients, and each process has those of its own embeddings, times the number of processes:
         what comes out is the gradient of one process with the whole batch.
         """
         images, texts, scale, bias = model(inputs["text"], inputs["image"])
