@@ -313,6 +313,8 @@ def test_the_captioner_sees_with_the_fine_tuned_encoder(folders, pictures, tmp_p
 def test_texts_that_cannot_be_learnt_from_are_named(folders, pictures, tmp_path):
     encoder, pairs = load_clip(folders["clip"]), load(pictures)
     assert check_texts(encoder, pairs) == 0
+    # The tokenizer writes no end token, which is what the text tower pools.
+    assert encoder.tokens(["red"])["input_ids"].tolist() == [[*encoder.processor.tokenizer("red")["input_ids"], 258]]
     pairs.texts[1] = ["far too long a text for this tower"]
     with pytest.raises(ValueError, match=r"1 of 15 texts of train are longer than the 24 tokens .* row 1 the first"):
         check_texts(encoder, pairs)
