@@ -10,7 +10,8 @@ RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 LAUNCH = [path for path in RECIPES if path.parent.name == "accelerate"]
 # Read in test_studies.py and test_tune.py.
 STUDIES = [path for path in RECIPES if path.name in ("study_demo.yaml", "tune_demo.yaml")]
-TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES]
+CLIP = [path for path in RECIPES if path.name.startswith("clip_")]
+TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES + CLIP]
 
 
 def name(path):
@@ -20,6 +21,17 @@ def name(path):
 def test_both_kinds_are_found():
     assert {"demo.yaml", "flickr30k.yaml"} <= {path.name for path in TRAINING}
     assert {"cpu.yaml", "one_gpu.yaml", "multi_gpu.yaml"} <= {path.name for path in LAUNCH}
+
+
+@pytest.mark.parametrize("path", CLIP, ids=name)
+def test_configuration_of_a_clip_is_understood(path):
+    from vlm_peft.contrastive.arguments import parse_arguments
+
+    written = yaml.safe_load(path.read_text())
+    own = [] if "dataset_name" in written else ["--dataset_name", "mine"]
+    options, training = parse_arguments(["--config", str(path), *own, "--use_cpu", "true"])
+    for key in written.keys() - {"use_cpu", "report_to", "dataset_name"}:
+        assert getattr(options, key, getattr(training, key, None)) == written[key], key
 
 
 def parse(*arguments: str):

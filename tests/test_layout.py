@@ -20,14 +20,16 @@ ROOMS = (
     "evaluation",
     "report",
     "training",
+    "contrastive",
     "studies",
     "commands",
     "__main__",
 )
 """Folders and single modules, lowest first; each imports from itself and from those before it."""
 
-LATE = {("model.modeling_vision_qwen", "adapters.folder")}
-"""Imports upwards, made when a function is called: `from_adapter` is the public door to a room further up."""
+LATE = {("model.modeling_vision_qwen", "adapters.folder"), ("model.joining", "contrastive.folder")}
+"""Imports upwards, made when a function is called: `from_adapter` is the public door to a room further up, and an
+encoder may be a fine-tuned CLIP's adapter folder."""
 
 THIRD_PARTIES = {
     "trl": {"commands.doctor", "studies.tune", "training.arguments", "training.setup", "training.trainer"},

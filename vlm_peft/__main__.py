@@ -19,6 +19,7 @@ from . import __version__
 from .console import quiet_imports, run_script
 
 PROGRAM = "vlm-peft"
+CLIP = "openai/clip-vit-base-patch32"
 MODEL_HELP = "adapter folder, folder of a full save, or Hub id of either"
 
 
@@ -76,6 +77,22 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
     _add_model_options(add)
 
+    add = command(search, "pictures of a folder by a text").add_argument
+    add("folder", help="folder of pictures")
+    add("text", help="what to look for: 'a red bicycle'")
+    _add_clip(add, "--model", default=CLIP)
+    add("--count", type=_count, default=10, metavar="K", help="results (default: 10)")
+    add("--json", action="store_true", help="a JSON object a line")
+    add("--html", metavar="FILE", help="also write one page of thumbnails")
+    add("--export", metavar="FILE", help="also write the whole index as parquet, for a vector engine")
+    add("--index", metavar="FOLDER", help="where indexes are kept (default: in the data sets' cache)")
+
+    add = command(classify, "a label for each picture, by the labels' names; JSON lines").add_argument
+    _add_clip(add, "model")
+    add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
+    add("--labels", nargs="+", required=True, metavar="LABEL", help="names to choose from")
+    add("--templates", nargs="+", metavar="TEXT", default=["a photo of a {}."], help="texts with {} for the label")
+
     add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
     add("model", help=MODEL_HELP)
     add("output", type=Path, help="folder to be made")
@@ -115,6 +132,18 @@ def _add_model_options(add) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
 
 
+def _add_clip(add, name: str, **options) -> None:
+    """The model and the machine of commands that compare pictures with texts."""
+    add(
+        name,
+        help="CLIP or SigLIP: adapter folder, plain checkpoint, or Hub id"
+        + (" (default: %(default)s)" if options else ""),
+        **options,
+    )
+    add("--batch_size", type=_count, default=64, metavar="B", help="pictures at a time (default: 64)")
+    add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
+
+
 def _add_bases(add) -> None:
     add("--vision", help="where an adapter's encoder lies when it moved: folder or Hub id")
     add("--text", help="where an adapter's decoder lies when it moved: folder or Hub id")
@@ -145,6 +174,25 @@ def _quiet_loading() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
+def _device(options: argparse.Namespace):
+    """The device that a command's options name.
+
+    Raises:
+        ValueError: When it is not there.
+    """
+    import torch
+
+    from .adapters.loading import default_device
+
+    try:
+        device = torch.device(options.device) if options.device else default_device()
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"--device {options.device} cannot be used here: {reason}") from error
+    return device
+
+
 def _load(options: argparse.Namespace):
     """Model, processor and settings that a command's options name; settings follow the options where these are given.
 
@@ -153,16 +201,11 @@ def _load(options: argparse.Namespace):
     """
     import torch
 
-    from .adapters.loading import default_device, find_model, load_model
+    from .adapters.loading import find_model, load_model
     from .tasks import TASK_FILE, TaskSettings
 
     _quiet_loading()
-    try:
-        device = torch.device(options.device) if options.device else default_device()
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ValueError(f"--device {options.device} cannot be used here: {reason}") from error
+    device = _device(options)
     folder = find_model(options.model)
     dtype = getattr(torch, options.dtype)
     model, processor = load_model(folder, vision=options.vision, text=options.text, dtype=dtype, device=device)
@@ -272,6 +315,60 @@ def chat(options: argparse.Namespace) -> int:
         conversation.add_picture(path)
     run_chat(conversation, processor, ask(settings, instruction=options.instruction))
     return 0
+
+
+def search(options: argparse.Namespace) -> int:
+    """Finds the pictures of a folder that are nearest to a text, the nearest first: similarity and path.
+
+    The folder's index is built once; after that, only new and changed pictures are encoded.
+
+    vlm-peft search pictures "a red bicycle" --html found.html
+
+    --export writes id and vector of every picture as parquet, which LanceDB, DuckDB, Qdrant and Milvus read.
+    """
+    from .commands.caption import find_pictures
+    from .commands.search import load_encoder, open_index, search_text, write_page
+    from .contrastive.search import export_vectors
+
+    if not Path(options.folder).is_dir():
+        raise FileNotFoundError(f"Expected a folder of pictures, and {options.folder} is none.")
+    paths = list(find_pictures([options.folder], sys.stdin.buffer))
+    _quiet_loading()
+    encoder = load_encoder(options.model, _device(options))
+    index = open_index(encoder, options.folder, paths, options.index, options.batch_size)
+    found = search_text(encoder, index, options.text, options.count)
+    for each in found:
+        # ASCII only: a file name may be no text.
+        shown = json.dumps({"image": each.path, "score": round(each.score, 6)})
+        print(shown if options.json else f"{each.score:.3f}  {each.path.encode('utf-8', 'replace').decode()}")
+    if options.html:
+        write_page(options.html, options.text, found)
+    if options.export:
+        export_vectors(index, options.export)
+    return 0
+
+
+def classify(options: argparse.Namespace) -> int:
+    """Gives each picture the nearest of some labels, by their names alone: one JSON object a line, in order.
+
+    {"image": "a.jpg", "label": "cat", "probability": 0.98, "probabilities": {"cat": 0.98, "dog": 0.02}}
+    {"image": "b.jpg", "error": "..."}      for a picture that cannot be read; the exit status is then 1
+
+    vlm-peft classify openai/clip-vit-base-patch32 pictures --labels cat dog
+    """
+    from .commands.caption import check_text, find_pictures
+    from .commands.search import classify_pictures, load_encoder
+
+    paths = find_pictures(options.images, sys.stdin.buffer)
+    for label in options.labels:
+        check_text(label, "The label")
+    _quiet_loading()
+    encoder = load_encoder(options.model, _device(options))
+    status = 0
+    for record in classify_pictures(encoder, paths, options.labels, options.templates, options.batch_size):
+        print(json.dumps(record), flush=True)
+        status |= "error" in record
+    return status
 
 
 def demo(options: argparse.Namespace) -> int:

@@ -320,6 +320,9 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
     parser.add_argument(
         "--switches", nargs="*", metavar="IDEA", help="ideas to switch, one at a time; the preset's by default"
     )
+    parser.add_argument(
+        "--contrastive", choices=["demo", "b32"], help="only: training a CLIP beside a plain Trainer, of this shape"
+    )
     parser.add_argument("--no_generation", action="store_true")
     parser.add_argument("--json", metavar="FILE", help="also keep every figure there, after each part of the run")
     parser.add_argument("--write", action="store_true", help="write the section of the preset into eval/THROUGHPUT.md")
@@ -347,6 +350,11 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
 def main(arguments: list[str] | None = None) -> int:
     """Measures, prints, and writes when asked to; returns the exit status."""
     preset, options = parse_arguments(arguments)
+    if options.contrastive:
+        from .contrastive import measure_contrastive
+
+        say(measure_contrastive(options.contrastive, options.pictures_per_step or 32, options.pictures or 128))
+        return 0
     switches = list(preset.switches) if options.switches is None else options.switches
 
     def keep(result: dict) -> None:

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -237,8 +238,14 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
     transformers_logging.set_verbosity_error()
     try:
         with _safetensors_only(config.vision_name_or_path):
-            tower, info = AutoModel.from_pretrained(
-                config.vision_name_or_path,
+            name = str(config.vision_name_or_path)
+            weights: dict[str, Any] = {}
+            load: Any = AutoModel.from_pretrained
+            if (Path(name) / "adapter_config.json").is_file():
+                load, weights = _fine_tuned_vision(name, config.vision_tower_config)
+            tower, info = load(
+                None if weights else name,
+                **weights,
                 config=config.vision_tower_config,
                 revision=config.vision_revision,
                 dtype=dtype,
@@ -255,6 +262,13 @@ def _load_vision_tower(config: VisionQwenConfig, dtype: torch.dtype, device_map)
             f"encoder, for example {missing[0]}."
         )
     return tower
+
+
+def _fine_tuned_vision(folder: str, config: PreTrainedConfig) -> tuple[Any, dict[str, Any]]:
+    """How the encoder of a fine-tuned CLIP's adapter folder is loaded: by which function, and with which weights."""
+    from ..contrastive.folder import load_clip
+
+    return MODEL_MAPPING[type(config)].from_pretrained, {"state_dict": load_clip(folder).clip.state_dict()}
 
 
 def _load_decoder(name: str | Path, config: VisionQwenConfig, **arguments) -> PreTrainedModel:

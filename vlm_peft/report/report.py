@@ -5,7 +5,8 @@ It reads what the run wrote, all of it optional; what is missing is named in the
 - `run_summary.json`, an object with any of `title`, `date`, `command`, `vision_model`, `text_model`, `dataset`,
   `device` (text), `seed`, `parameters`, `trainable_parameters` (whole numbers), `trained` (a list of `{"module",
   "parameters", "trainable", "dtype"}`), `seconds` (from the name of a phase to seconds), `versions` (from package to
-  version), `adapter` (what to pass to `from_adapter`, by default the folder's name) and `notes` (a list of sentences);
+  version), `adapter` (what to pass to `from_adapter`, by default the folder's name), `load` (its
+  lines of code, where that is not how) and `notes` (a list of sentences);
 - `log_history.json`, the trainer's list of log entries; used are `step`, `loss`, `eval_loss` and what was scored in
   training (`eval_CIDEr`, or `eval_test_CIDEr` for one of several sets);
 - `eval/<split>/scores.json`, with `eval/<split>-before` and `eval/<split>-blind` beside it, see
@@ -101,6 +102,7 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
         # The folder's name, not its path: a page that is passed on should not tell how somebody's disk is laid out.
         adapter=repr(str(summary.get("adapter") or output_dir.resolve().name)),
         loads_with=loads_with(summary),
+        load=summary.get("load"),
         command=summary.get("command"),
         making=_making(summary),
         trained=[

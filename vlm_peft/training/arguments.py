@@ -242,7 +242,7 @@ def _entries(entries: list[dict], common: DataArguments, where: str) -> list[Dat
             raise ValueError(f"Entry {number} of {where}: expected options such as dataset_name, got {entry!r}.")
         unknown = [name for name in entry if name not in names]
         if unknown:
-            raise ValueError(f"Entry {number} of {where}: unknown option {_with_hints(unknown, names)}.")
+            raise ValueError(f"Entry {number} of {where}: unknown option {with_hints(unknown, names)}.")
         try:
             source = replace(common, **typed(entry, [DataArguments]))
             check_ranges(source)
@@ -311,7 +311,7 @@ def parse_arguments(
     if unknown:
         known = sorted({each.name for kind in types for each in fields(kind)})
         keys = [text.split("=")[0].lstrip("-") for text in unknown if text.startswith("--")] or [unknown[0]]
-        raise SystemExit(f"{program}: unknown option: {_with_hints(keys, known)}.")
+        raise SystemExit(f"{program}: unknown option: {with_hints(keys, known)}.")
     vision_args, training_args, model_args = parsed
     for options in (vision_args, model_args):
         for each in fields(options):
@@ -411,7 +411,7 @@ def _check_reports(training_args: Any) -> None:
             raise ValueError(f"report_to names {name}, which is not installed: install it, or give none.")
 
 
-def _with_hints(names: list[str], known: list[str]) -> str:
+def with_hints(names: list[str], known: list[str]) -> str:
     """Unknown names, each with the nearest known one."""
     hints = []
     for name in names:

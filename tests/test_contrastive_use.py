@@ -1,0 +1,338 @@
+"""Using a CLIP: retrieval and classification metrics, few-shot heads, the index, commands as a user runs them."""
+
+import json
+import re
+import time
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT
+from PIL import Image
+from tiny_clips import COLORS, SIDE, save_tiny
+
+from vlm_peft.__main__ import main
+from vlm_peft.commands.evaluate_clip import main as evaluate_clip
+from vlm_peft.contrastive.arguments import parse_arguments
+from vlm_peft.contrastive.features import PictureVectors
+from vlm_peft.contrastive.few_shot import (
+    choose_strength,
+    draw_shots,
+    few_shot_table,
+    linear_probe,
+    read_zhou_split,
+    tip_adapter,
+)
+from vlm_peft.contrastive.folder import load_clip
+from vlm_peft.contrastive.search import PictureIndex, index_pictures
+from vlm_peft.metrics.classification import classification_scores
+from vlm_peft.metrics.retrieval import retrieval_ranks, retrieval_scores
+
+
+def unit(*shape, seed=0):
+    found = np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+    return found / np.linalg.norm(found, axis=-1, keepdims=True)
+
+
+# --- metrics
+
+
+def recall_at_k(scores, positive_pairs, k):
+    """As CLIP_benchmark publishes it: true positives among the first k, by the number of positives."""
+    rows, columns = scores.shape
+    topk = torch.topk(scores, k, dim=1)[1]
+    positives = positive_pairs.sum(dim=1)
+    chosen = torch.nn.functional.one_hot(topk, num_classes=columns)
+    return (positive_pairs.view(rows, 1, columns) * chosen).sum(dim=(1, 2)) / positives
+
+
+def test_retrieval_is_that_of_clip_benchmark():
+    images, texts = unit(30, 8), unit(140, 8, seed=1)
+    owners = np.concatenate([np.arange(30), np.random.default_rng(2).integers(0, 30, 110)])
+    texts = texts + 1.5 * images[owners]
+    found, per_picture = retrieval_scores(*retrieval_ranks(images, texts, owners), owners)
+    scores = torch.from_numpy(texts @ images.T)
+    positive = torch.zeros_like(scores, dtype=bool)
+    positive[torch.arange(len(scores)), torch.from_numpy(owners)] = True
+    for k in (1, 5, 10):
+        theirs = {
+            f"image_retrieval_recall@{k}": (recall_at_k(scores, positive, k) > 0).float().mean(),
+            f"text_retrieval_recall@{k}": (recall_at_k(scores.T, positive.T, k) > 0).float().mean(),
+        }
+        for name, value in theirs.items():
+            assert found[name] == pytest.approx(float(value), abs=1e-6)
+            assert np.mean(per_picture[name]) == pytest.approx(float(value), abs=1e-6)
+    assert 0 < found["image_retrieval_recall@1"] < 1
+
+
+def test_ranks_by_hand():
+    images = np.eye(3, dtype=np.float32)
+    # Picture 2's text points to picture 0 and ties with picture 1; of equal scores the earlier comes first.
+    texts = np.array([[1, 0, 0], [0, 1, 0], [0.8, 0.6, 0.6], [0, 0, 1]], dtype=np.float32)
+    of_text, of_image = retrieval_ranks(images, texts, [0, 1, 2, 2])
+    assert of_text.tolist() == [1, 1, 3, 1]
+    assert of_image.tolist() == [1, 1, 1]
+    found, _ = retrieval_scores(of_text, of_image, [0, 1, 2, 2])
+    assert found["image_retrieval_recall@1"] == 0.75
+    assert found["image_retrieval_median_rank"] == 1
+    with pytest.raises(ValueError, match="picture 1 has none"):
+        retrieval_ranks(images, texts, [0, 0, 2, 2])
+
+
+def test_classification_by_hand():
+    scores = np.array([[3, 2, 1], [3, 2, 1], [3, 2, 1], [1, 1, 0]])
+    found, per_picture = classification_scores(scores, [0, 0, 1, 0])
+    assert found == {"acc1": 0.75, "mean_per_class_recall": 0.5}
+    assert per_picture == {"acc1": [1, 1, 0, 1]}
+    many = classification_scores(np.arange(12.0).reshape(2, 6), [1, 0])[0]
+    assert many["acc1"] == 0
+    assert many["acc5"] == 0.5
+    with pytest.raises(ValueError, match="labels from 0 to 2"):
+        classification_scores(scores, [0, 0, 3, 0])
+
+
+# --- few-shot heads
+
+
+def test_the_linear_probe_is_at_the_minimum_of_its_loss():
+    features, labels = unit(40, 6).astype(np.float64) * 5, np.arange(40) % 4
+    probe = torch.from_numpy(linear_probe(features, labels, 4, 0.5)).requires_grad_()
+    logits = torch.from_numpy(features) @ probe[:, :-1].T + probe[:, -1]
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels), reduction="sum")
+    (loss + 0.25 * probe[:, :-1].square().sum()).backward()
+    assert probe.grad.abs().max() < 1e-3
+    # The stronger it is held, the nearer a zero-shot-initialised probe stays to the names.
+    start = unit(4, 6, seed=3).astype(np.float64)
+    apart = [np.abs(linear_probe(features, labels, 4, s, start)[:, :-1] - start).max() for s in (1e-1, 1e1, 1e4)]
+    assert apart[0] > apart[1] > apart[2]
+    assert apart[2] < 1e-2
+
+
+def test_strength_is_chosen_without_the_test_split():
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(3), 4)
+    clean = np.eye(3)[labels] * 10
+    assert choose_strength(clean, labels, 3) < choose_strength(rng.normal(size=(12, 3)) * 10, labels, 3)
+    assert choose_strength(clean[::4], labels[::4], 3) == 1
+
+
+def test_tip_adapter_by_hand():
+    shots, classes = np.array([[1.0, 0]]), np.array([[0.0, 1], [1, 0]])
+    found = tip_adapter(shots, np.array([0]), classes, np.array([[1.0, 0]]))
+    np.testing.assert_allclose(found, [[1.0, 100.0]])
+
+
+def test_shots_and_the_table():
+    labels = [0] * 9 + [1] * 3
+    assert len(draw_shots(labels, 4, 0)) == 7
+    assert set(draw_shots(labels, 4, 0)) != set(draw_shots(labels, 4, 1))
+    classes = unit(3, 8)
+    truth = np.arange(30) % 3
+    features = classes[truth] + 0.8 * unit(30, 8, seed=4)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    rows = few_shot_table((features, truth), {"test": (features, truth)}, classes, shots=(1, 8), seeds=(0, 1))["test"]
+    heads = ("linear_probe", "zero_shot_probe", "tip_adapter")
+    assert {(row["head"], row["shots"]) for row in rows} == {
+        ("zero_shot", 0),
+        *((head, shots) for shots in (1, 8) for head in heads),
+    }
+    by_shots = {row["shots"]: row for row in rows if row["head"] == "linear_probe"}
+    assert by_shots[8]["acc1"] > by_shots[1]["acc1"]
+    assert by_shots[8]["pictures"] == 24
+
+
+def test_published_split_files_are_read(tmp_path):
+    file = tmp_path / "split_zhou_Pets.json"
+    file.write_text(json.dumps({"train": [["a/1.jpg", 0, "cat"]], "val": [], "test": [["b/1.jpg", 1, "dog"]]}))
+    assert read_zhou_split(file)["test"] == [("b/1.jpg", 1, "dog")]
+    file.write_text(json.dumps({"train": [["a/1.jpg", 0, "cat"]], "val": [], "test": [["b/1.jpg", 0, "dog"]]}))
+    with pytest.raises(ValueError, match="one class has several names: cat, dog"):
+        read_zhou_split(file)
+    file.write_text("[]")
+    with pytest.raises(ValueError, match="expected a split file"):
+        read_zhou_split(file)
+
+
+# --- the index
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def album(tmp_path):
+    folder = tmp_path / "album"
+    folder.mkdir()
+    for color in COLORS:
+        Image.new("RGB", (SIDE, SIDE), color).save(folder / f"{color}.png")
+    return folder
+
+
+def test_an_index_encodes_what_is_new_and_nothing_twice(clip, album, tmp_path):
+    encoder = load_clip(clip)
+
+    def build():
+        paths = sorted(map(str, album.glob("*.png")))
+        index, problems, encoded = index_pictures(encoder, album, paths, directory=tmp_path / "index")
+        return index, problems, encoded
+
+    index, problems, encoded = build()
+    assert (len(index), problems, encoded) == (8, {}, 8)
+    assert build()[2] == 0
+    # A copy under another name is the same picture; a changed file is another; a damaged one is named.
+    (album / "copy.png").write_bytes((album / "red.png").read_bytes())
+    Image.new("RGB", (SIDE, SIDE), "navy").save(album / "blue.png")
+    (album / "broken.png").write_bytes(b"no picture")
+    index, problems, encoded = build()
+    assert (len(index), encoded) == (9, 1)
+    assert list(problems) == [str(album / "broken.png")]
+    expected = encoder.embed_pictures([Image.open(path) for path in index.paths])
+    np.testing.assert_allclose(index.vectors().astype(np.float32), expected, atol=1e-3)
+    (album / "red.png").unlink()
+    assert len(build()[0]) == 8
+
+
+def test_half_written_vectors_are_overwritten(tmp_path):
+    store = PictureVectors(tmp_path, 4)
+    names = [f"{number:032x}" for number in range(3)]
+    store.add(names[:2], unit(2, 4))
+    with (tmp_path / "vectors.f16").open("ab") as file:
+        file.write(b"12345678901")
+    store.add([names[1], names[2]], unit(2, 4, seed=1))
+    assert store.rows() == {name: row for row, name in enumerate(names)}
+    np.testing.assert_array_equal(store.array()[2], unit(2, 4, seed=1)[1].astype(np.float16))
+
+
+def test_search_is_exact(tmp_path):
+    store, vectors = PictureVectors(tmp_path, 32), unit(10_000, 32)
+    store.add([f"{number:032x}" for number in range(10_000)], vectors)
+    index = PictureIndex(store, list(map(str, range(10_000))), np.arange(10_000))
+    query = unit(32, seed=9)
+    found = index.search(query, 5)
+    expected = np.argsort(-(vectors.astype(np.float16).astype(np.float32) @ query), kind="stable")[:5]
+    assert [each.path for each in found] == list(map(str, expected))
+    assert found[0].score == pytest.approx(float(vectors[expected[0]] @ query), abs=1e-3)
+
+
+# --- commands
+
+
+def test_search_as_a_user_runs_it(clip, album, tmp_path, capsys):
+    arguments = ["search", str(album), "red", "--model", str(clip), "--index", str(tmp_path / "index"), "--count", "3"]
+    page, exported = tmp_path / "found.html", tmp_path / "all.parquet"
+    assert main([*arguments, "--json", "--html", str(page), "--export", str(exported)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 3
+    assert lines[0]["score"] >= lines[1]["score"] >= lines[2]["score"]
+    shown = page.read_text()
+    assert shown.count("<img") == 3
+    assert not re.search(r'src="(?!data:)', shown)
+    stored = pq.read_table(exported)
+    assert stored.column_names == ["id", "vector"]
+    assert len(stored) == 8
+    assert main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith(lines[0]["image"])
+    for text, said in (("", "an empty one"), ("word " * 30, "longer than the 24 tokens")):
+        assert main(["search", str(album), text, "--model", str(clip), "--index", str(tmp_path / "index")]) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_classify_as_a_user_runs_it(clip, album, capsys):
+    assert main(["classify", str(clip), str(album), "--labels", "cat", "dog", "--templates", "a {}"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(lines) == 8
+    assert all(sum(line["probabilities"].values()) == pytest.approx(1, abs=1e-5) for line in lines)
+    (album / "broken.png").write_bytes(b"no picture")
+    assert main(["classify", str(clip), str(album / "broken.png"), "--labels", "cat", "dog"]) == 1
+    assert "error" in json.loads(capsys.readouterr().out)
+    assert main(["classify", str(clip), str(album), "--labels", "cat", "cat"]) == 2
+    assert "every label once, got 'cat'" in capsys.readouterr().err
+    assert main(["classify", str(ROOT / "recipes/demo/qwen3"), str(album), "--labels", "cat", "dog"]) == 2
+    assert "expected a CLIP or SigLIP" in capsys.readouterr().err
+
+
+def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsys):
+    from vlm_peft.contrastive.fine_tune import main as fine_tune
+
+    lines = [
+        {"file_name": f"{color}.png", "captions": [f"it is {color}", f"{color} it is"], "label": color}
+        for color in COLORS
+    ]
+    (album / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    data = ["--dataset_name", str(album), "--train_split", "train[:6]", "--eval_splits", "train[6:]"]
+    data += ["--clip_model", str(clip), "--label_column", "label", "--templates", "names", "--use_cpu", "true"]
+    data += ["--report_to", "none", "--disable_tqdm", "true", "--vectors_dir", str(tmp_path / "vectors")]
+    output = tmp_path / "run"
+    more = ["--max_steps", "2", "--save_steps", "1", "--output_dir", str(output), "--merge", "true"]
+    more += ["--blind_splits", "train[6:]", "--vision_tuning", "locked", "--text_tuning", "full"]
+    assert fine_tune([*data, *more]) == 0
+    said = capsys.readouterr().out
+    assert "its embeddings are equal." in said
+    folders = {path.parent.name for path in output.glob("eval/*/scores.json")}
+    name = "train_6"
+    assert folders == {
+        *(f"{task}-{name}{suffix}" for task in ("retrieval", "zero_shot") for suffix in ("", "-before")),
+        f"retrieval-{name}-blind",
+    }
+    scores = json.loads((output / "eval" / f"retrieval-{name}" / "scores.json").read_text())
+    assert scores["intervals"].keys() == {n for n in scores["metrics"] if "recall@" in n}
+    for file in ("README.md", "report.html", "run_summary.json", "adapter_model.safetensors", "merged/config.json"):
+        assert (output / file).is_file(), file
+    assert "load_clip" in (output / "report.html").read_text()
+    # It goes on from its checkpoint, with what it was trained with and nothing else.
+    resume = ["--resume_from_checkpoint", "true", *data, *more]
+    assert fine_tune(resume) == 0
+    with pytest.raises(ValueError, match=r"\(r: 8 there, 4 here\)"):
+        fine_tune([*resume, "--lora_r", "4"])
+    capsys.readouterr()
+    arguments = [*data, "--clip_model", str(output), "--output_dir", str(tmp_path / "scores"), "--wise_ft", "0", "1"]
+    assert evaluate_clip([*arguments, "--few_shot", "true"]) == 0
+    said = capsys.readouterr().out
+    assert "WiSE-FT, retrieval train[6:]" in said
+    assert "tip_adapter" in said
+    table = json.loads((tmp_path / "scores" / "wise_ft.json").read_text())["retrieval train[6:]"]
+    before = json.loads((output / "eval" / f"retrieval-{name}-before" / "scores.json").read_text())
+    assert table["0"] == pytest.approx(before["metrics"])
+    assert table["1"] == pytest.approx(scores["metrics"])
+
+
+def test_options_that_are_none_are_named():
+    for arguments, said in (
+        (["--clip_modell", "x"], "did you mean 'clip_model'"),
+        (["--clip_model", "x"], "--dataset_name is missing"),
+        (["--clip_model", "x", "--dataset_name", "y", "--loss", "huber"], "invalid choice|expected one of"),
+        (["--clip_model", "x", "--dataset_name", "y", "--train_on", "labels"], "--label_column"),
+        (["--clip_model", "x", "--dataset_name", "y", "--chunk_size", "0"], "chunk_size is 0, expected at least 1"),
+    ):
+        with pytest.raises(SystemExit) as raised:
+            parse_arguments([*arguments, "--use_cpu", "true", "--report_to", "none"])
+        assert raised.value.code == 2 or re.search(said, str(raised.value.code)), raised.value.code
+
+
+@pytest.mark.parametrize(("label", "image"), [("label", "img"), ("label", "image")])
+def test_hub_schemas_of_classes_are_read(tmp_path, label, image):
+    """CIFAR-10 and EuroSAT keep pictures with the number of a class, whose names are in the schema."""
+    from datasets import ClassLabel, Dataset, Features
+    from datasets import Image as ImageFeature
+
+    from vlm_peft.contrastive.pairs import load_pairs
+    from vlm_peft.data.arguments import DataArguments
+
+    features = Features({image: ImageFeature(), label: ClassLabel(names=["Annual Crop", "Forest"])})
+    pictures = [Image.new("RGB", (SIDE, SIDE), color) for color in ("red", "green")]
+    Dataset.from_dict({image: pictures, label: [1, 0]}, features).to_parquet(tmp_path / "train.parquet")
+    data = DataArguments(dataset_name=str(tmp_path / "train.parquet"), image_column=image)
+    assert load_pairs(data, "train", label_column=label, with_texts=False).labels == ["Forest", "Annual Crop"]
+
+
+def test_a_search_answers_at_once(tmp_path):
+    store = PictureVectors(tmp_path, 512)
+    store.add([f"{number:032x}" for number in range(2_000)], unit(2_000, 512))
+    index = PictureIndex(store, list(map(str, range(2_000))), np.arange(2_000))
+    start = time.monotonic()
+    index.search(unit(512), 10)
+    # Twenty times what it takes: a scan that decodes pictures or builds an index again would be seen.
+    assert time.monotonic() - start < 0.5

@@ -1,0 +1,206 @@
+"""The two towers: pictures and texts -> embeddings of unit length in one space.
+
+Stage: a `CLIPModel`, `SiglipModel` or `Siglip2Model` of transformers, plain or with LoRA in it, behind one forward that
+a trainer and DDP can wrap.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from ..data.pictures import open_picture
+
+MODEL_TYPES = ("clip", "siglip", "siglip2")
+"""`config.model_type` of what can be trained."""
+
+
+class DualEncoder(nn.Module):
+    """A CLIP or SigLIP with its processor.
+
+    Args:
+        clip (`PreTrainedModel` or `PeftModel`): Both towers.
+        processor (`ProcessorMixin`): Of the checkpoint: `image_processor` and `tokenizer`.
+        chunk_size (`int`, *optional*): So many pictures, or texts, at a time keep their activations while training; the
+            others are computed again in the backward pass. Gradients are those of the whole batch (GradCache, arXiv
+            2101.06983, by `torch.utils.checkpoint`).
+    """
+
+    clip: Any
+
+    def __init__(self, clip: PreTrainedModel, processor: Any, *, chunk_size: int | None = None):
+        super().__init__()
+        self.clip = clip
+        self.processor = processor
+        self.chunk_size = chunk_size
+
+    @property
+    def config(self) -> Any:
+        """Of the CLIP."""
+        return self.clip.config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.logit_scale.device
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """Logarithm of the inverse temperature."""
+        return self.clip.logit_scale
+
+    @property
+    def logit_bias(self) -> torch.Tensor | None:
+        """SigLIP's."""
+        return getattr(self.clip, "logit_bias", None)
+
+    def forward(
+        self, text: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Embeds a batch.
+
+        Args:
+            text (`dict`): `input_ids` `(T, L)` and, for CLIP, `attention_mask`.
+            image (`dict` or `torch.Tensor`): `pixel_values` `(P, 3, H, W)` and what else the image processor gave; or
+                embeddings `(P, D)` of a locked tower.
+
+        Returns:
+            `tuple`: `(P, D)` and `(T, D)` in float32, of unit length; inverse temperature; and SigLIP's bias or `None`.
+            DDP needs all that trains to come out of here.
+        """
+        images = image.float() if isinstance(image, torch.Tensor) else self._run(self.clip.get_image_features, image)
+        texts = self._run(self.clip.get_text_features, text)
+        images, texts = (nn.functional.normalize(each, dim=-1) for each in (images, texts))
+        bias = self.logit_bias
+        # A parameter that is given out as it is would be none of DDP's outputs.
+        return images, texts, self.logit_scale.exp(), None if bias is None else bias * 1
+
+    def _run(self, tower: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        def embed(*values: torch.Tensor) -> torch.Tensor:
+            return tower(**dict(zip(inputs, values, strict=True))).pooler_output.float()
+
+        values = list(inputs.values())
+        size = self.chunk_size
+        if size is None or not torch.is_grad_enabled() or len(values[0]) <= size:
+            return embed(*values)
+        chunks = zip(*(value.split(size) for value in values), strict=True)
+        return torch.cat([checkpoint(embed, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
+
+    def pixels(self, pictures: Iterable[Any]) -> dict[str, torch.Tensor]:
+        """Model inputs of pictures.
+
+        Args:
+            pictures: Opened ones, or what [`~vlm_peft.data.pictures.open_picture`] takes.
+
+        Raises:
+            UnreadablePictureError: For a picture that cannot be read.
+        """
+        return dict(self.processor.image_processor([open_picture(each) for each in pictures], return_tensors="pt"))
+
+    def too_long(self, texts: Sequence[str]) -> list[int]:
+        """Numbers of the texts that are longer than the text tower reads."""
+        return [index for index, ids in enumerate(self._ids(texts)) if len(ids) > self._context]
+
+    def tokens(self, texts: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Model inputs `(T, L)` of texts; those longer than the context are cut.
+
+        CLIP pools at the end token, which some tokenizers do not write; SigLIP pools the last place of its context,
+        and was trained on padding up to it.
+        """
+        found = self._ids(texts)
+        end = self.processor.tokenizer.eos_token_id
+        ids = [each if len(each) <= self._context else [*each[: self._context - 1], end] for each in found]
+        is_clip = self.config.model_type == "clip"
+        length = max(map(len, ids)) if is_clip else self._context
+        padding = self.processor.tokenizer.pad_token_id
+        rows = torch.full((len(ids), length), end if padding is None else padding)
+        mask = torch.zeros_like(rows)
+        for row, each in enumerate(ids):
+            rows[row, : len(each)] = torch.tensor(each)
+            mask[row, : len(each)] = 1
+        return {"input_ids": rows, "attention_mask": mask} if is_clip else {"input_ids": rows}
+
+    @property
+    def _context(self) -> int:
+        return self.config.text_config.max_position_embeddings
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids with the end token, which some tokenizers do not write."""
+        tokenizer = self.processor.tokenizer
+        # `model_max_length` of some tokenizers is another number than the tower's context.
+        ids = tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]
+        end = tokenizer.eos_token_id
+        return [each if each and each[-1] == end else [*each, end] for each in ids]
+
+    @torch.inference_mode()
+    def embed_pictures(self, pictures: Sequence[Any], batch_size: int = 64) -> torch.Tensor:
+        """Embeddings `(P, D)` of pictures on the CPU, float32, of unit length.
+
+        Raises:
+            UnreadablePictureError: For a picture that cannot be read.
+        """
+        found = []
+        for start in range(0, len(pictures), batch_size):
+            inputs = self.pixels(pictures[start : start + batch_size])
+            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+            found.append(self.clip.get_image_features(**inputs).pooler_output.float().cpu())
+        return nn.functional.normalize(torch.cat(found), dim=-1)
+
+    @torch.inference_mode()
+    def embed_texts(self, texts: Sequence[str], batch_size: int = 256) -> torch.Tensor:
+        """Embeddings `(T, D)` of texts on the CPU, float32, of unit length."""
+        found = []
+        for start in range(0, len(texts), batch_size):
+            inputs = {
+                name: value.to(self.device) for name, value in self.tokens(texts[start : start + batch_size]).items()
+            }
+            found.append(self.clip.get_text_features(**inputs).pooler_output.float().cpu())
+        return nn.functional.normalize(torch.cat(found), dim=-1)
+
+    def embed_classes(self, names: Sequence[str], templates: Sequence[str]) -> torch.Tensor:
+        """Embeddings `(C, D)` of classes: the mean over prompt templates, of unit length again.
+
+        Args:
+            names (`Sequence[str]`): Of the classes.
+            templates (`Sequence[str]`): With `{}` where the name goes.
+
+        Raises:
+            ValueError: For names that repeat, or a template without a place for the name.
+        """
+        check_classes(names, templates)
+        texts = self.embed_texts([each.replace("{}", name) for name in names for each in templates])
+        return nn.functional.normalize(texts.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+
+    @torch.inference_mode()
+    def probabilities(self, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Probabilities `(P, C)` of classes: a softmax over them, or, where the model has a bias, of each alone.
+
+        Args:
+            images, classes (`torch.Tensor`): `(P, D)` and `(C, D)`, of unit length, on the CPU.
+        """
+        logits = images @ classes.T * self.logit_scale.exp().cpu()
+        bias = self.logit_bias
+        return logits.softmax(dim=-1) if bias is None else (logits + bias.cpu()).sigmoid()
+
+
+def check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
+    """Refuses names and templates of classes that no text could tell apart.
+
+    Raises:
+        ValueError: For names that repeat, fewer than two, or a template without `{}`.
+    """
+    twice = sorted({name for name in names if list(names).count(name) > 1})
+    if twice:
+        raise ValueError(f"Expected every label once, got {twice[0]!r} several times.")
+    if len(names) < 2:
+        raise ValueError(f"Expected at least two labels to choose from, got {', '.join(names) or 'none'}.")
+    without = [each for each in templates if "{}" not in each]
+    if without or not templates:
+        raise ValueError(
+            f"Expected templates with {{}} where the label goes, got {without[0]!r}."
+            if without
+            else "Expected a template."
+        )
