@@ -26,7 +26,7 @@ import yaml
 from ..console import quiet_imports, run_script
 from ..data.arguments import DataArguments
 from ..evaluation.records import read_all_scores, read_predictions, write_text
-from ..training.arguments import parse_arguments
+from ..training.arguments import keeps_features, parse_arguments
 from ..training.options import read_config
 
 OPTIONS_FILE = "options.yaml"
@@ -328,15 +328,12 @@ def encode_pictures_of(folders: Iterable[Path]) -> int:
     known: set[str] = set()
     for vision, training, model_args in parsed:
         key = json.dumps([getattr(vision, name) for name in _ENCODING], sort_keys=True, default=str)
-        if key in known or vision.streaming:
+        if key in known or vision.streaming or not keeps_features(vision):
             continue
         # Checkpoints of the cell are none of this run's.
         training.output_dir = os.devnull
         run = phases.Run(vision, training, model_args, command="features")
         model, processor = phases.load_bases(run)
-        # An encoder that trains has said so by now.
-        if not run.vision.feature_cache:
-            continue
         known.add(key)
         load_held_out(vision, model, processor)
         for part in parts(vision):
