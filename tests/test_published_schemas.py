@@ -126,9 +126,9 @@ def test_a_folder_of_ones_own_is_divided(run, tmp_path, scenes):
         "captions", folder, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, eval_samples=2
     )
     assert "Training on 18 rows with 90 texts." in finished.log
-    scores = json.loads((finished.folder / "eval" / "train-90" / "scores.json").read_text())
-    assert (scores["n"], scores["split"]) == (2, "train-90")
-    assert (finished.folder / "eval" / "train-90-blind" / "scores.json").is_file()
+    scores = json.loads((finished.folder / "eval" / "train-10" / "scores.json").read_text())
+    assert (scores["n"], scores["split"]) == (2, "train-10")
+    assert (finished.folder / "eval" / "train-10-blind" / "scores.json").is_file()
     assert "eval_CIDEr" in (finished.folder / "log_history.json").read_text()
 
 

@@ -24,6 +24,8 @@ JUSTIFIED = {
     ("commands/caption.py", "caption"): "a key of what the command prints",
     ("report", "caption"): "reads files from before there were other tasks",
     ("__main__.py", "classify"): "the name of a command",
+    ("contrastive", ".class_names"): "an option of contrastive training, too",
+    ("commands/evaluate_clip.py", ".class_names"): "the same",
 }
 """Where a word that is also a task's name may stand: module or room, word, reason."""
 

@@ -622,7 +622,7 @@ def test_predictions_are_kept_when_they_cannot_be_scored_and_the_row_is_named(tm
     split = SimpleNamespace(
         name="test",
         data=SimpleNamespace(dataset_name="data"),
-        task=SimpleNamespace(name="caption"),
+        task=SimpleNamespace(name="caption", choices=()),
         fetch_images=None,
         left_out=[],
         texts=questions,

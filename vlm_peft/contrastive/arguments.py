@@ -57,6 +57,10 @@ class ClipArguments(DataArguments):
     on_bad_row: str = field(
         default="stop", metadata={"help": "Rows with unreadable pictures or empty texts.", "choices": ["stop", "skip"]}
     )
+    overwrite_output_dir: bool = field(
+        default=False,
+        metadata={"help": "Begin anew in --output_dir: checkpoints of an earlier run in it are removed."},
+    )
     allow_overlap: bool = field(
         default=False, metadata={"help": "Train even though training pictures are among those that are scored."}
     )

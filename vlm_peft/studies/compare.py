@@ -354,11 +354,11 @@ def _figures(described: Sequence[Row], metric: str, split: str) -> list[dict[str
     drawings += [(f"{name} over pictures trained on", "pictures", name, "pictures") for name in others]
     return [
         {
-            "caption": caption,
-            "drawn": curve_chart(caption.partition(" over ")[0], axis, line, flat(y)),
+            "title": title,
+            "drawn": curve_chart(title.partition(" over ")[0], axis, line, flat(y)),
             "keys": list(enumerate([*line, *flat(y)])),
         }
-        for caption, x, y, axis in drawings
+        for title, x, y, axis in drawings
         if any((line := series(x, y)).values())
     ]
 
