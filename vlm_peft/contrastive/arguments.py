@@ -8,7 +8,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..training.arguments import with_hints
-from ..training.options import check_ranges, name_choice, read_config, typed
+from ..training.options import check_ranges, name_choice, take_config
 from .adapt import TUNINGS, Tuning
 from .pairs import TEMPLATES
 from .trainer import LOSSES
@@ -125,12 +125,8 @@ def parse_arguments(
     known = {each.name for kind in types for each in fields(kind)}
     unknown: list[str] = []
     try:
-        if "--config" in given:
-            place = given.index("--config")
-            if place + 1 == len(given):
-                raise ValueError("--config expects a YAML file.")
-            config = typed(read_config(given[place + 1]), types)
-            del given[place : place + 2]
+        config = take_config(given, types)
+        if config:
             os.environ.update({name: str(value) for name, value in (config.pop("env", None) or {}).items()})
             unknown = [name for name in config if name not in known]
             parser.set_defaults(**{name: value for name, value in config.items() if name in known})

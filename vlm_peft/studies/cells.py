@@ -76,6 +76,28 @@ class Cell:
         return (self.folder / OUTCOME_FILE).is_file()
 
 
+def read_keys(path: str, kind: type, required: Sequence[str], output_dir: str | None) -> dict[str, Any]:
+    """The keys of a study's YAML file.
+
+    Args:
+        path (`str`): Of the file.
+        kind (`type`): Dataclass whose fields are the keys that there are.
+        required (`Sequence[str]`): Keys that must be there.
+        output_dir (`str`, *optional*): In place of the file's.
+
+    Raises:
+        OSError: When it cannot be read.
+        ValueError: When a key is unknown or missing; names it.
+    """
+    given = read_config(path) | ({"output_dir": output_dir} if output_dir else {})
+    names = [each.name for each in fields(kind)]
+    if unknown := [name for name in given if name not in names]:
+        raise ValueError(f"{path}: unknown key {unknown[0]!r}, expected {', '.join(names)}.")
+    if missing := [name for name in required if not given.get(name)]:
+        raise ValueError(f"{path}: {missing[0]} is missing or empty.")
+    return given
+
+
 def read_base(base: Any) -> dict[str, Any]:
     """Options of the recipe that all cells share.
 

@@ -10,7 +10,7 @@ import json
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,9 +20,8 @@ from ..metrics.significance import bootstrap_interval, runs_mean
 from ..report.charts import SERIES, Measured, curve_chart
 from ..report.explained import digits
 from ..report.pages import render
-from ..training.options import read_config
 from .advice import Group, advise
-from .cells import Cell, encode_once, prepare, read_base, read_cell, read_rows, run_cells
+from .cells import Cell, encode_once, prepare, read_base, read_cell, read_keys, read_rows, run_cells
 
 NAMES = re.compile(r"[\w.+-]+")
 """What a strategy may be called: its runs' folders are."""
@@ -93,12 +92,7 @@ def read_study(path: str, output_dir: str | None = None) -> StudyOptions:
         OSError: When it cannot be read.
         ValueError: When a key is unknown, missing, or of another kind; names it.
     """
-    given = read_config(path) | ({"output_dir": output_dir} if output_dir else {})
-    names = [each.name for each in fields(StudyOptions)]
-    if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}, expected {', '.join(names)}.")
-    if missing := [name for name in ("base", "strategies", "output_dir") if not given.get(name)]:
-        raise ValueError(f"{path}: {missing[0]} is missing or empty.")
+    given = read_keys(path, StudyOptions, ("base", "strategies", "output_dir"), output_dir)
     for name in ("strategies", "untrained", "options"):
         if not isinstance(given.get(name, {}), dict):
             raise ValueError(f"{path}: {name}: expected names with options, got {given[name]!r}.")

@@ -34,7 +34,6 @@ from ..report.charts import Measured, curve_chart
 from ..report.explained import digits
 from ..report.pages import render
 from ..training.arguments import VisionArguments, parse_arguments
-from ..training.options import read_config
 from ..training.sft import main as train
 from .cells import (
     OPTIONS_FILE,
@@ -45,6 +44,7 @@ from .cells import (
     prepare,
     read_base,
     read_cell,
+    read_keys,
     read_rows,
     run_one,
     start,
@@ -113,12 +113,7 @@ def read_search(path: str, output_dir: str | None = None) -> TuneOptions:
         OSError: When it cannot be read.
         ValueError: When a key is unknown, missing, or of another kind; names it.
     """
-    given = read_config(path) | ({"output_dir": output_dir} if output_dir else {})
-    names = [each.name for each in fields(TuneOptions)]
-    if unknown := [name for name in given if name not in names]:
-        raise ValueError(f"{path}: unknown key {unknown[0]!r}, expected {', '.join(names)}.")
-    if missing := [name for name in ("base", "search", "output_dir") if not given.get(name)]:
-        raise ValueError(f"{path}: {missing[0]} is missing or empty.")
+    given = read_keys(path, TuneOptions, ("base", "search", "output_dir"), output_dir)
     for name in ("search", "options", "trial_options", "start"):
         if not isinstance(given.get(name, {}), dict):
             raise ValueError(f"{path}: {name}: expected names with values, got {given[name]!r}.")

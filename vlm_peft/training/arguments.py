@@ -13,7 +13,7 @@ from typing import Any
 from ..adapters.strategies import STRATEGIES, Strategy, choose_strategy
 from ..data.arguments import DataArguments
 from ..model.projector import ProjectorSettings
-from .options import check_ranges, name_choice, read_config, typed
+from .options import check_ranges, name_choice, take_config, typed
 
 
 @dataclass
@@ -290,12 +290,8 @@ def parse_arguments(
         return *found, unknown + others
 
     try:
-        if "--config" in given:
-            place = given.index("--config")
-            if place + 1 == len(given):
-                raise ValueError("--config expects a YAML file.")
-            config = typed(read_config(given[place + 1]), types)
-            del given[place : place + 2]
+        config = take_config(given, types)
+        if config:
             if entry is not None:
                 config = {name: value for name, value in config.items() if name != "stages"} | typed(entry, types)
                 given = _without(given, entry)

@@ -140,6 +140,30 @@ def typed(values: dict[str, Any], kinds: Iterable[type]) -> dict[str, Any]:
     return found
 
 
+def take_config(given: list[str], kinds: Iterable[type]) -> dict[str, Any]:
+    """Takes `--config FILE.yaml` out of a command line, and gives the file's values as [`typed`] makes them.
+
+    Args:
+        given (`list[str]`): The command line; changed in place.
+        kinds (`Iterable[type]`): Dataclasses of the options.
+
+    Returns:
+        `dict`: Nothing without `--config`.
+
+    Raises:
+        OSError: When the file cannot be read.
+        ValueError: When there is no file after it, or the file is wrong; see [`read_config`] and [`typed`].
+    """
+    if "--config" not in given:
+        return {}
+    place = given.index("--config")
+    if place + 1 == len(given):
+        raise ValueError("--config expects a YAML file.")
+    config = typed(read_config(given[place + 1]), kinds)
+    del given[place : place + 2]
+    return config
+
+
 def _typed(option: Field, hint: Any, value: Any) -> Any:
     members = _members(hint)
     kinds = {get_origin(member) or member for member in members}
