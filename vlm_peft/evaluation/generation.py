@@ -62,8 +62,11 @@ def generate_texts(
         raise ValueError(
             f"Sampling expects a temperature above 0 and 1 beam, got temperature {temperature} and {num_beams} beams."
         )
-    encoded = [processor.encode_prompt(prompt) for prompt in prompts]
-    for ids in encoded:
+    # Most tasks ask of every picture the same.
+    distinct = {repr(prompt): prompt for prompt in prompts}
+    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in distinct.items()}
+    encoded = [ids_of[repr(prompt)] for prompt in prompts]
+    for ids in ids_of.values():
         check_length(model, len(ids), max_new_tokens)
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
@@ -79,13 +82,16 @@ def generate_texts(
     attention, size = base_model(model).model.language_model.config._attn_implementation, min(batch_size, len(prompts))
     # A captured step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
     is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
+    length = max(map(len, encoded), default=0) + max_new_tokens
     search: dict = {"num_beams": num_beams}
     if temperature is not None:
         search |= {"custom_generate": greedy, "choose": make_sampler(model, temperature)}
     elif num_beams == 1:
-        search |= {"custom_generate": CapturedGreedy(size) if is_captured else greedy, "choose": make_argmax(model)}
+        way = CapturedGreedy(size, length) if is_captured else greedy
+        search |= {"custom_generate": way, "choose": make_argmax(model)}
     else:
-        search |= {"custom_generate": beam_search, "captured": CapturedBeams(size, num_beams) if is_captured else None}
+        captured = CapturedBeams(size, num_beams, length, max_new_tokens) if is_captured else None
+        search |= {"custom_generate": beam_search, "captured": captured}
     order = sorted(range(len(prompts)), key=sort_key)
     texts = [""] * len(prompts)
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
@@ -100,6 +106,7 @@ def generate_texts(
                 [image_ids[i] for i in chosen],
                 images,
                 max_new_tokens,
+                is_captured and num_beams > 1,
             )
             generated = model.generate(
                 **inputs,
@@ -146,8 +153,12 @@ def _prefill(
     image_ids: list[list[int]],
     images: dict[str, torch.Tensor],
     max_new_tokens: int,
+    is_read_first: bool,
 ) -> dict:
     """Inputs of `generate` for one batch; the prefixes that several rows share are in its cache already.
+
+    So are, if `is_read_first`, those that no other row shares: `generate` repeats pictures that it is given for each
+    beam, and counts their tokens on the host.
 
     Decoders that cannot be handed a prefix (see [`~vlm_peft.data.probe.probe`]) read each prompt from its beginning.
 
@@ -162,7 +173,8 @@ def _prefill(
     ends = {row: len(prefix) for prefix, rows in zip(prefixes, groups.values(), strict=True) for row in rows}
     rests = [ids[ends[row] :] for row, ids in enumerate(encoded)]
     longest = max(map(len, prefixes)) + max(map(len, rests)) + max_new_tokens
-    is_shared = len(groups) < len(encoded) and all(prefixes) and probe(model).shares_prefill(longest)
+    is_shared = len(groups) < len(encoded) or is_read_first
+    is_shared = is_shared and all(prefixes) and probe(model).shares_prefill(longest)
     if not is_shared or any(model.config.image_token_id in rest for rest in rests):
         batch = pad({"input_ids": encoded}, padding_side="left", return_tensors="pt")
         return {key: value.to(device) for key, value in batch.items()} | images
@@ -213,11 +225,13 @@ class _Features:
         if not images:
             return {}
         new = [image for image in dict.fromkeys(images) if image not in self._kept]
-        if new:
-            self._kept |= zip(new, self._encode(self._fetch_images(new)), strict=True)
-        features = torch.stack([self._kept[image] for image in images])
-        for image in images:
-            self._uses_left[image] -= 1
+        encoded = self._encode(self._fetch_images(new)) if new else None
+        self._uses_left.subtract(images)
+        if encoded is not None:
+            self._kept |= zip(new, encoded, strict=True)
+        # Stacking them again takes longer than fetching them.
+        features = encoded if new == images else torch.stack([self._kept[image] for image in images])
+        for image in dict.fromkeys(images):
             if not self._uses_left[image]:
                 del self._kept[image]
         return {"image_features": features}

@@ -14,12 +14,13 @@ from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from ..greedy import greedy, only_bans
+from .few_kernels import few_kernels, plain_norms
 
 _TOKENS_A_LOOK = 8
 """Tokens between two looks at whether all texts have ended; each look waits for the device."""
 
-_LENGTH_STEP = 256
-"""Room in the cache grows by so many tokens: a longer one is captured anew."""
+_LENGTH_STEP = 64
+"""Room in the cache comes in so many tokens; attention reads all of it."""
 
 
 def can_be_static(model, prefilled) -> bool:
@@ -35,11 +36,13 @@ class _StaticDecoding:
         batch_size (`int`): Prompts at a time at most; smaller batches are filled up, so that they need no graph of
             their own.
         width (`int`): Tokens of each prompt in a step.
+        length (`int`): Of the longest sequence, text included, that is known of; a longer one is captured anew.
     """
 
-    def __init__(self, batch_size: int, width: int):
-        self._batch_size, self._width = batch_size, width
+    def __init__(self, batch_size: int, width: int, length: int):
+        self._batch_size, self._width, self._longest = batch_size, width, length
         self._room = 0
+        self._norms: list = []
         self._cache: Any = None
         self._graph: Any = None
 
@@ -48,6 +51,8 @@ class _StaticDecoding:
         if length <= self._room:
             return
         self._graph = None
+        self._norms = plain_norms(model.base_model.language_model)
+        length = max(length, self._longest)
         self._room = length + -length % _LENGTH_STEP
         self._cache = StaticCache(config=model.config.get_text_config(), max_cache_len=self._room)
         size, width = self._batch_size, self._width
@@ -74,13 +79,14 @@ class _StaticDecoding:
     def _read(self, model) -> torch.Tensor:
         """Hidden states `(B, K, D_t)` of the tokens, which the cache takes in."""
         # The placeholder is never chosen, so there is none to look for, which the host would have to wait for.
-        return model.base_model(
-            inputs_embeds=model.get_input_embeddings()(self._tokens),
-            attention_mask=self._visible,
-            position_ids=self._positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        with few_kernels(model.base_model.language_model, self._norms):
+            return model.base_model(
+                inputs_embeds=model.get_input_embeddings()(self._tokens),
+                attention_mask=self._visible,
+                position_ids=self._positions,
+                past_key_values=self._cache,
+                use_cache=True,
+            ).last_hidden_state
 
     def _replay(self, step: Callable[[], None], changed: list[torch.Tensor]) -> None:
         """One step; the first one on CUDA is captured, after one that is not, which sets up the libraries.
@@ -114,10 +120,12 @@ class CapturedBeams(_StaticDecoding):
     Args:
         batch_size (`int`): Prompts at a time at most.
         num_beams (`int`): K.
+        length (`int`, *optional*, defaults to 0): As in [`CapturedGreedy`], with the tokens of one beam.
+        new (`int`, *optional*, defaults to 0): Of these, tokens of a text at most.
     """
 
-    def __init__(self, batch_size: int, num_beams: int):
-        super().__init__(batch_size, num_beams)
+    def __init__(self, batch_size: int, num_beams: int, length: int = 0, new: int = 0):
+        super().__init__(batch_size, num_beams, length + (num_beams - 1) * new)
         self._hidden: Any = None
 
     def start(self, model, prefilled, mask: torch.Tensor, new: int) -> bool:
@@ -163,13 +171,14 @@ class CapturedGreedy(_StaticDecoding):
 
     Args:
         batch_size (`int`): Texts at a time at most.
+        length (`int`, *optional*, defaults to 0): Of the longest sequence, text included, that is known of.
 
     Layers with a sliding window or a state instead of keys and values, and logits processors other than the ban of the
     placeholder, are left to [`~vlm_peft.model.greedy.greedy`].
     """
 
-    def __init__(self, batch_size: int):
-        super().__init__(batch_size, 1)
+    def __init__(self, batch_size: int, length: int = 0):
+        super().__init__(batch_size, 1, length)
         self._eos: Any = None
 
     def __call__(
