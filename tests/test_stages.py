@@ -178,6 +178,10 @@ def test_stages_hand_over_stop_and_go_on(given, tmp_path, capsys, monkeypatch):
     records = json.loads((run / "stages.json").read_text())
     assert [(each["stage"], each["steps"]) for each in records] == [("align", 1), ("task", 4), ("all", 1)]
     assert "stage-task/report.html" in (run / "report.html").read_text()
+    transfer = json.loads((run / "transfer.json").read_text())
+    assert [each["name"] for each in transfer] == ["test"]
+    assert "Gained and lost" in said
+    assert "Gained and lost" in (run / "report.html").read_text()
     # Only the first stage has scores from before: the others begin with the scores of the one before them.
     before = [path.parents[1].name for path in sorted(run.glob("stage-*/eval/test-before"))]
     assert before == ["stage-align"]
@@ -195,6 +199,24 @@ def test_stages_hand_over_stop_and_go_on(given, tmp_path, capsys, monkeypatch):
 
     with pytest.raises(ValueError, match=r"stage-align is of another run \(train_limit: 8 there, 7 here\)"):
         sft.main(given(STAGES.replace("train_limit: 8", "train_limit: 7"), "--resume_from_checkpoint", "true"))
+
+
+def test_what_is_watched_is_scored_with_what_a_stage_starts_from(given, flickr, tmp_path):
+    watch = f"[{{dataset_name: {flickr}, eval_splits: [test], stored_split: test, split_column: split}}]"
+    stages = "stages:\n  - {name: align, max_steps: 2}\n  - {name: task, strategy: attention_lora, max_steps: 1}\n"
+    assert sft.main(given(f"watch: {watch}\n{stages}")) == 0
+    align, task = (tmp_path / "run" / f"stage-{name}" / "eval" for name in ("align", "task"))
+
+    def said(folder: Path) -> list[str]:
+        return [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").open()]
+
+    assert said(task / "watch-caption-test-before") == said(align / "watch-caption-test")
+    assert said(align / "watch-caption-test-before") != said(align / "watch-caption-test")
+    rows = json.loads((tmp_path / "run" / "transfer.json").read_text())
+    assert [each["name"] for each in rows] == ["test", "watch-caption-test"]
+    texts = [json.loads((each.parent / "transfer.json").read_text())[-1] for each in (align, task)]
+    assert texts[0]["name"] == "text"
+    assert texts[1]["before"] == pytest.approx(texts[0]["after"], rel=1e-5)
 
 
 def test_an_entry_overrides_the_command_line_and_the_rest_comes_from_above(given):

@@ -269,6 +269,32 @@ def study_file(tmp_path, bases, flickr):
     return write
 
 
+def test_few_shot_rows_ask_with_solved_examples(tmp_path, study_file, in_this_process):
+    untrained = {"zero-shot": None, "few-shot": {"shots": 2}}
+    path = study_file(seeds=[0], train_limits=[2], strategies={"small": {"lora_r": 2}}, untrained=untrained)
+    assert compare.main(["--config", str(path)]) == 0
+    rows = list(csv.DictReader((tmp_path / "study/study.csv").open()))
+    assert [row["strategy"] for row in rows] == ["few-shot", "zero-shot", "small"]
+    assert {row["state"] for row in rows} == {"finished"}
+    few, zero = (Path(row["folder"]) for row in rows[:2])
+    assert few.name == "few-shot-shots2-seed0"
+    said = [
+        [
+            json.loads(line)["prediction"]
+            for line in (folder / f"eval/{rows[0]['split']}{condition}/predictions.jsonl").open()
+        ]
+        for folder, condition in ((zero, "-before"), (few, "-before"), (few, "-blind"))
+    ]
+    # A random model answers other questions otherwise.
+    assert said[0] != said[1] != said[2]
+
+
+@pytest.mark.parametrize("shots", [-1, 1.5, True, "two"])
+def test_shots_are_a_number(study_file, shots, capsys):
+    with pytest.raises((SystemExit, ValueError), match="shots: expected a whole number from 0"):
+        compare.main(["--config", str(study_file(untrained={"few-shot": {"shots": shots}}))])
+
+
 def test_study_is_a_table_a_page_and_one_run_of_the_encoder(tmp_path, study_file, in_this_process, monkeypatch, capsys):
     encoded: list[tuple[str, str]] = []
     encode = feature_cache.encode_batch

@@ -59,11 +59,13 @@ class Cell:
         folder (`Path`): Where its options, its log and all that the recipe writes are.
         options (`dict`): Of the recipe, without the folder.
         kind (`str`, *optional*, defaults to `"train"`): Or `"untrained"`: the model as joined is scored.
+        shots (`int`, *optional*, defaults to 0): Solved examples before each question, for an untrained one.
     """
 
     folder: Path
     options: dict[str, Any]
     kind: str = "train"
+    shots: int = 0
 
     @property
     def name(self) -> str:
@@ -182,7 +184,8 @@ def run_cells(cells: Sequence[Cell], *, jobs: int = 1, say: Callable[[str], None
     def run(cell: Cell) -> tuple[Cell, str | None, float]:
         place, started = slots.get(), time.monotonic()
         try:
-            return cell, start([cell.kind, str(cell.folder)], cell.folder / LOG_FILE, place), time.monotonic() - started
+            asked = [cell.kind, str(cell.folder)] + ([str(cell.shots)] if cell.shots else [])
+            return cell, start(asked, cell.folder / LOG_FILE, place), time.monotonic() - started
         finally:
             slots.put(place)
 
@@ -307,15 +310,18 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def score_untrained(arguments: list[str]) -> int:
+def score_untrained(arguments: list[str], shots: int = 0) -> int:
     """Scores the model as it is before training, and what it says about other pictures than a row's own.
 
     Args:
         arguments (`list[str]`): Command line of the recipe.
+        shots (`int`, *optional*, defaults to 0): Solved examples of the training split before each question.
 
     Returns:
         `int`: The exit status.
     """
+    from ..data.splits import encode_pictures, leave_out
+    from ..evaluation.few_shot import check_room, load_examples, with_examples
     from ..training import run as phases
     from ..training.data import load_held_out
 
@@ -323,6 +329,15 @@ def score_untrained(arguments: list[str]) -> int:
     run = phases.Run(vision, training, model_args, command="untrained")
     model, processor = phases.load_bases(run)
     held_out = load_held_out(vision, model, processor)
+    for name, split in held_out.items() if shots else ():
+        count = shots * sum(1 for _ in split.questions())
+        drawn = load_examples(
+            split.data, vision.train_split or "train", processor, count=count, seed=vision.split_seed + training.seed
+        )
+        check_room(model, processor, with_examples(split, drawn, shots, training.seed), vision.max_new_tokens)
+        cache = {"directory": vision.feature_cache_dir, "dtype": vision.feature_dtype}
+        drawn = leave_out(encode_pictures(drawn, model, processor, **cache), "skip")
+        held_out[name] = with_examples(split, drawn, shots, training.seed)
     phases.begin_results(run)
     phases.evaluate(run, model, processor, held_out, "-before")
     phases.evaluate(run, model, processor, {name: each for name, each in held_out.items() if each.is_blind}, "-blind")
@@ -393,13 +408,15 @@ def read_rows(folder: Path, metric: str) -> dict[str, float]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One process of a study: `train FOLDER`, `untrained FOLDER` or `features FOLDER ...`; returns the exit status."""
+    """One process of a study: `train FOLDER`, `untrained FOLDER [SHOTS]` or `features FOLDER ...`; returns the exit
+    status."""
     quiet_imports()
     kind, *folders = arguments
     if kind == "features":
         return encode_pictures_of(map(Path, folders))
     if kind == "untrained":
-        return run_one(Path(folders[0]), score_untrained)
+        shots = int(folders[1]) if len(folders) > 1 else 0
+        return run_one(Path(folders[0]), lambda given: score_untrained(given, shots))
     from ..training.sft import main as train
 
     return run_one(Path(folders[0]), lambda given: train(given, program="sft.py", command="recipes/sft.py"))

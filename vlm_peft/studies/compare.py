@@ -61,7 +61,8 @@ class StudyOptions:
         strategies (`dict[str, dict]`): Name -> options that it sets; trained for each amount of data and each seed.
         output_dir (`str`): Gets the table, the page and a folder for each run.
         options (`dict`, *optional*): Put over the base for all.
-        untrained (`dict[str, dict]`, *optional*): Name -> options, of rows without training: zero-shot, few-shot.
+        untrained (`dict[str, dict]`, *optional*): Name -> options, of rows without training: zero-shot, and few-shot
+            with `shots`, the solved examples before each question.
         train_limits (`list[int]`, *optional*): First so many training rows; `null` is all of them, the default.
         seeds (`list[int]`, *optional*): By default the base's own.
         split (`str`, *optional*): That is compared on; the first that the base scores by default.
@@ -104,6 +105,10 @@ def read_study(path: str, output_dir: str | None = None) -> StudyOptions:
             given[name][key] = {} if options is None else options
             if not isinstance(given[name][key], dict):
                 raise ValueError(f"{path}: {name}: {key}: expected options, got {options!r}.")
+    for key, options in given.get("untrained", {}).items():
+        shots = options.get("shots", 0)
+        if isinstance(shots, bool) or not isinstance(shots, int) or shots < 0:
+            raise ValueError(f"{path}: untrained: {key}: shots: expected a whole number from 0, got {shots!r}.")
     if twice := set(given["strategies"]) & set(given.get("untrained", {})):
         raise ValueError(f"{path}: {twice.pop()} is a name in strategies and in untrained.")
     for name, least in (("train_limits", 1), ("seeds", 0)):
@@ -141,8 +146,11 @@ def lay_out(study: StudyOptions) -> list[Place]:
     found = []
     for seed in study.seeds:
         for name, options in study.untrained.items():
-            cell = Cell(folder / f"{name}-seed{seed}", {**_without_output(base), **options, "seed": seed}, "untrained")
-            found.append(Place(name, None, seed, cell))
+            asked = {**_without_output(base), **options, "seed": seed}
+            shots = asked.pop("shots", 0)
+            # A folder of other examples is another one.
+            own = folder / (f"{name}-shots{shots}-seed{seed}" if shots else f"{name}-seed{seed}")
+            found.append(Place(name, None, seed, Cell(own, asked, "untrained", shots)))
     for limit in study.train_limits:
         for seed in study.seeds:
             for name, options in study.strategies.items():

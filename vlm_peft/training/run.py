@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -351,21 +351,27 @@ class Watched:
 
     splits: dict[str, Split]
     paragraphs: list[str]
-    nats: list[float]
+    nats: list[float] = field(default_factory=list)
 
 
-def watch_before(run: Run, model, processor) -> Watched:
-    """Scores what is watched before training.
+def load_watch(run: Run, model, processor) -> Watched:
+    """What is watched; nothing is scored yet.
 
     Raises:
         ValueError, OSError: See [`~vlm_peft.training.data.load_watched`] and
             [`~vlm_peft.evaluation.perplexity.read_paragraphs`].
     """
     splits, text = load_watched(run.vision, model, processor), watched_text(run.vision)
-    paragraphs = read_paragraphs(text) if text is not None else []
-    with run.phase("score before"):
-        evaluate(run, model, processor, splits, "-before")
-        return Watched(splits, paragraphs, text_nats(model.eval(), processor, paragraphs))
+    return Watched(splits, read_paragraphs(text) if text is not None else [])
+
+
+def watch_before(run: Run, model, processor, watched: Watched) -> Watched:
+    """Scores what is watched before training, by the model that is to be trained."""
+    if not watched.splits and not watched.paragraphs:
+        return watched
+    with run.phase("score before"), plain_decoder(model.eval()):
+        evaluate(run, model, processor, watched.splits, "-before")
+        return replace(watched, nats=text_nats(model, processor, watched.paragraphs))
 
 
 def watch_after(run: Run, model, processor, watched: Watched, held_out: dict[str, Split]) -> None:

@@ -150,12 +150,13 @@ def train(
     if vision.score_before:
         with run.phase("score before"):
             phases.evaluate(run, model, processor, held_out, "-before")
-    watched = phases.watch_before(run, model, processor)
-
     with run.phase("prepare training"):
         record = run_record(vision, training, model_args, model.config, data.splits)
         run.compare(record)
+        watched = phases.load_watch(run, model, processor)
         trainer = make_trainer(run, model, processor, data, held_out, record, start, callbacks)
+    # With what it starts from: an earlier stage's adapter is in the trainer's model, not in the bases.
+    watched = phases.watch_before(run, trainer.model, processor, watched)
     status = phases.train(run, trainer)
     if status:
         return status

@@ -17,6 +17,7 @@ from ..adapters.folder import read_object
 from ..adapters.pissa import is_pissa
 from ..console import table
 from ..evaluation.records import read_all_scores, write_text
+from ..evaluation.transfer import TRANSFER_FILE, compared, transfer_lines
 from ..model.configuration_vision_qwen import JOINT_FIELDS
 from ..model.projector import ProjectorSettings
 from ..report.pages import render
@@ -213,9 +214,32 @@ def report_stages(stages: list[Stage]) -> str:
         numbers = [f"{record['trained']:,}", f"{record['steps']:,}", f"{record['seconds']:.0f}"]
         lines.append([record["stage"], record["trains"], *numbers, *scores])
     write_text(folder / "stages.json", json.dumps(records, indent=2) + "\n")
+    rows = _transfer(stages)
+    write_text(folder / TRANSFER_FILE, json.dumps(rows, indent=2) + "\n")
+    transfer = transfer_lines(rows) if rows else []
     links = [f"{stage.folder.name}/report.html" for stage in stages]
-    write_text(folder / "report.html", render("stages.html.jinja", title=folder.name, lines=lines, links=links))
-    return f"{table(lines)}\n\nmodel    {stages[-1].folder}\nreport   {folder / 'report.html'}"
+    page = render("stages.html.jinja", title=folder.name, lines=lines, links=links, transfer=transfer)
+    write_text(folder / "report.html", page)
+    gained = f"\nGained and lost from the first stage that scored it to the last:\n{table(transfer)}\n" if rows else ""
+    return f"{table(lines)}\n{gained}\nmodel    {stages[-1].folder}\nreport   {folder / 'report.html'}"
+
+
+def _transfer(stages: list[Stage]) -> list[dict[str, Any]]:
+    """What was scored before one stage and after another one, such as the data sets that all of them watch."""
+    before: dict[str, Path] = {}
+    after: dict[str, Path] = {}
+    for stage in stages:
+        for file in sorted(stage.folder.glob("eval/*/scores.json")):
+            name = file.parent.name
+            if name.endswith("-before"):
+                before.setdefault(name.removesuffix("-before"), file.parent)
+            else:
+                after[name] = file.parent
+    return [
+        compared(before[name], folder, name)
+        for name, folder in after.items()
+        if name in before and before[name].parents[1] != folder.parents[1]
+    ]
 
 
 def _record(stage: Stage) -> dict[str, Any]:

@@ -57,7 +57,7 @@ def grouped_attention_forward(
         dropout_p=dropout,
         scale=scaling,
     )
-    return output.view(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
+    return output.reshape(rows, heads, tokens, -1).transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register(_GROUPED, grouped_attention_forward)
