@@ -18,6 +18,8 @@ from vlm_peft.evaluation.perplexity import SAMPLE, perplexity, read_paragraphs, 
 from vlm_peft.evaluation.transfer import compared, compared_text, said, transfer_lines
 from vlm_peft.report.report import _best_point, build_report
 from vlm_peft.training import sft
+from vlm_peft.training.arguments import VisionArguments
+from vlm_peft.training.data import watched_text
 
 
 @torch.inference_mode()
@@ -90,6 +92,30 @@ def test_perplexity_is_that_of_the_tokens(model, processor):
     with pytest.raises(ValueError, match="two or more tokens, got 'x'"):
         text_nats(model, processor, ["x"])
     assert len(read_paragraphs(SAMPLE)) == 12
+
+
+def test_the_text_that_is_watched_is_a_file_or_a_data_set(tmp_path):
+    long, short = "one two three four five six seven eight nine ten", "= A heading ="
+    (tmp_path / "notes.txt").write_text("First.\n\nSecond.")
+    (tmp_path / "corpus.jsonl").write_text(
+        "".join(json.dumps({"text": each}) + "\n" for each in ["", short, *[long] * 300])
+    )
+    (tmp_path / "named.jsonl").write_text(json.dumps({"words": long}))
+    (tmp_path / "lines.jsonl").write_text(json.dumps({"text": short}))
+
+    def read(name):
+        return watched_text(VisionArguments(watch_text=str(tmp_path / name)))
+
+    assert read("notes.txt") == ["First.", "Second."]
+    assert read("corpus.jsonl") == [long] * 200
+    assert watched_text(VisionArguments()) == []
+    assert watched_text(VisionArguments(watch=[])) == read_paragraphs(SAMPLE)
+    with pytest.raises(ValueError, match="a data set with a column text, got the columns id, words"):
+        read("named.jsonl")
+    with pytest.raises(ValueError, match="expected rows of ten words or more in the column text, found none"):
+        read("lines.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"--watch_text .*nowhere\.txt is not there"):
+        read("nowhere.txt")
 
 
 def write(folder, values):

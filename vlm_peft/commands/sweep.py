@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "vlm-peft sweep"
     from ..adapters.loading import find_model, load_model
     from ..adapters.scale import at_scale
     from ..evaluation.evaluate import evaluate_split
-    from ..evaluation.perplexity import perplexity, read_paragraphs, text_nats
+    from ..evaluation.perplexity import perplexity, text_nats
     from ..evaluation.records import write_text
     from ..report.charts import scale_chart
     from ..training.arguments import parse_arguments as parse_run
@@ -56,8 +56,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "vlm-peft sweep"
         with at_scale(model, scale):
             pass
     new, old = load_held_out(vision, model, processor), load_watched(vision, model, processor)
-    text = watched_text(vision)
-    paragraphs = read_paragraphs(text) if text is not None else []
+    paragraphs = watched_text(vision)
     points: list[dict[str, Any]] = []
     for scale in sorted(set(options.scales)):
         point: dict[str, Any] = {"scale": scale, "new": {}, "old": {}}

@@ -225,12 +225,12 @@ class _Features:
         if not images:
             return {}
         new = [image for image in dict.fromkeys(images) if image not in self._kept]
-        encoded = self._encode(self._fetch_images(new)) if new else None
+        features = self._encode(self._fetch_images(new)) if new else torch.empty(0)
         self._uses_left.subtract(images)
-        if encoded is not None:
-            self._kept |= zip(new, encoded, strict=True)
+        self._kept |= zip(new, features, strict=True)
         # Stacking them again takes longer than fetching them.
-        features = encoded if new == images else torch.stack([self._kept[image] for image in images])
+        if new != images:
+            features = torch.stack([self._kept[image] for image in images])
         for image in dict.fromkeys(images):
             if not self._uses_left[image]:
                 del self._kept[image]

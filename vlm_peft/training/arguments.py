@@ -36,8 +36,12 @@ class VisionArguments(ProjectorSettings, DataArguments):
     )
     watch_text: str | None = field(
         default=None,
-        metadata={"help": "Text file whose perplexity is watched; with --watch, a sample of English by default."},
+        metadata={
+            "help": "Text file, or data set with a column text (its first 200 rows of ten words or more), whose "
+            "perplexity is watched; with --watch, a sample of English by default."
+        },
     )
+    watch_text_split: str = field(default="test", metadata={"help": "Of the data set of --watch_text."})
     streaming: bool = field(
         default=False, metadata={"help": "Read training rows as they come, without a copy on disk; needs --max_steps."}
     )

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from datasets import Dataset, concatenate_datasets
 from ..data.arguments import DataArguments
 from ..data.leakage import check_overlap, picture_hashes
 from ..data.mixture import fetch_from, first_images, mix
-from ..data.rows import EncodedRows, encode_rows
+from ..data.rows import EncodedRows, encode_rows, load_rows
 from ..data.splits import (
     Split,
     drawn_shares,
@@ -30,9 +31,13 @@ from ..data.splits import (
     undecided,
 )
 from ..data.streaming import load_stream, stack_pixels
-from ..evaluation.perplexity import SAMPLE
+from ..data.tables import TABLES
+from ..evaluation.perplexity import SAMPLE, read_paragraphs
 from .arguments import VisionArguments, keeps_features, watched_sources
 from .setup import check_steps, local, sources, training_sources, training_stream
+
+_PARAGRAPHS = 200
+"""Of a data set whose perplexity is watched, at most."""
 
 
 @dataclass(frozen=True)
@@ -239,15 +244,31 @@ def load_watched(vision: VisionArguments, model, processor) -> dict[str, Split]:
     return found
 
 
-def watched_text(vision: VisionArguments) -> Path | None:
-    """The text file whose perplexity is watched; `None` when nothing is.
+def watched_text(vision: VisionArguments) -> list[str]:
+    """Paragraphs of the text whose perplexity is watched; none when nothing is.
 
     Raises:
         FileNotFoundError: When it is not there.
+        ValueError, OSError: See [`~vlm_peft.evaluation.perplexity.read_paragraphs`]; and for a data set without a
+            column `text`, or without a paragraph of ten words in it.
     """
-    if vision.watch_text is not None:
-        return Path(local(vision.watch_text, "watch_text"))
-    return SAMPLE if vision.watch is not None else None
+    if vision.watch_text is None:
+        return read_paragraphs(SAMPLE) if vision.watch is not None else []
+    name = local(vision.watch_text, "watch_text")
+    if Path(name).is_file() and Path(name).suffix.lower() not in (*TABLES, ".parquet"):
+        return read_paragraphs(name)
+    rows = load_rows(name, vision.watch_text_split)
+    if "text" not in rows.column_names:
+        raise ValueError(
+            f"--watch_text {name}: expected a text file or a data set with a column text, got the columns "
+            f"{', '.join(sorted(rows.column_names))}."
+        )
+    paragraphs = (" ".join(str(text or "").split()) for text in rows["text"])
+    # Corpora have empty lines and headings as rows of their own.
+    found = list(islice((each for each in paragraphs if each.count(" ") >= 9), _PARAGRAPHS))
+    if not found:
+        raise ValueError(f"--watch_text {name}: expected rows of ten words or more in the column text, found none.")
+    return found
 
 
 def _folder_name(split: str) -> str:

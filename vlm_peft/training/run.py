@@ -27,7 +27,7 @@ from ..console import quiet_progress, show_messages, table
 from ..data.splits import Split, bind_task, content_hash, first_of_each
 from ..drafts import draft_of, sweep
 from ..evaluation.evaluate import evaluate_split, generate_rows, sample_table
-from ..evaluation.perplexity import read_paragraphs, text_nats
+from ..evaluation.perplexity import text_nats
 from ..evaluation.records import write_text
 from ..evaluation.task_scores import score_rows
 from ..evaluation.transfer import TRANSFER_FILE, compared, compared_text, transfer_lines
@@ -359,10 +359,9 @@ def load_watch(run: Run, model, processor) -> Watched:
 
     Raises:
         ValueError, OSError: See [`~vlm_peft.training.data.load_watched`] and
-            [`~vlm_peft.evaluation.perplexity.read_paragraphs`].
+            [`~vlm_peft.training.data.watched_text`].
     """
-    splits, text = load_watched(run.vision, model, processor), watched_text(run.vision)
-    return Watched(splits, read_paragraphs(text) if text is not None else [])
+    return Watched(load_watched(run.vision, model, processor), watched_text(run.vision))
 
 
 def watch_before(run: Run, model, processor, watched: Watched) -> Watched:

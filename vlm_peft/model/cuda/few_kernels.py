@@ -8,6 +8,7 @@ transformers does so for steps of a single token, not for the several beams of a
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -64,9 +65,9 @@ AttentionInterface.register(_GROUPED, grouped_attention_forward)
 AttentionMaskInterface.register(_GROUPED, sdpa_mask)
 
 
-def plain_norms(decoder: nn.Module) -> list[nn.Module]:
+def plain_norms(decoder: nn.Module) -> list[Any]:
     """The decoder's RMS norms that are torch's, as a trial shows; those of some decoders add 1 to their weight."""
-    norms = []
+    norms: list[Any] = []
     with torch.no_grad():
         for module in decoder.modules():
             weight, epsilon = getattr(module, "weight", None), getattr(module, "variance_epsilon", None)
@@ -81,7 +82,7 @@ def plain_norms(decoder: nn.Module) -> list[nn.Module]:
     return norms
 
 
-def _rms_norm(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+def _rms_norm(module: Any, hidden_states: torch.Tensor) -> torch.Tensor:
     weight = module.weight
     if hidden_states.dtype != weight.dtype:
         return type(module).forward(module, hidden_states)
@@ -89,7 +90,7 @@ def _rms_norm(module: nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def few_kernels(decoder: nn.Module, norms: list[nn.Module]) -> Iterator[None]:
+def few_kernels(decoder: Any, norms: list[Any]) -> Iterator[None]:
     """Within it, a decoder whose attention is SDPA reads its tokens in fewer kernels.
 
     Args:
