@@ -210,6 +210,9 @@ def test_what_is_watched_is_scored_with_what_a_stage_starts_from(given, flickr, 
     def said(folder: Path) -> list[str]:
         return [json.loads(line)["prediction"] for line in (folder / "predictions.jsonl").open()]
 
+    decoding = json.loads((task / "watch-caption-test" / "scores.json").read_text())["decoding"]
+    # The trained task's answers have 4 tokens; those of another one may be longer.
+    assert decoding["max_new_tokens"] == 48
     assert said(task / "watch-caption-test-before") == said(align / "watch-caption-test")
     assert said(align / "watch-caption-test-before") != said(align / "watch-caption-test")
     rows = json.loads((tmp_path / "run" / "transfer.json").read_text())

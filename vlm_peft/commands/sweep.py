@@ -46,6 +46,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "vlm-peft sweep"
     from ..evaluation.perplexity import perplexity, text_nats
     from ..evaluation.records import write_text
     from ..report.charts import scale_chart
+    from ..tasks import TaskSettings
     from ..training.arguments import parse_arguments as parse_run
     from ..training.data import load_held_out, load_watched, watched_text
 
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str] | None = None, program: str = "vlm-peft sweep"
             pass
     new, old = load_held_out(vision, model, processor), load_watched(vision, model, processor)
     paragraphs = watched_text(vision)
+    # Old captions are longer than new digits.
+    least = {"new": 0, "old": TaskSettings.max_new_tokens}
     points: list[dict[str, Any]] = []
     for scale in sorted(set(options.scales)):
         point: dict[str, Any] = {"scale": scale, "new": {}, "old": {}}
@@ -70,7 +73,7 @@ def main(arguments: Sequence[str] | None = None, program: str = "vlm-peft sweep"
                         options.output_dir / f"{scale:g}" / name,
                         model_name=options.model,
                         batch_size=vision.generation_batch_size,
-                        max_new_tokens=vision.max_new_tokens,
+                        max_new_tokens=max(vision.max_new_tokens, least[kind]),
                         num_beams=vision.num_beams,
                         meteor=False,
                         recorded={"scale": scale},

@@ -273,8 +273,14 @@ def save_checked(run: Run, trainer, load: Callable[..., Any], batch: dict[str, t
     return loaded
 
 
-def evaluate(run: Run, model, processor, splits: dict[str, Split], suffix: str = "") -> None:
-    """Scores held-out splits into `eval/<split><suffix>/` and prints a line each."""
+def evaluate(run: Run, model, processor, splits: dict[str, Split], suffix: str = "", *, least_tokens: int = 0) -> None:
+    """Scores held-out splits into `eval/<split><suffix>/` and prints a line each.
+
+    Args:
+        least_tokens (`int`, *optional*, defaults to 0): Room for a text, where the run's own task has less.
+    """
+    decoding = _decoding(run)
+    decoding["max_new_tokens"] = max(decoding["max_new_tokens"], least_tokens)
     model.eval()
     for name, split in splits.items():
         try:
@@ -286,7 +292,7 @@ def evaluate(run: Run, model, processor, splits: dict[str, Split], suffix: str =
                 model_name=str(run.output_dir),
                 condition=suffix.removeprefix("-") or "after",
                 meteor=run.vision.meteor and not suffix,
-                **_decoding(run),
+                **decoding,
             )
         except ValueError as error:
             # The other splits get their scores first.
@@ -369,7 +375,7 @@ def watch_before(run: Run, model, processor, watched: Watched) -> Watched:
     if not watched.splits and not watched.paragraphs:
         return watched
     with run.phase("score before"), plain_decoder(model.eval()):
-        evaluate(run, model, processor, watched.splits, "-before")
+        evaluate(run, model, processor, watched.splits, "-before", least_tokens=TaskSettings.max_new_tokens)
         return replace(watched, nats=text_nats(model, processor, watched.paragraphs))
 
 
@@ -379,7 +385,8 @@ def watch_after(run: Run, model, processor, watched: Watched, held_out: dict[str
     if not watched.splits and not watched.paragraphs:
         return
     with run.phase("score"):
-        evaluate(run, model, processor, watched.splits)
+        # Captions that are watched while digits are trained are longer than those.
+        evaluate(run, model, processor, watched.splits, least_tokens=TaskSettings.max_new_tokens)
         nats = text_nats(model, processor, watched.paragraphs)
     if not run.is_main:
         return
