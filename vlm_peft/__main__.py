@@ -71,27 +71,37 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     _add_model_options(add)
 
     add = command(demo, "a web page to try the model").add_argument
-    add("model", help=MODEL_HELP)
+    add("model", help=f"{MODEL_HELP}; or a CLIP")
     add("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine only)")
     add("--port", type=_port, help="(default: the first free one from 7860)")
     add("--share", type=_flag, default=False, metavar="true|false", help="public link through Gradio (default: false)")
+    add("--search", metavar="FOLDER", help="of pictures, which a tab of the page finds by a text")
+    add("--clip", default=CLIP, help="that searches, where the model is a VisionQwen (default: %(default)s)")
+    add("--index", metavar="FOLDER", help="where indexes are kept (default: in the data sets' cache)")
     _add_model_options(add)
 
     add = command(search, "pictures of a folder by a text").add_argument
     add("folder", help="folder of pictures")
     add("text", help="what to look for: 'a red bicycle'")
-    _add_clip(add, "--model", default=CLIP)
+    add("--model", default=CLIP, help="CLIP or SigLIP: folder, adapter, or Hub id of either (default: %(default)s)")
+    add("--vision", help="where an adapter's CLIP lies when it moved: folder or Hub id")
+    _add_machine(add)
     add("--count", type=_count, default=10, metavar="K", help="results (default: 10)")
     add("--json", action="store_true", help="a JSON object a line")
     add("--html", metavar="FILE", help="also write one page of thumbnails")
     add("--export", metavar="FILE", help="also write the whole index as parquet, for a vector engine")
     add("--index", metavar="FOLDER", help="where indexes are kept (default: in the data sets' cache)")
 
-    add = command(classify, "a label for each picture, by the labels' names; JSON lines").add_argument
-    _add_clip(add, "model")
+    made = command(classify, "a label for each picture, by the labels' names; JSON lines")
+    made.set_defaults(dtype="float32", max_new_tokens=None)
+    add = made.add_argument
+    add("model", help="CLIP, SigLIP or VisionQwen: folder, adapter, or Hub id of either")
     add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
     add("--labels", nargs="+", required=True, metavar="LABEL", help="names to choose from")
-    add("--templates", nargs="+", metavar="TEXT", default=["a photo of a {}."], help="texts with {} for the label")
+    add("--templates", nargs="+", metavar="TEXT", help="a CLIP's texts with {} for the label ('a photo of a {}.')")
+    add("--instruction", help="what a VisionQwen is asked (default: as in training)")
+    _add_bases(add)
+    _add_machine(add)
 
     add = command(export, "a folder for others: stock Llava, or LoRA merged").add_argument
     add("model", help=MODEL_HELP)
@@ -132,14 +142,8 @@ def _add_model_options(add) -> None:
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
 
 
-def _add_clip(add, name: str, **options) -> None:
-    """The model and the machine of commands that compare pictures with texts."""
-    add(
-        name,
-        help="CLIP or SigLIP: adapter folder, plain checkpoint, or Hub id"
-        + (" (default: %(default)s)" if options else ""),
-        **options,
-    )
+def _add_machine(add) -> None:
+    """Of commands that compare pictures with texts."""
     add("--batch_size", type=_count, default=64, metavar="B", help="pictures at a time (default: 64)")
     add("--device", help="cpu, cuda, cuda:1, mps, ... (default: the accelerator if there is one)")
 
@@ -326,21 +330,19 @@ def search(options: argparse.Namespace) -> int:
 
     --export writes id and vector of every picture as parquet, which LanceDB, DuckDB, Qdrant and Milvus read.
     """
-    from .commands.caption import find_pictures
-    from .commands.search import load_encoder, open_index, search_text, write_page
+    from .commands.search import open_index, printable, search_text, write_page
+    from .contrastive.folder import load_clip
     from .contrastive.search import export_vectors
 
-    if not Path(options.folder).is_dir():
-        raise FileNotFoundError(f"Expected a folder of pictures, and {options.folder} is none.")
-    paths = list(find_pictures([options.folder], sys.stdin.buffer))
+    paths = _searched(options.folder)
     _quiet_loading()
-    encoder = load_encoder(options.model, _device(options))
+    encoder = load_clip(options.model, base=options.vision, device=_device(options))
     index = open_index(encoder, options.folder, paths, options.index, options.batch_size)
     found = search_text(encoder, index, options.text, options.count)
     for each in found:
         # ASCII only: a file name may be no text.
         shown = json.dumps({"image": each.path, "score": round(each.score, 6)})
-        print(shown if options.json else f"{each.score:.3f}  {each.path.encode('utf-8', 'replace').decode()}")
+        print(shown if options.json else f"{each.score:.3f}  {printable(each.path)}")
     if options.html:
         write_page(options.html, options.text, found)
     if options.export:
@@ -348,46 +350,95 @@ def search(options: argparse.Namespace) -> int:
     return 0
 
 
+def _searched(folder: str) -> list[str]:
+    """Paths of the pictures in a folder.
+
+    Raises:
+        FileNotFoundError: When it is none, or holds none.
+    """
+    from .commands.caption import find_pictures
+
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"Expected a folder of pictures, and {folder} is none.")
+    return list(find_pictures([folder], sys.stdin.buffer))
+
+
 def classify(options: argparse.Namespace) -> int:
-    """Gives each picture the nearest of some labels, by their names alone: one JSON object a line, in order.
+    """Gives each picture one of some labels, by their names alone: one JSON object a line, in order.
 
     {"image": "a.jpg", "label": "cat", "probability": 0.98, "probabilities": {"cat": 0.98, "dog": 0.02}}
     {"image": "b.jpg", "error": "..."}      for a picture that cannot be read; the exit status is then 1
 
+    A CLIP takes the label that is nearest to the picture; a VisionQwen the one that it would answer.
+
     vlm-peft classify openai/clip-vit-base-patch32 pictures --labels cat dog
+    vlm-peft classify outputs/captions pictures --labels cat dog --instruction "Which animal is it?"
     """
     from .commands.caption import check_text, find_pictures
-    from .commands.search import classify_pictures, load_encoder
+    from .commands.classify import TEMPLATE, by_captioner, by_clip, classify_pictures, is_captioner
+    from .contrastive.encoder import check_labels
 
     paths = find_pictures(options.images, sys.stdin.buffer)
     for label in options.labels:
         check_text(label, "The label")
+    check_labels(options.labels)
     _quiet_loading()
-    encoder = load_encoder(options.model, _device(options))
+    if is_captioner(options.model):
+        if options.templates:
+            raise ValueError("--templates are for a CLIP: a VisionQwen is asked in one way, see --instruction.")
+        _, model, processor, settings = _load(options)
+        classifier = by_captioner(model, processor, settings, options.labels, options.instruction)
+    else:
+        from .contrastive.folder import load_clip
+
+        if options.instruction:
+            raise ValueError("--instruction is for a VisionQwen: a CLIP compares pictures with texts, see --templates.")
+        encoder = load_clip(options.model, base=options.vision, device=_device(options))
+        classifier = by_clip(encoder, options.labels, options.templates or [TEMPLATE])
     status = 0
-    for record in classify_pictures(encoder, paths, options.labels, options.templates, options.batch_size):
+    for record in classify_pictures(classifier, paths, options.labels, options.batch_size):
+        # ASCII only: a file name may be no text.
         print(json.dumps(record), flush=True)
         status |= "error" in record
     return status
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Serves a page where pictures can be described and asked about, beside the answers from before fine-tuning.
+    """Serves a page to try a model: pictures are described and asked about, beside the answers from before fine-tuning.
 
-    The page listens on this machine only (--host changes that), loads nothing from elsewhere and reports nothing.
-    Needs Gradio: pip install "vlm-peft[demo]"
+    Labels that are typed in get their probabilities, by a VisionQwen or a CLIP; with --search FOLDER a CLIP finds its
+    pictures by a text. The page listens on this machine only (--host changes that), loads nothing from elsewhere and
+    reports nothing. Needs Gradio: pip install "vlm-peft[demo]"
     """
     if importlib.util.find_spec("gradio") is None:
         raise ValueError('The page needs Gradio: pip install "vlm-peft[demo]"')
     import torch
 
-    # The projector that the adapter replaces is drawn anew on every load; the page shows the same one every time.
-    torch.manual_seed(0)
-    folder, model, processor, settings = _load(options)
+    from .commands.classify import is_clip
+    from .contrastive.folder import load_clip
 
-    from .commands.web_demo import PictureAnswers, find_examples, make_page, serve_page
+    _quiet_loading()
+    paths = _searched(options.search) if options.search else []
+    of_clip = is_clip(options.model)
+    encoder = None
+    if of_clip:
+        folder = Path(options.model).expanduser()
+        encoder = load_clip(options.model, base=options.vision, device=_device(options))
+    else:
+        # The projector that the adapter replaces is drawn anew on every load; the page shows the same one every time.
+        torch.manual_seed(0)
+        folder, model, processor, settings = _load(options)
+        if paths:
+            encoder = load_clip(options.clip, device=_device(options))
 
-    page = make_page(PictureAnswers(model, processor, settings), folder.resolve().name, find_examples(folder))
+    from .commands.search import open_index
+    from .commands.web_demo import ClipAnswers, FolderSearch, PictureAnswers, find_examples, make_page, serve_page
+
+    search = None
+    if encoder is not None and paths:
+        search = FolderSearch(encoder, open_index(encoder, options.search, paths, options.index, 64), options.search)
+    answers = PictureAnswers(model, processor, settings) if not of_clip else ClipAnswers(encoder)
+    page = make_page(answers, folder.resolve().name, find_examples(folder), search)
     serve_page(page, options.host, options.port, options.share)
     return 0
 
@@ -409,14 +460,24 @@ def export(options: argparse.Namespace) -> int:
     """Writes a trained model as a folder for others. What was written is loaded again and compared with its source.
 
     --to llava     a stock LlavaForConditionalGeneration with its processor: loads without this package
-    --to merged    a full save with LoRA added to the weights: loads after `import vlm_peft`
+    --to merged    a full save with LoRA added to the weights: loads after `import vlm_peft`; of a CLIP's adapter a
+                   plain checkpoint, which stock transformers loads
     """
     import torch
 
     from .adapters import export as exporting
     from .adapters.loading import find_model
+    from .commands.classify import is_clip
 
     _quiet_loading()
+    if is_clip(options.model):
+        from .contrastive.folder import save_merged
+
+        if options.to != "merged" or options.text or options.dtype or options.scale is not None:
+            raise ValueError(f"{options.model} is a CLIP: expected --to merged, without --text, --scale and --dtype.")
+        exporting.check_output(options.output)
+        print(f"Written: {save_merged(options.model, options.output, base=options.vision)}")
+        return 0
     write = exporting.export_llava if options.to == "llava" else exporting.export_merged
     dtype = getattr(torch, options.dtype) if options.dtype else None
     bases = {"vision": options.vision, "text": options.text}

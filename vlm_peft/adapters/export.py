@@ -95,7 +95,7 @@ def export_llava(
         FileNotFoundError: When the folder or one of its bases is not there.
         ValueError: When stock Llava cannot express the model, names what; or the reloaded model answers differently.
     """
-    output = _check_output(output)
+    output = check_output(output)
     source = _load_source(Path(folder), vision, text, dtype, check_llava, scale)
     with _new_folder(output) as partial:
         to_llava(source.model).save_pretrained(partial)
@@ -129,7 +129,7 @@ def export_merged(
         FileNotFoundError: When the folder or one of its bases is not there.
         ValueError: When the folder holds no [`VisionQwen`], or the reloaded model answers differently.
     """
-    output = _check_output(output)
+    output = check_output(output)
     source = _load_source(Path(folder), vision, text, dtype, scale=scale)
     with _new_folder(output) as partial:
         source.model.save_pretrained(partial)
@@ -200,7 +200,12 @@ class _Answer:
     generated: torch.Tensor
 
 
-def _check_output(output: str | Path) -> Path:
+def check_output(output: str | Path) -> Path:
+    """The folder to write.
+
+    Raises:
+        FileExistsError: When it holds something.
+    """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} is there already and not empty: name another folder, or remove it first.")

@@ -67,13 +67,12 @@ def main(arguments: Sequence[str]) -> int:
     for part, images in zip(held_out, embedded, strict=True):
         for found in evaluate_all(encoder, part, images, names, options.prompts):
             print(write_evaluated(output, part, found))
+    between = _wise_ft(options, held_out, names, output, device) if options.wise_ft else {}
     if options.few_shot:
         if train is None or not names:
             raise ValueError("--few_shot needs --label_column, the column with the class.")
         of_train = embed_split(encoder, train, directory, options.eval_batch_size)
-        _few_shot(encoder, options, train, of_train, held_out, embedded, names, output)
-    if options.wise_ft:
-        _wise_ft(options, held_out, names, output, device)
+        _few_shot(encoder, options, train, of_train, held_out, embedded, names, between, output)
     return 0
 
 
@@ -118,8 +117,10 @@ def _few_shot(
     held_out: list[Pairs],
     embedded: list[np.ndarray],
     names: list[str],
+    between: dict[str, dict[str, dict[str, float]]],
     output: Path,
 ) -> None:
+    """Heads on the model's features, beside the names alone by weights between it and its base."""
     places = {name: place for place, name in enumerate(names)}
 
     def labelled(part: Pairs, images: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -131,6 +132,10 @@ def _few_shot(
     tests = {name: test for name, test in tests.items() if test[1]}
     tables = few_shot_table(labelled(train, of_train), tests, classes)
     for name, rows in tables.items():
+        rows += [
+            {"head": f"wise_ft {share}", "shots": 0, "acc1": found["acc1"], "deviation": 0.0, "pictures": 0}
+            for share, found in between.get(f"zero_shot {name}", {}).items()
+        ]
         shots = sorted({row["shots"] for row in rows} - {0})
         lines = [(f"{name}: acc1, n={len(tests[name][1])}", *(f"{count} shots" for count in shots))]
         for head in dict.fromkeys(row["head"] for row in rows):
@@ -140,14 +145,13 @@ def _few_shot(
     write_text(output / "few_shot.json", json.dumps(tables, indent=2) + "\n")
 
 
-def _wise_ft(options: EvaluationArguments, held_out: list[Pairs], names: list[str], output: Path, device) -> None:
-    """Scores between a base and what was fine-tuned from it (WiSE-FT)."""
-    base = options.wise_ft_base or getattr(load_clip(str(options.clip_model)).config, "base_name_or_path", None)
-    if base is None or Path(str(base)) == Path(str(options.clip_model)).resolve():
-        raise ValueError("--wise_ft: the model is no adapter, which names its base: say it with --wise_ft_base.")
+def _wise_ft(
+    options: EvaluationArguments, held_out: list[Pairs], names: list[str], output: Path, device
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Scores between a base and what was fine-tuned from it (WiSE-FT): task and split -> share -> metrics."""
     tables: dict[str, dict[str, dict[str, float]]] = {}
     for share in options.wise_ft:
-        encoder = interpolate(load_clip(base), load_clip(str(options.clip_model)), share)
+        encoder = _between(options, share)
         encoder.to(device)
         for part in held_out:
             images = embed_split(encoder, part, None, options.eval_batch_size)
@@ -159,3 +163,20 @@ def _wise_ft(options: EvaluationArguments, held_out: list[Pairs], names: list[st
         lines += [(metric, *(f"{found[metric]:.3f}" for found in by_share.values())) for metric in metrics]
         print(f"\n{table(lines)}")
     write_text(output / "wise_ft.json", json.dumps(tables, indent=2) + "\n")
+    return tables
+
+
+def _between(options: EvaluationArguments, share: float) -> DualEncoder:
+    """The base at 0, what was fine-tuned from it at 1.
+
+    Raises:
+        ValueError: When it is not said what the base is.
+    """
+    name, revision = str(options.clip_model), None
+    new = load_clip(name, revision=options.clip_revision, base=options.wise_ft_base)
+    base = options.wise_ft_base
+    if base is None:
+        base, revision = new.config.base_name_or_path, new.config.base_revision
+        if base in (name, str(Path(name).resolve())):
+            raise ValueError("--wise_ft: the model is no adapter, which names its base: say it with --wise_ft_base.")
+    return interpolate(load_clip(base, revision=revision), new, share)

@@ -1,6 +1,7 @@
-"""Web page: a picture, what the model says about it, and what it said before fine-tuning.
+"""Web page: a picture, what the model says about it and said before fine-tuning; labels; the search of a folder.
 
-Stage: trained model -> a Gradio page on this machine. Needs the extra `demo`.
+Stage: trained model -> a Gradio page on this machine, with a tab for each thing that the model can do. Needs the extra
+`demo`.
 """
 
 # transformers declares sub-configurations as `dict | PreTrainedConfig | None`.
@@ -9,7 +10,7 @@ Stage: trained model -> a Gradio page on this machine. Needs the extra `demo`.
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from urllib.parse import unquote
@@ -23,6 +24,8 @@ import torch
 from gradio.data_classes import ImageData
 from peft import PeftModel
 
+from ..contrastive.encoder import DualEncoder, check_labels
+from ..contrastive.search import PictureIndex
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
@@ -31,9 +34,12 @@ from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks import TaskSettings, find_kind
 from ..tasks.example import picture_turn
 from .caption import ask
+from .classify import TEMPLATE, by_captioner, by_clip
+from .search import result_cards, search_text
 
 MAX_EXAMPLES = 12
 MOST_CLASSES = 5
+MOST_FOUND = 24
 
 MAX_UPLOAD = 50_000_000
 """Bytes of a picture's file; larger uploads are refused while they arrive."""
@@ -64,9 +70,8 @@ class PictureAnswers:
     def parts(self) -> str:
         """What the model was made of, without the folders of this machine."""
         config = self._model.config
-        names = [config.vision_name_or_path, config.text_name_or_path]
-        vision, text = (Path(name).name if name and Path(name).is_absolute() else name for name in names)
-        vision, text = vision or config.vision_config.model_type, text or config.text_config.model_type
+        vision = _public_name(config.vision_name_or_path) or config.vision_config.model_type
+        text = _public_name(config.text_name_or_path) or config.text_config.model_type
         return f"Fine-tuned with vlm_peft from the encoder {vision} and the decoder {text}."
 
     def __call__(self, picture: str | Path, question: str) -> Iterator[tuple[str, str]]:
@@ -90,6 +95,23 @@ class PictureAnswers:
         yield after, ""
         if isinstance(self._model, PeftModel):
             yield after, self._generate(features, question, is_before=True)
+
+    def classify(self, picture: str | Path, labels: Sequence[str]) -> dict[str, float]:
+        """The probability of each label as the answer to what the model was asked in training.
+
+        Args:
+            picture (`str` or `Path`): File.
+            labels (`Sequence[str]`): To choose from.
+
+        Raises:
+            UnreadablePictureError: When the picture cannot be read.
+            ValueError: For labels that cannot be used.
+        """
+        check_labels(labels)
+        shown = open_picture(Path(picture))
+        with self._lock:
+            found = by_captioner(self._model, self._processor, self.settings, labels)([shown])[0]
+        return dict(zip(labels, found.tolist(), strict=True))
 
     def _generate(self, features: torch.Tensor, question: str, is_before: bool = False) -> str:
         model = self._model
@@ -115,6 +137,82 @@ class PictureAnswers:
         shares = (found[0] / self.settings.temperature).softmax(-1).tolist()
         likeliest = sorted(zip(choices, shares, strict=True), key=lambda each: -each[1])[:MOST_CLASSES]
         return "\n".join(f"{name} ({share:.0%})" for name, share in likeliest)
+
+
+class ClipAnswers:
+    """What a CLIP can say about a picture: which of some labels is nearest.
+
+    Args:
+        encoder ([`~vlm_peft.contrastive.encoder.DualEncoder`]): Merged.
+    """
+
+    def __init__(self, encoder: DualEncoder):
+        self._encoder = encoder
+
+    @property
+    def parts(self) -> str:
+        """What the model was made of, without the folders of this machine."""
+        name = _public_name(self._encoder.config.base_name_or_path)
+        return f"A {self._encoder.config.model_type} model, {name} or fine-tuned from it."
+
+    def classify(self, picture: str | Path, labels: Sequence[str], template: str = TEMPLATE) -> dict[str, float]:
+        """The probability of each label, see [`~vlm_peft.commands.classify.by_clip`].
+
+        Args:
+            picture (`str` or `Path`): File.
+            labels (`Sequence[str]`): To choose from.
+            template (`str`, *optional*): With `{}` where the label goes.
+
+        Raises:
+            UnreadablePictureError: When the picture cannot be read.
+            ValueError: For labels or a template that cannot be used.
+        """
+        found = by_clip(self._encoder, labels, [template])([open_picture(Path(picture))])[0]
+        return dict(zip(labels, found.tolist(), strict=True))
+
+
+class FolderSearch:
+    """The pictures of a folder by a text, as HTML.
+
+    Args:
+        encoder ([`~vlm_peft.contrastive.encoder.DualEncoder`]): Of the index.
+        index ([`~vlm_peft.contrastive.search.PictureIndex`]): Of the folder.
+        folder (`str` or `Path`): Its name and what lies in it are shown, and not where it lies.
+    """
+
+    def __init__(self, encoder: DualEncoder, index: PictureIndex, folder: str | Path):
+        self._encoder, self._index, self._folder = encoder, index, folder
+
+    @property
+    def about(self) -> str:
+        """What is searched."""
+        return f"{len(self._index):,} pictures of the folder {Path(self._folder).resolve().name}"
+
+    def __call__(self, text: str) -> str:
+        """The nearest pictures, [`MOST_FOUND`] at most.
+
+        Args:
+            text (`str`): What is looked for.
+
+        Raises:
+            ValueError: For a text that is empty or too long.
+        """
+        return result_cards(search_text(self._encoder, self._index, text, MOST_FOUND), self._folder)
+
+
+def typed_labels(text: str) -> list[str]:
+    """Labels as they are typed in: one a line, or on one line with commas between.
+
+    Args:
+        text (`str`): Of the field.
+    """
+    parts = text.split("\n") if "\n" in text.strip() else text.split(",")
+    return [part.strip() for part in parts if part.strip()]
+
+
+def _public_name(name: str | None) -> str | None:
+    """A base's name without the folders of this machine."""
+    return Path(name).name if name and Path(name).is_absolute() else name
 
 
 def find_examples(folder: Path) -> list[tuple[str, str, str]]:
@@ -146,68 +244,148 @@ def find_examples(folder: Path) -> list[tuple[str, str, str]]:
     return in_turn[:MAX_EXAMPLES]
 
 
-def make_page(answers: PictureAnswers, title: str, examples: list[tuple[str, str, str]]) -> gradio.Blocks:
+def make_page(
+    answers: PictureAnswers | ClipAnswers,
+    title: str,
+    examples: list[tuple[str, str, str]],
+    search: FolderSearch | None = None,
+) -> gradio.Blocks:
     """The page, not served yet.
 
     Args:
-        answers ([`PictureAnswers`]): Called for every question; the API's `/answer`.
+        answers ([`PictureAnswers`] or [`ClipAnswers`]): What the model can do.
         title (`str`): Of the page.
         examples (`list[tuple[str, str, str]]`): Of [`find_examples`].
+        search ([`FolderSearch`], *optional*): A tab more.
     """
+    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
+        gradio.Markdown(f"# {title}\n{answers.parts}")
+        with gradio.Tabs():
+            if isinstance(answers, PictureAnswers):
+                with gradio.Tab("Describe"):
+                    _describe_tab(answers, examples)
+            with gradio.Tab("Classify"):
+                _classify_tab(answers, [picture for picture, _, _ in examples])
+            if search is not None:
+                with gradio.Tab("Search"):
+                    _search_tab(search)
+    return page
+
+
+def _describe_tab(answers: PictureAnswers, examples: list[tuple[str, str, str]]) -> None:
+    """A picture and a question; the API's `/answer`."""
 
     def answer(picture: str | None, question: str = ""):
-        if picture is None:
-            raise gradio.Error("Choose a picture first.", print_exception=False)
-        try:
-            yield from answers(picture, question)
-        except (UnreadablePictureError, ValueError) as error:
-            raise gradio.Error(str(error), print_exception=False) from error
+        yield from _answered(lambda: answers(_chosen(picture), question))
 
     def describe(picture: str | None):
         yield from answer(picture)
 
     hint = find_kind(answers.settings.task).hint
-    with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
-        gradio.Markdown(f"# {title}\n{answers.parts}")
-        with gradio.Row():
-            with gradio.Column():
-                picture = gradio.Image(
-                    label=f"Picture (up to {MAX_UPLOAD // 10**6} MB)",
-                    type="filepath",
-                    sources=["upload", "clipboard"],
-                    height=360,
-                )
-                # Gradio's own would decode what comes: of any size, and EPS by Ghostscript.
-                picture.preprocess = _uploaded  # type: ignore[method-assign, assignment]
-                question = gradio.Textbox(label="Question", placeholder=ask(answers.settings), info=hint)
-                with gradio.Row():
-                    describing = gradio.Button("Describe", variant="primary")
-                    asking = gradio.Button("Ask")
-            with gradio.Column():
-                after = gradio.Textbox(label="After fine-tuning", lines=3)
-                before = gradio.Textbox(
-                    label="Before fine-tuning",
-                    info="The same encoder and decoder, without LoRA and with a projector that has learnt nothing.",
-                    lines=3,
-                    visible=answers.has_before,
-                )
-                references = gradio.Textbox(label="References", lines=5, interactive=False, visible=bool(examples))
-        outputs = [after, before]
-        asking.click(answer, [picture, question], outputs, api_name="answer")
-        question.submit(answer, [picture, question], outputs, api_visibility="private")
-        describing.click(describe, [picture], outputs, api_visibility="private")
-        # What was said about another picture must not stand beside this one.
-        picture.change(js="() => ['', '']", outputs=outputs, api_visibility="private")
-        picture.input(js="() => ''", outputs=[references], api_visibility="private")
-        if examples:
-            gradio.Examples(
-                [list(example) for example in examples],
-                [picture, question, references],
-                label="Held-out pictures of the training run",
-                examples_per_page=MAX_EXAMPLES,
-                visible_columns=[0],
+    with gradio.Row():
+        with gradio.Column():
+            picture = _picture_field()
+            question = gradio.Textbox(label="Question", placeholder=ask(answers.settings), info=hint)
+            with gradio.Row():
+                describing = gradio.Button("Describe", variant="primary")
+                asking = gradio.Button("Ask")
+        with gradio.Column():
+            after = gradio.Textbox(label="After fine-tuning", lines=3)
+            before = gradio.Textbox(
+                label="Before fine-tuning",
+                info="The same encoder and decoder, without LoRA and with a projector that has learnt nothing.",
+                lines=3,
+                visible=answers.has_before,
             )
-    return page
+            references = gradio.Textbox(label="References", lines=5, interactive=False, visible=bool(examples))
+    outputs = [after, before]
+    asking.click(answer, [picture, question], outputs, api_name="answer")
+    question.submit(answer, [picture, question], outputs, api_visibility="private")
+    describing.click(describe, [picture], outputs, api_visibility="private")
+    # What was said about another picture must not stand beside this one.
+    picture.change(js="() => ['', '']", outputs=outputs, api_visibility="private")
+    picture.input(js="() => ''", outputs=[references], api_visibility="private")
+    if examples:
+        gradio.Examples(
+            [list(example) for example in examples],
+            [picture, question, references],
+            label="Held-out pictures of the training run",
+            examples_per_page=MAX_EXAMPLES,
+            visible_columns=[0],
+        )
+
+
+def _classify_tab(answers: PictureAnswers | ClipAnswers, examples: list[str]) -> None:
+    """A picture and labels that are typed in; the API's `/classify`."""
+
+    def classify(picture: str | None, labels: str, *template: str):
+        yield from _answered(lambda: iter([answers.classify(_chosen(picture), typed_labels(labels), *template)]))
+
+    with gradio.Row():
+        with gradio.Column():
+            picture = _picture_field()
+            labels = gradio.Textbox(
+                label="Labels",
+                info="One a line, or with commas between.",
+                placeholder="cat, dog, bicycle",
+                # What the model was trained to choose from.
+                value="\n".join(answers.settings.choices) if isinstance(answers, PictureAnswers) else "",
+                lines=3,
+            )
+            inputs: list = [picture, labels]
+            if isinstance(answers, ClipAnswers):
+                inputs.append(gradio.Textbox(TEMPLATE, label="Template", info="A text with {} for the label."))
+            choosing = gradio.Button("Classify", variant="primary")
+        with gradio.Column():
+            shares = gradio.Label(label="Probabilities", num_top_classes=2 * MOST_CLASSES)
+    choosing.click(classify, inputs, [shares], api_name="classify")
+    picture.change(js="() => null", outputs=[shares], api_visibility="private")
+    if examples:
+        gradio.Examples(
+            [[example] for example in examples],
+            [picture],
+            label="Held-out pictures of the training run",
+            examples_per_page=MAX_EXAMPLES,
+        )
+
+
+def _search_tab(search: FolderSearch) -> None:
+    """A text, and a folder's pictures; the API's `/search`."""
+
+    def find(text: str):
+        yield from _answered(lambda: iter([search(text)]))
+
+    text = gradio.Textbox(label="Text", info=f"Searches {search.about}.", placeholder="a red bicycle")
+    finding = gradio.Button("Search", variant="primary")
+    found = gradio.HTML()
+    finding.click(find, [text], [found], api_name="search")
+    text.submit(find, [text], [found], api_visibility="private")
+
+
+def _picture_field() -> gradio.Image:
+    picture = gradio.Image(
+        label=f"Picture (up to {MAX_UPLOAD // 10**6} MB)",
+        type="filepath",
+        sources=["upload", "clipboard"],
+        height=360,
+    )
+    # Gradio's own would decode what comes: of any size, and EPS by Ghostscript.
+    picture.preprocess = _uploaded  # type: ignore[method-assign, assignment]
+    return picture
+
+
+def _chosen(picture: str | None) -> str:
+    if picture is None:
+        raise gradio.Error("Choose a picture first.", print_exception=False)
+    return picture
+
+
+def _answered(answer: Callable[[], Iterator]) -> Iterator:
+    """What is answered; what cannot be is said on the page."""
+    try:
+        yield from answer()
+    except (UnreadablePictureError, ValueError) as error:
+        raise gradio.Error(str(error), print_exception=False) from error
 
 
 def _uploaded(picture: ImageData | None) -> str | None:

@@ -19,7 +19,7 @@ class ClipArguments(DataArguments):
     """What transformers' own arguments do not cover: the data, the CLIP, what of it trains, and the evaluation."""
 
     clip_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of a CLIP or SigLIP, or an adapter."}
+        default=None, metadata={"help": "Hub id or folder of a CLIP or SigLIP; eval/clip.py takes an adapter, too."}
     )
     clip_revision: str | None = field(default=None, metadata={"help": "Commit or branch of it."})
     vision_tuning: str = field(

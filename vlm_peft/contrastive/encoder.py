@@ -4,6 +4,7 @@ Stage: a `CLIPModel`, `SiglipModel` or `Siglip2Model` of transformers, plain or 
 a trainer and DDP can wrap.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -168,11 +169,21 @@ class DualEncoder(nn.Module):
             templates (`Sequence[str]`): With `{}` where the name goes.
 
         Raises:
-            ValueError: For names that repeat, or a template without a place for the name.
+            ValueError: For names that repeat, a template without a place for the name, or a text that is longer than
+                the text tower reads: cut, it might be another class's.
         """
-        check_classes(names, templates)
-        texts = self.embed_texts([each.replace("{}", name) for name in names for each in templates])
-        return nn.functional.normalize(texts.view(len(names), len(templates), -1).mean(dim=1), dim=-1)
+        check_labels(names)
+        without = [each for each in templates if "{}" not in each]
+        if without or not templates:
+            found = repr(without[0]) if without else "none"
+            raise ValueError(f"Expected templates with {{}} where the label goes, got {found}.")
+        texts = [each.replace("{}", name) for name in names for each in templates]
+        if long := self.too_long(texts):
+            raise ValueError(
+                f"The label {names[long[0] // len(templates)][:60]!r} is, in its template, longer than the "
+                f"{self._context} tokens that the text tower reads: shorten it."
+            )
+        return nn.functional.normalize(self.embed_texts(texts).view(len(names), len(templates), -1).mean(dim=1), dim=-1)
 
     @torch.inference_mode()
     def probabilities(self, images: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
@@ -186,21 +197,16 @@ class DualEncoder(nn.Module):
         return logits.softmax(dim=-1) if bias is None else (logits + bias.cpu()).sigmoid()
 
 
-def check_classes(names: Sequence[str], templates: Sequence[str]) -> None:
-    """Refuses names and templates of classes that no text could tell apart.
+def check_labels(labels: Sequence[str]) -> None:
+    """Refuses labels among which nothing could be chosen.
 
     Raises:
-        ValueError: For names that repeat, fewer than two, or a template without `{}`.
+        ValueError: For labels that repeat, an empty one, or fewer than two.
     """
-    twice = sorted({name for name in names if list(names).count(name) > 1})
+    twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ValueError(f"Expected every label once, got {twice[0]!r} several times.")
-    if len(names) < 2:
-        raise ValueError(f"Expected at least two labels to choose from, got {', '.join(names) or 'none'}.")
-    without = [each for each in templates if "{}" not in each]
-    if without or not templates:
-        raise ValueError(
-            f"Expected templates with {{}} where the label goes, got {without[0]!r}."
-            if without
-            else "Expected a template."
-        )
+    if len(labels) < 2:
+        raise ValueError(f"Expected at least two labels to choose from, got {', '.join(labels) or 'none'}.")
+    if not all(label.strip() for label in labels):
+        raise ValueError("Expected labels of at least a letter, got an empty one.")

@@ -17,6 +17,7 @@ import numpy as np
 from accelerate import PartialState
 
 from .. import __version__
+from ..adapters.folder import is_adapter_folder
 from ..console import table
 from ..data.leakage import check_overlap
 from ..data.splits import content_hash
@@ -63,6 +64,12 @@ def main(
     )
     run = Run(options, training, SimpleNamespace(), command=" ".join([command or program, *arguments]), started=started)
     run.compare(_record(options, training))
+    if is_adapter_folder(str(options.clip_model)):
+        # What it adds to its base rounds differently elsewhere, so that no fingerprint would hold.
+        raise ValueError(
+            f"--clip_model {options.clip_model} is an adapter, and another is trained on a plain checkpoint only: "
+            f"write one with `vlm-peft export {options.clip_model} FOLDER --to merged` and name that folder."
+        )
     with run.phase("load model"):
         encoder = load_clip(str(options.clip_model), revision=options.clip_revision, device=training.device)
     with run.phase("load data"), PartialState().main_process_first():

@@ -14,10 +14,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
+from transformers.utils import find_adapter_config_file
 
 from ..adapters.folder import check_finite, is_adapter_folder, read_object, reading
 from ..drafts import draft_of, sweep
 from ..hub.access import looks_local
+from ..hub.models import pull_model
 from ..hub.weights import safetensors_revision
 from ..model.joining import fingerprint
 from .adapt import is_lora, trained_parameters
@@ -39,7 +41,7 @@ def load_clip(
     """Loads a CLIP or SigLIP in float32, whatever it is stored in: float16 weights would train into NaN.
 
     Args:
-        name (`str` or `Path`): Folder or Hub id of a `CLIPModel`, `SiglipModel`, `Siglip2Model`; or an adapter folder.
+        name (`str` or `Path`): Folder or Hub id of a `CLIPModel`, `SiglipModel`, `Siglip2Model`, or of an adapter.
         revision (`str`, *optional*): Of a Hub id.
         base (`str` or `Path`, *optional*): Where an adapter's base lies when it moved.
         merge (`bool`, *optional*, defaults to `True`): Adds LoRA to the weights; otherwise a `PeftModel` is kept.
@@ -55,8 +57,10 @@ def load_clip(
     folder = Path(name).expanduser()
     if not folder.exists() and looks_local(str(name)):
         raise FileNotFoundError(f"The model {name} is not there: expected the folder of a CLIP, or an id on the Hub.")
+    if not folder.exists() and find_adapter_config_file(str(name), revision=revision):
+        folder = pull_model(str(name), revision=revision)
     if not is_adapter_folder(folder):
-        clip, processor = _load_plain(str(name), revision)
+        clip, processor = _load_plain(str(folder if folder.exists() else name), revision)
     else:
         clip, processor = _load_adapter(folder, base)
         if merge and is_lora(clip):
@@ -96,7 +100,10 @@ def _load_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Any]:
         )
     where = str(base or stored["base_name_or_path"])
     if looks_local(where) and not Path(where).exists():
-        raise FileNotFoundError(f"The adapter {folder} was trained on {where}, which is not there: say where it lies.")
+        raise FileNotFoundError(
+            f"The adapter {folder} was trained on {where}, which is not there: say where it lies (base=, --vision on "
+            "the command line)."
+        )
     clip, _ = _load_plain(where, None if base else stored["base_revision"])
     if clip.config.base_fingerprint != stored["base_fingerprint"]:
         raise ValueError(f"The adapter {folder} was trained on another base: {where} has other weights than then.")
@@ -158,12 +165,13 @@ def save_clip(encoder: DualEncoder, folder: str | Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
 
 
-def save_merged(folder: str | Path, output: str | Path) -> Path:
+def save_merged(folder: str | Path, output: str | Path, *, base: str | Path | None = None) -> Path:
     """Writes an adapter folder as a plain checkpoint, which stock transformers loads.
 
     Args:
-        folder (`str` or `Path`): An adapter folder.
+        folder (`str` or `Path`): An adapter folder, or the Hub id of one.
         output (`str` or `Path`): Folder to write; what is in it is replaced.
+        base (`str` or `Path`, *optional*): Where the adapter's base lies when it moved.
 
     Returns:
         `Path`: `output`.
@@ -171,7 +179,7 @@ def save_merged(folder: str | Path, output: str | Path) -> Path:
     Raises:
         FileNotFoundError, ValueError: See [`load_clip`].
     """
-    encoder, output = load_clip(folder), Path(output)
+    encoder, output = load_clip(folder, base=base), Path(output)
     for name in ("base_name_or_path", "base_revision", "base_fingerprint"):
         delattr(encoder.config, name)
     sweep(output.parent, output.name)

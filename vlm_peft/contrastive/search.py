@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import xxhash
 
 from ..data.pictures import UnreadablePictureError, encoded_bytes, picture_hash
+from ..drafts import draft_of
 from ..evaluation.records import write_text
 from .encoder import DualEncoder
 from .features import PictureVectors, encode_missing, open_vectors
@@ -104,22 +105,32 @@ def index_pictures(
         store.folder
         / f"files-{xxhash.xxh3_64_hexdigest(str(Path(folder).resolve()).encode('utf-8', 'surrogateescape'))}.json"
     )
-    known = json.loads(file.read_text("utf-8")) if file.is_file() else {}
-    seen, hashes = {}, []
-    for path in paths:
-        name, stat = str(Path(path).resolve()), Path(path).stat()
-        old = known.get(name)
-        if old is None or old[:2] != [stat.st_size, stat.st_mtime_ns]:
-            try:
-                old = [stat.st_size, stat.st_mtime_ns, picture_hash(encoded_bytes(str(path)))]
-            except UnreadablePictureError:
-                old = [stat.st_size, stat.st_mtime_ns, None]
-        seen[name] = old
-        hashes.append(old[2])
+    known = _read_known(file)
+    seen: dict[str, list] = {}
+    hashes: list[str | None] = []
+    reasons: dict[int, str] = {}
+    for number, path in enumerate(paths):
+        try:
+            name, stat = str(Path(path).resolve()), Path(path).stat()
+            old = known.get(name)
+            if old is None or old[:2] != [stat.st_size, stat.st_mtime_ns]:
+                # A file name may look like a picture's base64 text: a path says what it is.
+                old = [stat.st_size, stat.st_mtime_ns, picture_hash(encoded_bytes(Path(path)))]
+            seen[name] = old
+            hashes.append(old[2])
+        except (OSError, UnreadablePictureError) as error:
+            reasons[number] = str(error)
+            hashes.append(None)
+
+    def read(index: int) -> bytes:
+        encoded = encoded_bytes(Path(paths[index]))
+        # Its vector would be found under the hash of what was there before, for ever.
+        if picture_hash(encoded) != hashes[index]:
+            raise UnreadablePictureError("It changed while it was read: search again.")
+        return encoded
+
     before = len(store.array())
-    problems = encode_missing(
-        encoder, store, hashes, lambda index: paths[index], batch_size=batch_size, progress=progress
-    )
+    problems = encode_missing(encoder, store, hashes, read, batch_size=batch_size, progress=progress) | reasons
     write_text(file, json.dumps(seen))
     rows = store.rows()
     kept = [index for index in range(len(paths)) if index not in problems]
@@ -129,18 +140,30 @@ def index_pictures(
     return index, {paths[each]: why for each, why in problems.items()}, len(store.array()) - before
 
 
+def _read_known(file: Path) -> dict[str, list]:
+    """Path -> size, time and hash of an earlier look; nothing where the file is damaged, which costs one more look."""
+    try:
+        found = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def export_vectors(index: PictureIndex, file: str | Path) -> None:
     """Writes an index as parquet for a vector engine: `id` (the path) and `vector` (a list of D float32).
 
     Args:
         index ([`PictureIndex`]): To write.
-        file (`str` or `Path`): Of the table.
+        file (`str` or `Path`): Of the table; nobody finds half of it there.
     """
+    file = Path(file)
+    draft = draft_of(file)
     width = index.vectors(0, 1).shape[1]
     schema = pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), width))])
-    with pq.ParquetWriter(file, schema) as writer:
+    with pq.ParquetWriter(draft, schema) as writer:
         for start in range(0, len(index), _BLOCK):
             flat = pa.array(index.vectors(start, start + _BLOCK).astype(np.float32).ravel())
             paths = [path.encode("utf-8", "replace").decode() for path in index.paths[start : start + _BLOCK]]
             vectors = pa.FixedSizeListArray.from_arrays(flat, width)
             writer.write_table(pa.Table.from_arrays([pa.array(paths), vectors], schema=schema))
+    draft.replace(file)
