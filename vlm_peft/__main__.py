@@ -415,29 +415,27 @@ def demo(options: argparse.Namespace) -> int:
     import torch
 
     from .commands.classify import is_clip
+    from .commands.search import open_index
+    from .commands.web_demo import ClipAnswers, FolderSearch, PictureAnswers, find_examples, make_page, serve_page
     from .contrastive.folder import load_clip
 
     _quiet_loading()
     paths = _searched(options.search) if options.search else []
-    of_clip = is_clip(options.model)
-    encoder = None
-    if of_clip:
+    answers: ClipAnswers | PictureAnswers
+    if is_clip(options.model):
         folder = Path(options.model).expanduser()
         encoder = load_clip(options.model, base=options.vision, device=_device(options))
+        answers = ClipAnswers(encoder)
     else:
         # The projector that the adapter replaces is drawn anew on every load; the page shows the same one every time.
         torch.manual_seed(0)
         folder, model, processor, settings = _load(options)
+        answers = PictureAnswers(model, processor, settings)
         if paths:
             encoder = load_clip(options.clip, device=_device(options))
-
-    from .commands.search import open_index
-    from .commands.web_demo import ClipAnswers, FolderSearch, PictureAnswers, find_examples, make_page, serve_page
-
     search = None
-    if encoder is not None and paths:
+    if paths:
         search = FolderSearch(encoder, open_index(encoder, options.search, paths, options.index, 64), options.search)
-    answers = PictureAnswers(model, processor, settings) if not of_clip else ClipAnswers(encoder)
     page = make_page(answers, folder.resolve().name, find_examples(folder), search)
     serve_page(page, options.host, options.port, options.share)
     return 0
