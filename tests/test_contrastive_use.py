@@ -2,7 +2,10 @@
 
 import json
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,8 +15,11 @@ from conftest import ROOT
 from PIL import Image
 from tiny_clips import COLORS, SIDE, save_tiny
 
+from vlm_peft import VisionQwen
 from vlm_peft.__main__ import main
+from vlm_peft.adapters.loading import load_model
 from vlm_peft.commands.evaluate_clip import main as evaluate_clip
+from vlm_peft.contrastive import search
 from vlm_peft.contrastive.arguments import parse_arguments
 from vlm_peft.contrastive.features import PictureVectors
 from vlm_peft.contrastive.few_shot import (
@@ -26,6 +32,8 @@ from vlm_peft.contrastive.few_shot import (
 )
 from vlm_peft.contrastive.folder import load_clip
 from vlm_peft.contrastive.search import PictureIndex, index_pictures
+from vlm_peft.data.pictures import open_picture
+from vlm_peft.evaluation.choices import picture_class_probabilities
 from vlm_peft.metrics.classification import classification_scores
 from vlm_peft.metrics.retrieval import retrieval_ranks, retrieval_scores
 
@@ -252,6 +260,131 @@ def test_classify_as_a_user_runs_it(clip, album, capsys):
     assert "every label once, got 'cat'" in capsys.readouterr().err
     assert main(["classify", str(ROOT / "recipes/demo/qwen3"), str(album), "--labels", "cat", "dog"]) == 2
     assert "expected a CLIP or SigLIP" in capsys.readouterr().err
+
+
+def test_a_captioner_classifies_with_the_same_output(adapter, clip, album, tmp_path, capsys):
+    model, processor = load_model(adapter)
+    asked = ["--labels", "red", "blue", "--instruction", "Which?", "--batch_size", "3"]
+    (album / "broken.png").write_bytes(b"no picture")
+    assert main(["classify", str(adapter), str(album), *asked]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(line["image"]).name for line in lines] == sorted(path.name for path in album.iterdir())
+    good = [line for line in lines if "error" not in line]
+    assert len(good) == len(lines) - 1
+    pictures = [open_picture(line["image"]) for line in good]
+    expected = picture_class_probabilities(model, processor, pictures, ["red", "blue"], "Which?").tolist()
+    for line, row in zip(good, expected, strict=True):
+        assert list(line["probabilities"].values()) == pytest.approx(row, abs=2e-6)
+        assert line["probability"] == line["probabilities"][line["label"]] == max(line["probabilities"].values())
+    # A full save answers as its adapter does.
+    VisionQwen.from_adapter(adapter, merge=True).save_pretrained(tmp_path / "full")
+    processor.save_pretrained(tmp_path / "full")
+    assert main(["classify", str(tmp_path / "full"), good[0]["image"], *asked]) == 0
+    assert json.loads(capsys.readouterr().out)["probabilities"] == pytest.approx(good[0]["probabilities"], abs=1e-4)
+    for arguments, told in (
+        ([str(adapter), str(album), "--labels", "a", "b", "--templates", "a {}"], "--templates are for a CLIP"),
+        ([str(clip), str(album), *asked], "--instruction is for a VisionQwen"),
+        ([str(adapter), str(album), "--labels", "a", "a"], "every label once, got 'a'"),
+        ([str(adapter), str(album), "--labels", "a", " "], "labels of at least a letter"),
+    ):
+        assert main(["classify", *arguments]) == 2
+        assert told in capsys.readouterr().err
+
+
+def test_odd_file_names_are_paths_and_shown_on_one_line(clip, tmp_path, capsys, monkeypatch):
+    """What looks like base64 text, an option, markup or a second line; and bytes that are no text."""
+    monkeypatch.chdir(tmp_path)
+    names = ["iVBORw0KGgo.png", "data:x.png", "--labels.png", "<b>.png", "a\nb.png", "\x1b[31m.png", "g\udcff.png"]
+    for number, name in enumerate(names):
+        Image.new("RGB", (SIDE, SIDE), (number, 9, 9)).save(tmp_path / name)
+    arguments = [
+        "search",
+        ".",
+        "red",
+        "--model",
+        str(clip),
+        "--index",
+        str(tmp_path / "index"),
+        "--export",
+        "x.parquet",
+    ]
+    assert main([*arguments, "--html", "found.html"]) == 0
+    told = capsys.readouterr()
+    assert told.err == f"Encoded {len(names)} of {len(names)} pictures.\n"
+    lines = told.out.splitlines()
+    assert len(lines) == len(names)
+    assert all(line.isprintable() for line in lines)
+    assert any(line.endswith(' "a\\nb.png"') for line in lines)
+    assert (tmp_path / "found.html").read_text().count("<img") == len(names)
+    assert "&lt;b&gt;.png" in (tmp_path / "found.html").read_text()
+    assert len(pq.read_table("x.parquet")) == len(names)
+    assert main([*arguments, "--json"]) == 0
+    found = {json.loads(line)["image"] for line in capsys.readouterr().out.splitlines()}
+    assert found == set(names)
+    assert main(["classify", str(clip), ".", "--labels", "cat", "dog"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line["image"] for line in lines} == set(names)
+
+
+def test_a_picture_that_changes_while_it_is_read_gets_no_vector(clip, album, tmp_path, monkeypatch):
+    encoder, changed = load_clip(clip), album / "red.png"
+    real = search.encode_missing
+
+    def late(*arguments, **options):
+        Image.new("RGB", (SIDE, SIDE), "black").save(changed)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(search, "encode_missing", late)
+    paths = sorted(map(str, album.glob("*.png")))
+    index, problems, encoded = index_pictures(encoder, album, paths, directory=tmp_path / "index")
+    assert (len(index), encoded) == (7, 7)
+    assert problems == {str(changed): "It changed while it was read: search again."}
+    monkeypatch.undo()
+    # Gone since it was listed; damaged memory of earlier looks costs one more look.
+    changed.unlink()
+    for file in (tmp_path / "index").rglob("files-*.json"):
+        file.write_text("{")
+    index, problems, encoded = index_pictures(encoder, album, paths, directory=tmp_path / "index")
+    assert (len(index), encoded) == (7, 0)
+    assert "No such file" in problems[str(changed)]
+
+
+def test_an_index_that_was_killed_goes_on(clip, tmp_path):
+    folder = tmp_path / "many"
+    folder.mkdir()
+    for number in range(40):
+        Image.new("RGB", (SIDE, SIDE), (number, 99, 99)).save(folder / f"{number:02}.png")
+    build = f"""
+import os, signal, sys
+from vlm_peft.contrastive import features
+from vlm_peft.__main__ import main
+features._BATCH = 16
+add = features.PictureVectors.add
+def half(store, hashes, vectors):
+    if store.rows():
+        # The vectors are written, and of the hashes a part.
+        with (store.folder / "vectors.f16").open("ab") as file:
+            file.write(vectors.astype("float16").tobytes())
+        with (store.folder / "hashes.txt").open("ab") as file:
+            file.write(hashes[0].encode() + b"\\n" + hashes[1].encode()[:7])
+        os.kill(os.getpid(), signal.SIGKILL)
+    add(store, hashes, vectors)
+features.PictureVectors.add = half
+main(["search", {str(folder)!r}, "red", "--model", {str(clip)!r}, "--index", {str(tmp_path / "index")!r}])
+"""
+    assert subprocess.run([sys.executable, "-c", build], capture_output=True).returncode == -9
+    encoder, paths = load_clip(clip), sorted(map(str, folder.iterdir()))
+    index, problems, encoded = index_pictures(encoder, folder, paths, directory=tmp_path / "index")
+    # 16 were kept, and the one whose line was whole.
+    assert (len(index), problems, encoded) == (40, {}, 23)
+    expected = encoder.embed_pictures([Image.open(path) for path in paths])
+    np.testing.assert_allclose(index.vectors().astype(np.float32), expected, atol=1e-3)
+
+
+def test_a_label_that_would_be_cut_is_named(clip):
+    encoder = load_clip(clip)
+    with pytest.raises(ValueError, match=r"The label 'red red.*longer than the 24 tokens"):
+        encoder.embed_classes(["cat", "red " * 30], ["{}"])
 
 
 def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsys):

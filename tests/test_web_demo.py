@@ -16,11 +16,23 @@ from urllib.parse import quote
 import pytest
 import torch
 from PIL import Image
+from tiny_clips import save_tiny
 
 from vlm_peft import VisionQwen, __main__
 from vlm_peft.adapters.loading import load_model
-from vlm_peft.commands.web_demo import MAX_EXAMPLES, MAX_UPLOAD, PictureAnswers, find_examples, make_page
+from vlm_peft.commands import web_demo
+from vlm_peft.commands.web_demo import (
+    MAX_EXAMPLES,
+    MAX_UPLOAD,
+    ClipAnswers,
+    PictureAnswers,
+    find_examples,
+    make_page,
+    typed_labels,
+)
+from vlm_peft.contrastive.folder import load_clip
 from vlm_peft.data.pictures import UnreadablePictureError, open_picture
+from vlm_peft.evaluation.choices import picture_class_probabilities
 from vlm_peft.evaluation.generation import generate_texts
 from vlm_peft.tasks import TaskSettings
 from vlm_peft.tasks.example import picture_turn
@@ -93,6 +105,70 @@ def test_bases_are_named_without_the_folders_of_this_machine(trained):
     assert parts == "Fine-tuned with vlm_peft from the encoder clip and the decoder qwen3."
 
 
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def album(tmp_path, picture):
+    """A folder with a picture whose name is markup, and with one that is none."""
+    folder = tmp_path / "album"
+    folder.mkdir()
+    (folder / "<b>red.png").write_bytes(picture.read_bytes())
+    Image.new("RGB", (8, 8), "blue").save(folder / "blue.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_labels_are_typed_in_with_commas_or_one_a_line():
+    assert typed_labels(" cat, dog,,") == ["cat", "dog"]
+    assert typed_labels("a cat, black\n a dog \n") == ["a cat, black", "a dog"]
+    assert typed_labels(" ") == []
+
+
+def test_labels_get_the_probabilities_of_answers(trained, picture):
+    model, processor = trained
+    answers = PictureAnswers(model, processor, SETTINGS)
+    found = answers.classify(picture, ["red", "blue"])
+    expected = picture_class_probabilities(
+        model, processor, [open_picture(picture)], ["red", "blue"], "Say what you see."
+    )
+    assert found == dict(zip(("red", "blue"), expected[0].tolist(), strict=True))
+    for labels, said in ((["red"], "at least two labels"), (["red", "red"], "every label once")):
+        with pytest.raises(ValueError, match=said):
+            answers.classify(picture, labels)
+
+
+def test_labels_get_those_of_a_clip(clip, picture):
+    encoder = load_clip(clip)
+    found = ClipAnswers(encoder).classify(picture, ["red", "blue"], "a {} thing")
+    classes = encoder.embed_classes(["red", "blue"], ["a {} thing"])
+    expected = encoder.probabilities(encoder.embed_pictures([open_picture(picture)]), classes)[0]
+    assert list(found.values()) == pytest.approx(expected.tolist())
+    with pytest.raises(ValueError, match=r"templates with \{\} where the label goes"):
+        ClipAnswers(encoder).classify(picture, ["red", "blue"], "a thing")
+
+
+def tabs(page) -> list[str]:
+    return [part["props"]["label"] for part in page.get_config_file()["components"] if part["type"] == "tabitem"]
+
+
+def test_a_page_has_the_tabs_that_its_model_can_fill(trained, clip, album, monkeypatch, capsys, tmp_path):
+    assert tabs(make_page(PictureAnswers(*trained, SETTINGS), "title", [])) == ["Describe", "Classify"]
+    pages = []
+    monkeypatch.setattr(web_demo, "serve_page", lambda page, *address: pages.append(page))
+    assert __main__.main(["demo", str(clip)]) == 0
+    assert __main__.main(["demo", str(clip), "--search", str(album), "--index", str(tmp_path / "index")]) == 0
+    assert [tabs(page) for page in pages] == [["Classify"], ["Classify", "Search"]]
+    assert f"{album / 'broken.png'}: Cannot read the picture" in capsys.readouterr().err
+    shown = json.dumps(pages[1].get_config_file())
+    assert "2 pictures of the folder album" in shown
+    assert str(tmp_path) not in shown
+    assert __main__.main(["demo", str(clip), "--search", str(tmp_path / "nowhere")]) == 2
+    assert "Expected a folder of pictures" in capsys.readouterr().err
+
+
 def save_run(folder, picture, splits: dict[str, list[dict]]) -> None:
     """A run's folder with predictions and a thumbnail for each row."""
     for split, rows in splits.items():
@@ -153,15 +229,16 @@ def upload(address: str, content: bytes) -> dict:
     return {"path": stored, "meta": META}
 
 
-def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained, picture, tmp_path):
+def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained, picture, clip, album, tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    searched = ["--search", album, "--clip", clip, "--index", tmp_path / "index"]
     folder = tmp_path / "mine"
     folder.symlink_to(adapter, target_is_directory=True)
     with open(tmp_path / "out", "w") as out, open(tmp_path / "err", "w") as err:
         server = subprocess.Popen(
-            [sys.executable, "-m", "vlm_peft", "demo", folder, "--port", str(port)],
+            [sys.executable, "-m", "vlm_peft", "demo", folder, "--port", str(port), *searched],
             stdout=out,
             stderr=err,
             env={**os.environ, "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1", "GRADIO_TEMP_DIR": str(tmp_path)},
@@ -184,11 +261,14 @@ def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained,
         assert not [source for source in sources if re.match(r"(https?:)?//", source)]
         assert json.loads(fetch_text(f"{address}/config"))["analytics_enabled"] is False
 
-        def said(file: dict | None, question: str) -> tuple[str, str]:
+        def called(name: str, *data) -> tuple[str, str]:
             """The last event of an answer, and its data."""
-            call = f"{address}/gradio_api/call/answer"
-            event = json.loads(fetch_text(call, {"data": [file, question]}))["event_id"]
+            call = f"{address}/gradio_api/call/{name}"
+            event = json.loads(fetch_text(call, {"data": data}))["event_id"]
             return re.findall(r"event: (\w+)\ndata: (.*)\n", fetch_text(f"{call}/{event}"))[-1]
+
+        def said(file: dict | None, question: str) -> tuple[str, str]:
+            return called("answer", file, question)
 
         kind, answer = said(upload(address, picture.read_bytes()), "What is it?")
         assert kind == "complete"
@@ -201,6 +281,20 @@ def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained,
             kind, data = said(file, "")
             assert kind == "error"
             assert message in data
+        kind, shares = called("classify", upload(address, picture.read_bytes()), "red, blue")
+        assert kind == "complete"
+        for file, labels, message in (
+            (None, "red, blue", "Choose a picture first"),
+            (upload(address, EPS), "red, blue", "Cannot read the picture"),
+            (upload(address, picture.read_bytes()), "red", "at least two labels"),
+        ):
+            kind, data = called("classify", file, labels)
+            assert kind == "error"
+            assert message in data
+        kind, found = called("search", "red")
+        assert kind == "complete"
+        kind, data = called("search", " ")
+        assert (kind, "Expected a text to search for" in data) == ("error", True)
         with pytest.raises(urllib.error.HTTPError) as caught:
             upload(address, bytes(MAX_UPLOAD + 1))
         assert caught.value.code == 413
@@ -208,7 +302,17 @@ def test_the_page_answers_over_http_and_names_no_other_machine(adapter, trained,
     finally:
         server.send_signal(signal.SIGINT)
         status = server.wait(60)
-    assert (status, (tmp_path / "err").read_text()) == (130, "")
+    told = (tmp_path / "err").read_text()
+    assert status == 130
+    assert re.sub(r"(?<=: ).*", "", told) == f"{album / 'broken.png'}: \nEncoded 2 of 2 pictures.\n"
+    # Names of files are text, and where the folder lies is not said.
+    (cards,) = json.loads(found)
+    assert cards.count("<img") == 2
+    assert "&lt;b&gt;red.png" in cards
+    assert str(tmp_path) not in cards
+    expected_shares = PictureAnswers(*trained, SETTINGS).classify(picture, ["red", "blue"])
+    confidences = {each["label"]: each["confidence"] for each in json.loads(shares)[0]["confidences"]}
+    assert confidences == pytest.approx(expected_shares, abs=1e-5)
     model, processor = trained
     with model.disable_adapter():
         before = expected(model, processor, picture, "What is it?")

@@ -137,7 +137,9 @@ def _few_shot(
             for share, found in between.get(f"zero_shot {name}", {}).items()
         ]
         shots = sorted({row["shots"] for row in rows} - {0})
-        lines = [(f"{name}: acc1, n={len(tests[name][1])}", *(f"{count} shots" for count in shots))]
+        lines = [
+            (f"{name}: acc1, n={len(tests[name][1])}", *(f"{count} shot{'' if count == 1 else 's'}" for count in shots))
+        ]
         for head in dict.fromkeys(row["head"] for row in rows):
             cells = {row["shots"]: f"{row['acc1']:.3f} ±{row['deviation']:.3f}" for row in rows if row["head"] == head}
             lines.append((head, *(cells.get(count, cells.get(0, "")) for count in shots)))
