@@ -165,6 +165,8 @@ def test_a_page_has_the_tabs_that_its_model_can_fill(trained, clip, album, monke
     shown = json.dumps(pages[1].get_config_file())
     assert "2 pictures of the folder album" in shown
     assert str(tmp_path) not in shown
+    # In a browser a label without a value ends the page's program.
+    assert "() => null" not in shown
     assert __main__.main(["demo", str(clip), "--search", str(tmp_path / "nowhere")]) == 2
     assert "Expected a folder of pictures" in capsys.readouterr().err
 

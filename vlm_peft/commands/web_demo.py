@@ -152,8 +152,7 @@ class ClipAnswers:
     @property
     def parts(self) -> str:
         """What the model was made of, without the folders of this machine."""
-        name = _public_name(self._encoder.config.base_name_or_path)
-        return f"A {self._encoder.config.model_type} model, {name} or fine-tuned from it."
+        return f"Compares pictures with texts; made from {_public_name(self._encoder.config.base_name_or_path)}."
 
     def classify(self, picture: str | Path, labels: Sequence[str], template: str = TEMPLATE) -> dict[str, float]:
         """The probability of each label, see [`~vlm_peft.commands.classify.by_clip`].
@@ -339,7 +338,8 @@ def _classify_tab(answers: PictureAnswers | ClipAnswers, examples: list[str]) ->
         with gradio.Column():
             shares = gradio.Label(label="Probabilities", num_top_classes=2 * MOST_CLASSES)
     choosing.click(classify, inputs, [shares], api_name="classify")
-    picture.change(js="() => null", outputs=[shares], api_visibility="private")
+    # Null would stop the page's program: Gradio's labels read a field of it.
+    picture.change(js="() => ({})", outputs=[shares], api_visibility="private")
     if examples:
         gradio.Examples(
             [[example] for example in examples],
