@@ -20,6 +20,7 @@ from vlm_peft.__main__ import main
 from vlm_peft.adapters.loading import load_model
 from vlm_peft.commands.evaluate_clip import main as evaluate_clip
 from vlm_peft.contrastive import search
+from vlm_peft.contrastive.adapt import Tuning, adapt
 from vlm_peft.contrastive.arguments import parse_arguments
 from vlm_peft.contrastive.features import PictureVectors
 from vlm_peft.contrastive.few_shot import (
@@ -30,7 +31,7 @@ from vlm_peft.contrastive.few_shot import (
     read_zhou_split,
     tip_adapter,
 )
-from vlm_peft.contrastive.folder import load_clip
+from vlm_peft.contrastive.folder import load_clip, save_clip
 from vlm_peft.contrastive.search import PictureIndex, index_pictures
 from vlm_peft.data.pictures import open_picture
 from vlm_peft.evaluation.choices import picture_class_probabilities
@@ -430,6 +431,38 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     before = json.loads((output / "eval" / f"retrieval-{name}-before" / "scores.json").read_text())
     assert table["0"] == pytest.approx(before["metrics"])
     assert table["1"] == pytest.approx(scores["metrics"])
+
+
+def test_a_clip_that_others_could_not_load_is_refused_before_training(clip, album, tmp_path, monkeypatch):
+    from vlm_peft.contrastive.fine_tune import main as fine_tune
+
+    monkeypatch.setattr("vlm_peft.hub.access.get_token", lambda: None)
+    data = ["--dataset_name", str(album), "--clip_model", str(clip), "--use_cpu", "true", "--report_to", "none"]
+    data += ["--output_dir", str(tmp_path / "run"), "--push_to_hub", "true", "--hub_model_id", "me/run"]
+    with pytest.raises(ValueError, match=r"encoder is the local folder .*clip0, .* its id \(vision="):
+        fine_tune(data)
+    # A merged one needs no base.
+    with pytest.raises(OSError, match="Nothing is pushed to the repository me/run without an access token"):
+        fine_tune([*data, "--merge", "true"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_is_trained_on_a_plain_checkpoint_only(clip, album, tmp_path):
+    from vlm_peft.contrastive.fine_tune import main as fine_tune
+
+    encoder = load_clip(clip)
+    encoder.clip = adapt(encoder.clip, Tuning())
+    save_clip(encoder, tmp_path / "adapter")
+    data = ["--dataset_name", str(album), "--use_cpu", "true", "--report_to", "none", "--output_dir", str(tmp_path)]
+    with pytest.raises(ValueError, match=r"is an adapter, .* `vlm-peft export .* FOLDER --to merged`"):
+        fine_tune([*data, "--clip_model", str(tmp_path / "adapter")])
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--to", "merged"]) == 0
+    plain = load_clip(tmp_path / "plain")
+    torch.testing.assert_close(plain.embed_texts(["red"]), encoder.eval().embed_texts(["red"]))
+    for arguments in (["--to", "llava"], ["--to", "merged", "--scale", "0.5"]):
+        assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "other"), *arguments]) == 2
+    # What is there already is not replaced.
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "plain"), "--to", "merged"]) == 2
 
 
 def test_options_that_are_none_are_named():

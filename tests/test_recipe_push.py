@@ -1,5 +1,6 @@
-"""The recipe with --push_to_hub: bases from the Hub, one push at the end, and the token nowhere."""
+"""The recipes with --push_to_hub: bases from the Hub, one push at the end, and the token nowhere."""
 
+import json
 import subprocess
 import sys
 
@@ -7,6 +8,8 @@ import pytest
 from conftest import ROOT
 from hub_client import IDS, environment
 from hub_server import OWNER, serve
+from tiny_clips import save_tiny
+from yaml import safe_load
 
 OPTIONS = """\
 stored_split: test
@@ -66,3 +69,77 @@ def test_what_would_stop_the_push_stops_the_run_before_training(server, tmp_path
     assert status == 2
     assert "token" in log.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+# In one process, as loading torch takes most of the time.
+USE_A_CLIP = """
+import sys, torch
+from PIL import Image
+from transformers import AutoModel, AutoProcessor
+from vlm_peft.__main__ import main
+from vlm_peft.contrastive.folder import load_clip
+from vlm_peft.contrastive.fine_tune import main as fine_tune
+data, model, token = sys.argv[1:]
+texts, picture = ["a red wall", "two"], [Image.new("RGB", (8, 8), "red")]
+assert fine_tune(
+    ["--dataset_name", data, "--stored_split", "test", "--split_column", "split", "--clip_model", model]
+    + ["--max_steps", "1", "--save_steps", "1", "--use_cpu", "true", "--report_to", "none", "--output_dir", "out"]
+    + ["--push_to_hub", "true", "--hub_model_id", "me/clip", "--hub_token", token, "--long_texts", "cut"]
+) == 0
+here, pulled = load_clip("out"), load_clip("me/clip")
+assert torch.equal(here.embed_texts(texts), pulled.embed_texts(texts))
+assert torch.equal(here.embed_pictures(picture), pulled.embed_pictures(picture))
+assert main(["export", "me/clip", "bare", "--to", "merged"]) == 0
+assert main(["export", "out", "merged", "--to", "merged"]) == 0
+assert main(["push", "bare", "me/bare"]) == 2
+assert main(["push", "merged", "me/merged"]) == 0
+assert main(["push", "merged", "me/merged", "--vision", model]) == 2
+stock = AutoModel.from_pretrained("me/merged")
+inputs = AutoProcessor.from_pretrained("me/merged").image_processor(picture, return_tensors="pt")
+found = torch.nn.functional.normalize(stock.get_image_features(**inputs).pooler_output)
+torch.testing.assert_close(found, here.embed_pictures(picture), rtol=1e-4, atol=1e-5)
+"""
+
+
+def test_a_clip_is_pushed_and_found_again_as_adapter_and_merged(tmp_path, flickr):
+    base = save_tiny(tmp_path / "base")
+    (tmp_path / "home").mkdir()
+    with serve() as server:
+        server.add("tiny/dual", {path.name: path.read_bytes() for path in base.iterdir()})
+        known = environment(server, tmp_path, HF_TOKEN=OWNER)
+        command = [sys.executable, "-c", USE_A_CLIP, str(flickr), "tiny/dual", OWNER]
+        ended = subprocess.run(command, cwd=tmp_path, env=known, capture_output=True, text=True, timeout=600)
+        repos = dict(server.repos)
+    told = ended.stdout + ended.stderr
+    assert ended.returncode == 0, told
+    assert OWNER not in told
+    assert "is no complete merged CLIP: README.md missing" in ended.stderr
+    assert "The model has no encoder as its base: leave --vision out." in ended.stderr
+    for file in (tmp_path / "out").rglob("*"):
+        assert not file.is_file() or OWNER.encode() not in file.read_bytes(), file
+    adapter, merged = repos["model", "me/clip"], repos["model", "me/merged"]
+    assert len(adapter.history) == len(merged.history) == 1
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()
+    assert not [name for name in {*adapter.files, *merged.files} if "checkpoint" in name or name.endswith(".pt")]
+    assert {"adapter_model.safetensors", "eval/retrieval-test/scores.json"} <= set(adapter.files)
+    assert {"model.safetensors", "eval/retrieval-test/scores.json"} <= set(merged.files)
+    assert not [name for name in merged.files if name.startswith("adapter_")]
+    config = json.loads(adapter.files["config.json"])
+    assert (config["base_name_or_path"], "base_name_or_path" in json.loads(merged.files["config.json"])) == (
+        "tiny/dual",
+        False,
+    )
+    cards = {name: repos["model", f"me/{name}"].files["README.md"].decode() for name in ("clip", "merged")}
+    fronts = {name: safe_load(card.split("---")[1]) for name, card in cards.items()}
+    assert {name: front["base_model_relation"] for name, front in fronts.items()} == {
+        "clip": "adapter",
+        "merged": "finetune",
+    }
+    assert all(front["base_model"] in ("tiny/dual", ["tiny/dual"]) for front in fronts.values())
+    assert 'load_clip("me/clip")' in cards["clip"]
+    assert 'AutoModel.from_pretrained("me/merged")' in cards["merged"]
+    assert "image\\_retrieval" not in cards["clip"]
+    assert "| retrieval-test | retrieval | image_retrieval_recall@1 |" in cards["merged"]
+    for repo in (adapter, merged):
+        for name, content in repo.files.items():
+            assert str(tmp_path).encode() not in content, name

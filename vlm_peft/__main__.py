@@ -117,7 +117,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("--revision", help="of a Hub id: branch, tag or commit (default: main)")
 
     add = command(push, "an adapter folder to the Hub").add_argument
-    add("model", metavar="folder", type=Path, help="adapter folder")
+    add("model", metavar="folder", type=Path, help="adapter folder, or a CLIP's merged one")
     add("repository", help="owner/name, or a name under your own user")
     add("--private", action=argparse.BooleanOptionalAction, help="of a new repository (default: the owner's default)")
     add("--revision", help="branch that is there already (default: main)")
@@ -469,12 +469,15 @@ def export(options: argparse.Namespace) -> int:
 
     _quiet_loading()
     if is_clip(options.model):
+        from .contrastive.card import describe_merged
         from .contrastive.folder import save_merged
 
         if options.to != "merged" or options.text or options.dtype or options.scale is not None:
             raise ValueError(f"{options.model} is a CLIP: expected --to merged, without --text, --scale and --dtype.")
         exporting.check_output(options.output)
-        print(f"Written: {save_merged(options.model, options.output, base=options.vision)}")
+        written = save_merged(options.model, options.output, base=options.vision)
+        describe_merged(options.model, written)
+        print(f"Written: {written}")
         return 0
     write = exporting.export_llava if options.to == "llava" else exporting.export_merged
     dtype = getattr(torch, options.dtype) if options.dtype else None
@@ -502,15 +505,16 @@ def push(options: argparse.Namespace) -> int:
     """Pushes an adapter folder to the Hub in one commit, with its card and scores, without local paths.
 
     Needs a token with write permission: `hf auth login`, or HF_TOKEN. Bases that lie in local folders need their Hub
-    ids: --vision and --text.
+    ids: --vision and --text; a CLIP's adapter has the first one only, and its merged checkpoint none.
     """
-    from .hub.models import push_adapter
+    from .contrastive.card import clip_card_for_others
+    from .hub.models import is_clip_folder, push_adapter
     from .report.model_card import card_for_others
 
     address = push_adapter(
         options.model,
         options.repository,
-        card=card_for_others,
+        card=clip_card_for_others if is_clip_folder(options.model) else card_for_others,
         private=options.private,
         revision=options.revision,
         vision=options.vision,

@@ -24,7 +24,7 @@ CARD = "---\nconfigs:\n  - config_name: default\n    data_files:\n"
 
 
 def cut(scene: Image.Image, box: list[int]) -> bytes:
-    """A square around a box [x, y, width, height], as lossless WebP of 64 x 64; beyond the scene lies its background."""
+    """A square around a box [x, y, width, height], as lossless WebP of 64 x 64; beyond the scene is its background."""
     x, y, width, height = box
     half = round(max(width, height) * (1 + MARGIN) / 2)
     left, top = x + width // 2 - half, y + height // 2 - half

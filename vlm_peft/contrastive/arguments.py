@@ -70,7 +70,11 @@ class ClipArguments(DataArguments):
     )
     eval_batch_size: int = field(default=64, metadata={"help": "Pictures at a time in the evaluation."})
     merge: bool = field(
-        default=False, metadata={"help": "Also write OUTPUT_DIR/merged, a plain checkpoint for stock transformers."}
+        default=False,
+        metadata={
+            "help": "Also write OUTPUT_DIR/merged, a plain checkpoint for stock transformers; --push_to_hub then "
+            "pushes that one."
+        },
     )
 
     @property
@@ -154,8 +158,6 @@ def parse_arguments(
             raise ValueError(f"--{lacking} is missing; give it on the command line or in the --config file.")
         if options.train_on == "labels" and options.label_column is None:
             raise ValueError("--train_on labels needs --label_column, the column with the class.")
-        if training.push_to_hub:
-            raise ValueError("--push_to_hub does not take a CLIP: push its folder with `hf upload` after the run.")
     except ValueError as error:
         raise SystemExit(f"{program}: {error}") from error
     # Batches hold texts and pictures under names that no model's forward has.

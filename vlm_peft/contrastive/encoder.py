@@ -14,8 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from ..data.pictures import open_picture
+from ..hub.models import CLIP_TYPES
 
-MODEL_TYPES = ("clip", "siglip", "siglip2")
+MODEL_TYPES = CLIP_TYPES
 """`config.model_type` of what can be trained."""
 
 

@@ -22,6 +22,7 @@ from ..console import table
 from ..data.leakage import check_overlap
 from ..data.splits import content_hash
 from ..evaluation.records import write_text
+from ..hub.models import push_adapter
 from ..report.gallery import choose_gallery, save_gallery_pictures
 from ..report.report import build_report
 from ..training import run as phases
@@ -29,7 +30,7 @@ from ..training.checkpoints import RUN_FILE
 from ..training.run import Run
 from .adapt import adapt, tuning_table
 from .arguments import ClipArguments, parse_arguments
-from .card import write_clip_card
+from .card import clip_card_for_others, describe_merged, write_clip_card
 from .encoder import DualEncoder
 from .evaluate import embed_split, evaluate_all, file_name, write_evaluated
 from .features import vectors_folder
@@ -62,7 +63,12 @@ def main(
     options, training = parse_arguments(
         list(arguments), program=program, description="Fine-tune a CLIP or SigLIP on pictures with texts."
     )
-    run = Run(options, training, SimpleNamespace(), command=" ".join([command or program, *arguments]), started=started)
+    # A merged CLIP needs no base to be loaded; an adapter does.
+    pushed: dict[str, Any] = {"config": {"model_type": "clip"}}
+    if not options.merge:
+        pushed = {"config": {"model_type": "clip", "base_name_or_path": None}, "vision": options.clip_model}
+    command = " ".join([command or program, *arguments])
+    run = Run(options, training, SimpleNamespace(), command=command, started=started, pushed=pushed)
     run.compare(_record(options, training))
     if is_adapter_folder(str(options.clip_model)):
         # What it adds to its base rounds differently elsewhere, so that no fingerprint would hold.
@@ -254,7 +260,7 @@ def load_checked(run: Run, trained: DualEncoder, pairs: Pairs) -> DualEncoder:
 
 
 def finish(run: Run, trainer: ContrastiveTrainer, pairs: Pairs, held_out: dict[str, Pairs]) -> None:
-    """Writes summary, card and report, and says where everything is."""
+    """Writes summary, card and report, says where everything is, and pushes it if asked to."""
     run.seconds["total"] = time.monotonic() - run.started
     parts = tuning_table(trainer.accelerator.unwrap_model(trainer.model).clip)
     splits = {"train": pairs, **held_out}
@@ -294,11 +300,17 @@ def finish(run: Run, trainer: ContrastiveTrainer, pairs: Pairs, held_out: dict[s
             found = {each: _opened(part, row) for row, each in enumerate(part.ids) if each in wanted}
             save_gallery_pictures(run.output_dir, name, found)
     write_clip_card(run.output_dir)
+    merged = run.output_dir / "merged"
+    if run.vision.merge:
+        describe_merged(run.output_dir, merged)
     report = build_report(run.output_dir)
     run.say(
         f"\nadapter  {run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
         f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
     )
+    if run.push is not None:
+        folder = merged if run.vision.merge else run.output_dir
+        run.say(f"pushed   {push_adapter(folder, card=clip_card_for_others, **run.push)}")
 
 
 def _opened(part: Pairs, row: int) -> Any:

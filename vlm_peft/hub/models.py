@@ -63,8 +63,12 @@ FULL_SAVE_FILES = ("generation_config.json", "model.safetensors", "model-*.safet
 MEASURED_FILES = ("run_summary.json", "eval/*/scores.json", "eval/*/predictions.jsonl")
 """What the card's figures rest on; pushed, with the pictures that the card shows, but not needed to load."""
 
+CLIP_TYPES = ("clip", "siglip", "siglip2")
+"""`config.model_type` of models with two towers: an adapter of one has one base, the encoder; a merged one has none."""
+
 _PICTURES = (".webp", ".png", ".jpg", ".jpeg")
 _NAMES = {"vision": "encoder", "text": "decoder"}
+_WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,8 @@ class Published:
 
     @property
     def base_model(self) -> list[str]:
-        """As a card's metadata name the bases."""
-        return [self.bases["text"], self.bases["vision"]]
+        """As a card's metadata name the bases; of a merged CLIP there are none."""
+        return [self.bases[part] for part in ("text", "vision") if part in self.bases]
 
     def summary(self, recorded: dict[str, Any]) -> dict[str, Any]:
         """What `run_summary.json` holds, with ids in place of local names."""
@@ -107,15 +111,15 @@ def push_adapter(
     vision: str | None = None,
     text: str | None = None,
 ) -> str:
-    """Pushes a complete adapter folder in one commit: others see the old version or the whole new one.
+    """Pushes an adapter folder or a merged CLIP in one commit: others see the old version or the whole new one.
 
     The repository is made when it is not there. Files of an earlier push that are no longer part of the folder are
     removed in the same commit; other files are left alone. Nothing in the folder itself is changed.
 
     Args:
-        folder (`str` or `Path`): An adapter folder with its card and processor.
+        folder (`str` or `Path`): An adapter folder with its card and processor; or a CLIP's `merged` folder.
         repo_id (`str`): `owner/name`, or a name under the token's user.
-        card (`Callable`): Makes the card for others: `report.model_card.card_for_others`.
+        card (`Callable`): Makes the card for others: that of `report.model_card` or of `contrastive.card`.
         private (`bool`, *optional*): Visibility of a new repository; the owner's default when left out.
         revision (`str`, *optional*): Branch that is there already; `main` by default.
         token (`str`, *optional*): With write permission; the one of `hf auth login` or `HF_TOKEN` by default.
@@ -147,6 +151,8 @@ def push_adapter(
     contents = _for_others(folder, files, Published(repo_id, bases, revisions, licences), card)
     refuse_secrets(contents, token)
     stale = [*NEEDED_FILES, *LOADED_FILES, *MEASURED_FILES, *(f"eval/*/pictures/*{suffix}" for suffix in _PICTURES)]
+    # An adapter may follow a merged CLIP in its repository.
+    stale += FULL_SAVE_FILES if config.get("model_type") in CLIP_TYPES else ()
     with one_line_errors(repo_id, token, revision):
         return commit(api, repo_id, "model", contents, stale, private, revision, head)
 
@@ -159,12 +165,14 @@ def check_push(
     token: str | None = None,
     vision: str | None = None,
     text: str | None = None,
+    config: dict[str, Any] | None = None,
 ) -> None:
     """Finds out before a training what would stop its push: the name, the token, the bases, the repository.
 
     Args:
         repo_id, private, revision, token: See [`push_adapter`].
         vision, text (`str`, *optional*): Names of the bases that will be trained on.
+        config (`dict`, *optional*): What is known of the configuration that will be saved; see [`base_ids`].
 
     Raises:
         ValueError, HubError: As [`push_adapter`].
@@ -173,7 +181,7 @@ def check_push(
     # A training takes `demo/clip` from the working directory when it is there, and records its absolute path.
     names = {"vision": vision, "text": text}
     base_ids(
-        {},
+        config or {},
         **{part: str(Path(name).resolve()) if name and Path(name).exists() else name for part, name in names.items()},
     )
     token = find_token(token, repo_id, private)
@@ -201,18 +209,23 @@ def pull_model(repo_id: str, *, revision: str | None = None) -> Path:
 
 
 def base_ids(config: dict[str, Any], *, vision: str | None = None, text: str | None = None) -> dict[str, str]:
-    """Hub ids of the two bases, `{"vision": ..., "text": ...}`.
+    """Hub ids of the bases, `{"vision": ..., "text": ...}`; of a CLIP's adapter `{"vision": ...}`, merged none.
 
     Args:
         config (`dict`): The adapter's `config.json`.
         vision, text (`str`, *optional*): In place of what the configuration records.
 
     Raises:
-        ValueError: When one is a folder: the pushed adapter would load only where it was trained.
+        ValueError: When one is a folder: the pushed adapter would load only where it was trained. Or when an id is
+            given for a base that the model has not.
     """
-    ids = {}
+    ids, fields = {}, _base_fields(config)
     for part, given in (("vision", vision), ("text", text)):
-        name = given if given is not None else config.get(f"{part}_name_or_path")
+        if part not in fields:
+            if given is not None:
+                raise ValueError(f"The model has no {_NAMES[part]} as its base: leave --{part} out.")
+            continue
+        name = given if given is not None else config.get(f"{fields[part]}_name_or_path")
         if name is None:
             raise ValueError(
                 f"The adapter's {_NAMES[part]} was drawn at random, not loaded: save it, push it to the Hub and give "
@@ -228,8 +241,25 @@ def base_ids(config: dict[str, Any], *, vision: str | None = None, text: str | N
     return ids
 
 
+def _base_fields(config: dict[str, Any]) -> dict[str, str]:
+    """Part -> how the fields of its base begin in a configuration."""
+    if config.get("model_type") in CLIP_TYPES:
+        return {"vision": "base"} if "base_name_or_path" in config else {}
+    return {"vision": "vision", "text": "text"}
+
+
+def is_clip_folder(folder: str | Path) -> bool:
+    """Whether a folder holds a CLIP's adapter, or a CLIP.
+
+    Raises:
+        ValueError: When its config.json is damaged.
+    """
+    config = Path(folder) / "config.json"
+    return config.is_file() and _read_json(config).get("model_type") in CLIP_TYPES
+
+
 def adapter_files(folder: str | Path) -> list[str]:
-    """Names of the files of an adapter folder that are pushed, after a look at each.
+    """Names of the files of an adapter folder, or of a merged CLIP, that are pushed, after a look at each.
 
     Returns:
         `list[str]`: Relative paths with forward slashes, sorted.
@@ -241,11 +271,15 @@ def adapter_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"The adapter folder {folder} is not there.")
-    missing = [name for name in NEEDED_FILES if not (folder / name).is_file()]
+    is_merged = is_clip_folder(folder) and not _base_fields(_read_json(folder / "config.json"))
+    weights = sorted(path.name for path in folder.glob("model*.safetensors")) if is_merged else [_WEIGHTS]
+    needed = [name for name in NEEDED_FILES if not (is_merged and name.startswith("adapter_"))]
+    missing = [name for name in (*needed, *(weights or ["model.safetensors"])) if not (folder / name).is_file()]
     if missing:
-        raise FileNotFoundError(f"{folder} is no complete adapter folder: {', '.join(missing)} missing.")
+        kind = "merged CLIP" if is_merged else "adapter folder"
+        raise FileNotFoundError(f"{folder} is no complete {kind}: {', '.join(dict.fromkeys(missing))} missing.")
     names = [name for name in ("README.md", *LOADED_FILES) if (folder / name).is_file()]
-    for pattern in MEASURED_FILES:
+    for pattern in (*MEASURED_FILES, *(FULL_SAVE_FILES if is_merged else ())):
         names += [path.relative_to(folder).as_posix() for path in folder.glob(pattern) if path.is_file()]
     for link in _shown_pictures((folder / "README.md").read_text(encoding="utf-8")):
         if not (folder / link).is_file():
@@ -257,14 +291,14 @@ def adapter_files(folder: str | Path) -> list[str]:
             raise ValueError(f"{path} leads out of the folder, to {path.resolve()}: put the file itself there.")
         if path.suffix == ".json":
             _read_json(path)
-    weights = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(weights, framework="numpy") as file:
-            tensors = list(file.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{weights} is damaged ({error}): save the adapter again.") from error
-    if not tensors:
-        raise ValueError(f"{weights} holds no tensors: save the adapter again.")
+    for name in weights:
+        try:
+            with safe_open(folder / name, framework="numpy") as file:
+                tensors = list(file.keys())
+        except SafetensorError as error:
+            raise ValueError(f"{folder / name} is damaged ({error}): save the adapter again.") from error
+        if not tensors:
+            raise ValueError(f"{folder / name} holds no tensors: save the adapter again.")
     return sorted(set(names))
 
 
@@ -290,9 +324,10 @@ def _for_others(
 ) -> Contents:
     """The files to push: as they lie in the folder, or with ids in place of local names."""
     config, bases = _read_json(folder / "config.json"), published.bases
+    fields = _base_fields(config)
     summary = _read_json(folder / "run_summary.json") if "run_summary.json" in files else {}
     own_names = {str(folder), str(folder.resolve()), folder.resolve().name, summary.get("adapter")}
-    renamed = {config.get(f"{part}_name_or_path"): base for part, base in bases.items()}
+    renamed = {config.get(f"{fields[part]}_name_or_path"): base for part, base in bases.items()}
     renamed |= {summary.get(f"{part}_model"): base for part, base in bases.items()}
     contents: Contents = {}
     for name in files:
@@ -307,9 +342,10 @@ def _for_others(
         value = json.loads(json.dumps(stored))
         if name == "config.json":
             for part, base in bases.items():
-                if value.get(f"{part}_name_or_path") != base:
+                if value.get(f"{fields[part]}_name_or_path") != base:
                     # The commit that was found now: the recorded revision was of another repository.
-                    value |= {f"{part}_name_or_path": base, f"{part}_revision": published.revisions[part]}
+                    revision = published.revisions[part]
+                    value |= {f"{fields[part]}_name_or_path": base, f"{fields[part]}_revision": revision}
                 if "_name_or_path" in (value.get(f"{part}_config") or {}):
                     value[f"{part}_config"]["_name_or_path"] = base
         elif name == "adapter_config.json":

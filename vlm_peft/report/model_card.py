@@ -13,7 +13,7 @@ Licences are those that the cards of the bases and of the data set state, as far
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -93,22 +93,45 @@ def card_for_others(folder: Path, published: Published) -> str:
     Raises:
         ValueError: if the card's metadata or one of the run's files is damaged.
     """
+    return completed_card(folder, published, _card_of, NEEDED, "image-text-to-text")
+
+
+def completed_card(
+    folder: Path,
+    published: Published,
+    card_of: Callable[[Path, Mapping[str, Any], Published | None], str],
+    needed: Sequence[str],
+    pipeline_tag: str,
+) -> str:
+    """Return a folder's card for others, whatever kind of card it is; see `card_for_others`.
+
+    Args:
+        folder: With `README.md`.
+        published: What to call the model and its bases; without bases it is no adapter.
+        card_of: Makes the card from `run_summary.json`, for this machine (`None`) or for others.
+        needed: What `run_summary.json` must say for that.
+        pipeline_tag: As the Hub files it.
+
+    Raises:
+        ValueError: if the card's metadata or one of the run's files is damaged.
+    """
     path, summary = folder / "README.md", folder / "run_summary.json"
     written = path.read_text(encoding="utf-8")
     recorded = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
     here = there = ""
-    if set(NEEDED) <= recorded.keys():
-        here, there = _card_of(folder, recorded), _card_of(folder, published.summary(recorded), published)
+    if set(needed) <= recorded.keys():
+        here, there = card_of(folder, recorded, None), card_of(folder, published.summary(recorded), published)
         if written == here:
             return there
     try:
         card = ModelCard(written)
     except (ValueError, YAMLError) as error:
         raise ValueError(f"{path} has damaged metadata ({error}).") from error
-    card.data.library_name = "peft"
-    card.data.pipeline_tag = "image-text-to-text"
-    card.data.base_model = published.base_model
-    card.data["base_model_relation"] = "adapter"
+    card.data.pipeline_tag = pipeline_tag
+    if published.bases:
+        card.data.library_name = "peft"
+        card.data.base_model = published.base_model
+        card.data["base_model_relation"] = "adapter"
     card.data.license = card.data.license or common_licence(published.licences.values())
     before, after = (ModelCard(made).text.splitlines() for made in (here, there))
     renamed = dict(zip(map(_without_licence, before), after, strict=True))
@@ -169,7 +192,7 @@ def model_card(
         datasets=[name for name in datasets if _is_hub_id(name)] or None,
         tags=["vlm_peft", *(["lora"] if "LoRA" in _trains(summary) else []), "vision-language"],
         model_name=_named(summary["title"]),
-        eval_results=_eval_results(scores, datasets) or None,
+        eval_results=eval_results(scores, datasets) or None,
         **relation,
     )
     revisions = {"encoder": summary.get("vision_revision"), "decoder": summary.get("text_revision")}
@@ -186,8 +209,8 @@ def model_card(
         parameters=summary["parameters"],
         trained=summary["trainable_parameters"],
         adapter=Markdown(json.dumps(visible(adapter), ensure_ascii=False)),
-        rows=[row for split, conditions in scores.items() for row in _score_rows(split, conditions)],
-        made_by=_made_by(scores),
+        rows=[row for split, conditions in scores.items() for row in score_rows(split, conditions)],
+        made_by=scored_how(scores),
         samples=samples,
         data={split: _facts(facts) for split, facts in (summary.get("data") or {}).items()},
         licences=[licence_line(*each) for each in licences],
@@ -215,8 +238,13 @@ def _trained_first(conditions: Mapping[str, Any]) -> list[Any]:
     return [conditions[name] for name in ("after", *CONDITIONS) if name in conditions]
 
 
-def _score_rows(split: str, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One line for each metric, with the score before training and the blind control beside it."""
+def score_rows(split: str, conditions: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """One line of a card's table for each metric, with the score before training and the blind control beside it.
+
+    Args:
+        split: Its name.
+        conditions: Of `read_all_scores`.
+    """
     some = _trained_first(conditions)
     metrics = dict.fromkeys(name for each in some for name in each["metrics"])
     known = {"split": split, "task": _task(some[0]), "n": some[0]["n"]}
@@ -238,8 +266,12 @@ def _score(scores: Mapping[str, Any] | None, metric: str) -> Markdown:
     return Markdown(f"{value:.3f}" + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else ""))
 
 
-def _made_by(scores: Mapping[str, Mapping[str, Any]]) -> dict[Markdown, list[str]]:
-    """How texts were made and scored -> the splits of which that is so."""
+def scored_how(scores: Mapping[str, Mapping[str, Any]]) -> dict[Markdown, list[str]]:
+    """How texts were made and scored -> the splits of which that is so.
+
+    Args:
+        scores: Of `read_all_scores`.
+    """
     made_by: dict[Markdown, list[str]] = {}
     for split, conditions in scores.items():
         shown = _trained_first(conditions)[0]
@@ -253,8 +285,18 @@ def _made_by(scores: Mapping[str, Mapping[str, Any]]) -> dict[Markdown, list[str
     return made_by
 
 
-def _eval_results(scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str, str | None]) -> list[EvalResult]:
-    """The scores after training, for the Hub's `model-index`."""
+def eval_results(
+    scores: Mapping[str, Mapping[str, Any]],
+    datasets: Mapping[str, str | None],
+    task_type: str = "image-text-to-text",
+) -> list[EvalResult]:
+    """The scores after training, for the Hub's `model-index`.
+
+    Args:
+        scores: Of `read_all_scores`.
+        datasets: Name -> revision.
+        task_type: As the Hub calls it.
+    """
     results = []
     for split, conditions in scores.items():
         each = conditions.get("after", {})
@@ -266,7 +308,7 @@ def _eval_results(scores: Mapping[str, Mapping[str, Any]], datasets: Mapping[str
             kind = next((known for start, known in METRIC_TYPES.items() if metric.startswith(start)), metric.lower())
             results.append(
                 EvalResult(
-                    task_type="image-text-to-text",
+                    task_type=task_type,
                     task_name=_named(_task(each)),
                     dataset_type=dataset if _is_hub_id(dataset) else _named(Path(dataset).name),
                     dataset_name=_named(Path(dataset).name),

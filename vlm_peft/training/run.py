@@ -52,13 +52,24 @@ class Run:
         vision, training, model: Of [`~vlm_peft.training.arguments.parse_arguments`].
         command (`str`): How the run was started, for its report.
         started (`float`, *optional*): `time.monotonic()` when it was; now by default.
+        pushed (`dict`, *optional*): What [`~vlm_peft.hub.models.check_push`] is told of the bases; those that the
+            options name by default.
 
     Raises:
         OSError: When it cannot go on from where it should; see [`~vlm_peft.training.checkpoints.checkpoint_to_resume`].
         ValueError, OSError: For what would stop the push after the run; see [`prepare_push`].
     """
 
-    def __init__(self, vision, training, model, *, command: str, started: float | None = None):
+    def __init__(
+        self,
+        vision,
+        training,
+        model,
+        *,
+        command: str,
+        started: float | None = None,
+        pushed: dict[str, Any] | None = None,
+    ):
         self.vision, self.training, self.model = vision, training, model
         # A token on the command line is nobody else's business.
         self.command = re.sub(r"(--hub_token[= ])\S+", r"\1***", command)
@@ -68,7 +79,7 @@ class Run:
         self.unscored: list[str] = []
         self.is_main = PartialState().is_main_process
         quiet_progress(self.is_main)
-        self.push = prepare_push(self)
+        self.push = prepare_push(self, pushed)
         show_messages(self.is_main)
         self.checkpoint = checkpoint_to_resume(training, overwrite=vision.overwrite_output_dir)
         set_seed(training.seed)
@@ -95,7 +106,7 @@ class Run:
             check_same_run(self.checkpoint, record)
 
 
-def prepare_push(run: Run) -> dict[str, Any] | None:
+def prepare_push(run: Run, pushed: dict[str, Any] | None = None) -> dict[str, Any] | None:
     """What `push_adapter` will be told after a run with `--push_to_hub`; checked now, and taken from the trainer.
 
     Raises:
@@ -111,8 +122,12 @@ def prepare_push(run: Run) -> dict[str, Any] | None:
         "revision": run.training.hub_revision,
         "token": run.training.hub_token,
     }
-    vision = local(run.vision.vision_model, "vision_model")
-    check_push(**push, vision=vision, text=local(run.model.model_name_or_path, "model_name_or_path"))
+    if pushed is None:
+        pushed = {
+            "vision": local(run.vision.vision_model, "vision_model"),
+            "text": local(run.model.model_name_or_path, "model_name_or_path"),
+        }
+    check_push(**push, **pushed)
     return push
 
 
