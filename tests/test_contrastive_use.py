@@ -163,6 +163,39 @@ def test_published_split_files_are_read(tmp_path):
         read_zhou_split(file)
 
 
+def test_a_published_split_is_scored_with_its_few_shots(clip, album, tmp_path, capsys):
+    (album / "more").mkdir()
+    for color in ("red", "blue"):
+        for shade in range(3):
+            Image.new("RGB", (SIDE, SIDE), color).point(lambda v, s=shade: max(v - s, 0)).save(
+                album / "more" / f"{color}_{shade}.png"
+            )
+    rows = {color: [f"more/{color}_{shade}.png" for shade in range(3)] for color in ("red", "blue")}
+    numbers = {"red": 0, "blue": 1}
+    parts = {"train": rows, "val": {}, "test": {color: [f"{color}.png"] for color in rows}}
+    split = {
+        part: [[path, numbers[color], f"the_{color}"] for color, paths in found.items() for path in paths]
+        for part, found in parts.items()
+    }
+    (tmp_path / "split_zhou_Walls.json").write_text(json.dumps(split))
+    arguments = [
+        "--clip_model",
+        str(clip),
+        "--split_file",
+        str(tmp_path / "split_zhou_Walls.json"),
+        "--dataset_name",
+        "-",
+    ]
+    arguments += ["--image_folder", str(album), "--few_shot", "true", "--output_dir", str(tmp_path / "scores")]
+    arguments += ["--vectors_dir", str(tmp_path / "vectors"), "--use_cpu", "true", "--report_to", "none"]
+    assert evaluate_clip(arguments) == 0
+    assert "linear_probe" in capsys.readouterr().out
+    table = json.loads((tmp_path / "scores" / "few_shot.json").read_text())["test"]
+    assert {row["pictures"] for row in table if row["shots"] == 16} == {6}
+    lines = (tmp_path / "scores" / "eval" / "zero_shot-test" / "predictions.jsonl").read_text().splitlines()
+    assert {json.loads(line)["references"][0] for line in lines} == {"the red", "the blue"}
+
+
 # --- the index
 
 

@@ -17,7 +17,6 @@ import numpy as np
 from accelerate import PartialState
 
 from .. import __version__
-from ..adapters.folder import is_adapter_folder
 from ..console import table
 from ..data.leakage import check_overlap
 from ..data.splits import content_hash
@@ -34,7 +33,7 @@ from .card import clip_card_for_others, describe_merged, write_clip_card
 from .encoder import DualEncoder
 from .evaluate import embed_split, evaluate_all, file_name, write_evaluated
 from .features import vectors_folder
-from .folder import load_clip, save_merged
+from .folder import is_adapter, load_clip, save_merged
 from .pairs import PairCollator, PairRows, Pairs, check_texts, class_names, load_pairs, picture_vectors
 from .trainer import ContrastiveTrainer
 
@@ -70,7 +69,7 @@ def main(
     command = " ".join([command or program, *arguments])
     run = Run(options, training, SimpleNamespace(), command=command, started=started, pushed=pushed)
     run.compare(_record(options, training))
-    if is_adapter_folder(str(options.clip_model)):
+    if is_adapter(str(options.clip_model), options.clip_revision):
         # What it adds to its base rounds differently elsewhere, so that no fingerprint would hold.
         raise ValueError(
             f"--clip_model {options.clip_model} is an adapter, and another is trained on a plain checkpoint only: "

@@ -57,7 +57,7 @@ def load_clip(
     folder = Path(name).expanduser()
     if not folder.exists() and looks_local(str(name)):
         raise FileNotFoundError(f"The model {name} is not there: expected the folder of a CLIP, or an id on the Hub.")
-    if not folder.exists() and find_adapter_config_file(str(name), revision=revision):
+    if not folder.exists() and is_adapter(name, revision):
         folder = pull_model(str(name), revision=revision)
     if not is_adapter_folder(folder):
         clip, processor = _load_plain(str(folder if folder.exists() else name), revision)
@@ -66,6 +66,19 @@ def load_clip(
         if merge and is_lora(clip):
             clip = clip.merge_and_unload()
     return DualEncoder(clip.eval().requires_grad_(False).to(device), processor)
+
+
+def is_adapter(name: str | Path, revision: str | None = None) -> bool:
+    """Whether a folder, or what the Hub has under an id, is an adapter and no plain checkpoint.
+
+    Args:
+        name (`str` or `Path`): Folder or Hub id.
+        revision (`str`, *optional*): Of a Hub id.
+    """
+    folder = Path(name).expanduser()
+    if folder.exists() or looks_local(str(name)):
+        return is_adapter_folder(folder)
+    return find_adapter_config_file(str(name), revision=revision) is not None
 
 
 def _load_plain(name: str, revision: str | None) -> tuple[Any, Any]:
