@@ -22,6 +22,7 @@ from vlm_peft.commands.evaluate_clip import main as evaluate_clip
 from vlm_peft.contrastive import search
 from vlm_peft.contrastive.adapt import Tuning, adapt
 from vlm_peft.contrastive.arguments import parse_arguments
+from vlm_peft.contrastive.card import NEEDED, write_clip_card
 from vlm_peft.contrastive.features import PictureVectors
 from vlm_peft.contrastive.few_shot import (
     choose_strength,
@@ -464,6 +465,20 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     before = json.loads((output / "eval" / f"retrieval-{name}-before" / "scores.json").read_text())
     assert table["0"] == pytest.approx(before["metrics"])
     assert table["1"] == pytest.approx(scores["metrics"])
+
+
+def test_names_are_no_markup_on_a_clips_card(tmp_path):
+    hostile = "a|b <img src=x> [c](http://d)"
+    summary = {name: hostile for name in NEEDED} | {"parameters": 10, "trainable_parameters": 1}
+    summary |= {"seconds": {"train": 1.0}, "versions": {hostile: "1"}}
+    (tmp_path / "run_summary.json").write_text(json.dumps(summary))
+    shown = write_clip_card(tmp_path).read_text().partition("---\n\n")[2]
+    # In code spans a name is as it is; elsewhere every mark is escaped.
+    outside = re.sub(r"`[^`]*`", "", shown)
+    assert outside.startswith(r"# a\|b \<img src=x\> \[c\](http\://d)")
+    assert not re.search(r"(?<!\\)[<\[]", outside.replace("# (1, D)", ""))
+    with pytest.raises(FileNotFoundError):
+        write_clip_card(tmp_path / "nowhere")
 
 
 def test_a_clip_that_others_could_not_load_is_refused_before_training(clip, album, tmp_path, monkeypatch):

@@ -122,7 +122,7 @@ def test_a_clip_is_pushed_and_found_again_as_adapter_and_merged(tmp_path, flickr
     assert (tmp_path / "out" / "checkpoint-1").is_dir()
     assert not [name for name in {*adapter.files, *merged.files} if "checkpoint" in name or name.endswith(".pt")]
     assert {"adapter_model.safetensors", "eval/retrieval-test/scores.json"} <= set(adapter.files)
-    assert {"model.safetensors", "eval/retrieval-test/scores.json"} <= set(merged.files)
+    assert {"model.safetensors", "preprocessor_config.json", "eval/retrieval-test/scores.json"} <= set(merged.files)
     assert not [name for name in merged.files if name.startswith("adapter_")]
     config = json.loads(adapter.files["config.json"])
     assert (config["base_name_or_path"], "base_name_or_path" in json.loads(merged.files["config.json"])) == (

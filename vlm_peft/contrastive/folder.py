@@ -199,6 +199,8 @@ def save_merged(folder: str | Path, output: str | Path, *, base: str | Path | No
     draft = draft_of(output)
     encoder.clip.save_pretrained(draft)
     encoder.processor.save_pretrained(draft)
+    # transformers before 5 looks for it under this name only.
+    encoder.processor.image_processor.save_pretrained(draft)
     shutil.rmtree(output, ignore_errors=True)
     draft.replace(output)
     return output

@@ -46,6 +46,7 @@ LOADED_FILES = (
     "chat_template.jinja",
     "added_tokens.json",
     "merges.txt",
+    "preprocessor_config.json",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
