@@ -465,6 +465,10 @@ def test_the_recipe_and_the_evaluation(clip, album, tmp_path, monkeypatch, capsy
     before = json.loads((output / "eval" / f"retrieval-{name}-before" / "scores.json").read_text())
     assert table["0"] == pytest.approx(before["metrics"])
     assert table["1"] == pytest.approx(scores["metrics"])
+    heads = json.loads((tmp_path / "scores" / "few_shot.json").read_text())["train[6:]"]
+    alone = {row["head"]: row["acc1"] for row in heads if row["shots"] == 0}
+    assert alone.keys() == {"zero_shot", "wise_ft 0", "wise_ft 1"}
+    assert alone["wise_ft 1"] == alone["zero_shot"]
 
 
 def test_names_are_no_markup_on_a_clips_card(tmp_path):

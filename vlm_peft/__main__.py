@@ -328,7 +328,7 @@ def search(options: argparse.Namespace) -> int:
 
     vlm-peft search pictures "a red bicycle" --html found.html
 
-    --export writes id and vector of every picture as parquet, which LanceDB, DuckDB, Qdrant and Milvus read.
+    --export writes id and vector of every picture as parquet, which DuckDB and LanceDB read, and Milvus imports.
     """
     from .commands.search import open_index, printable, search_text, write_page
     from .contrastive.folder import load_clip
