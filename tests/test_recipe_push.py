@@ -73,11 +73,12 @@ def test_what_would_stop_the_push_stops_the_run_before_training(server, tmp_path
 
 # In one process, as loading torch takes most of the time.
 USE_A_CLIP = """
-import sys, torch
+import shutil, sys, torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor
 from vlm_peft.__main__ import main
-from vlm_peft.contrastive.folder import load_clip
+from vlm_peft.contrastive.adapt import Tuning, adapt
+from vlm_peft.contrastive.folder import load_clip, save_clip
 from vlm_peft.contrastive.fine_tune import main as fine_tune
 data, model, token = sys.argv[1:]
 texts, picture = ["a red wall", "two"], [Image.new("RGB", (8, 8), "red")]
@@ -94,6 +95,16 @@ assert main(["export", "out", "merged", "--to", "merged"]) == 0
 assert main(["push", "bare", "me/bare"]) == 2
 assert main(["push", "merged", "me/merged"]) == 0
 assert main(["push", "merged", "me/merged", "--vision", model]) == 2
+# An adapter takes the place of what was merged.
+assert main(["push", "merged", "me/both"]) == main(["push", "out", "me/both"]) == 0
+# One that was trained on a folder needs the folder's id.
+encoder = load_clip("base")
+encoder.clip = adapt(encoder.clip, Tuning())
+save_clip(encoder, "local")
+shutil.copyfile("out/README.md", "local/README.md")
+assert main(["push", "local", "me/local"]) == 2
+assert main(["push", "local", "me/local", "--vision", model]) == 0
+assert torch.equal(load_clip("local").embed_texts(texts), load_clip("me/local").embed_texts(texts))
 stock = AutoModel.from_pretrained("me/merged")
 inputs = AutoProcessor.from_pretrained("me/merged").image_processor(picture, return_tensors="pt")
 found = torch.nn.functional.normalize(stock.get_image_features(**inputs).pooler_output)
@@ -129,6 +140,14 @@ def test_a_clip_is_pushed_and_found_again_as_adapter_and_merged(tmp_path, flickr
         "tiny/dual",
         False,
     )
+    assert "adapter_model.safetensors" in repos["model", "me/both"].files
+    assert "model.safetensors" not in repos["model", "me/both"].files
+    config = json.loads(repos["model", "me/local"].files["config.json"])
+    head = repos["model", "tiny/dual"].branches["main"]
+    assert (config["base_name_or_path"], config["base_revision"]) == ("tiny/dual", head)
+    config = json.loads(repos["model", "me/local"].files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "tiny/dual"
+    assert "encoder is the local folder" in ended.stderr
     cards = {name: repos["model", f"me/{name}"].files["README.md"].decode() for name in ("clip", "merged")}
     fronts = {name: safe_load(card.split("---")[1]) for name, card in cards.items()}
     assert {name: front["base_model_relation"] for name, front in fronts.items()} == {
@@ -140,6 +159,6 @@ def test_a_clip_is_pushed_and_found_again_as_adapter_and_merged(tmp_path, flickr
     assert 'AutoModel.from_pretrained("me/merged")' in cards["merged"]
     assert "image\\_retrieval" not in cards["clip"]
     assert "| retrieval-test | retrieval | image_retrieval_recall@1 |" in cards["merged"]
-    for repo in (adapter, merged):
+    for repo in (adapter, merged, repos["model", "me/local"]):
         for name, content in repo.files.items():
             assert str(tmp_path).encode() not in content, name
