@@ -157,6 +157,7 @@ def test_a_clip_is_pushed_and_found_again_as_adapter_and_merged(tmp_path, flickr
     assert all(front["base_model"] in ("tiny/dual", ["tiny/dual"]) for front in fronts.values())
     assert 'load_clip("me/clip")' in cards["clip"]
     assert 'AutoModel.from_pretrained("me/merged")' in cards["merged"]
+    assert 'AutoModel.from_pretrained("merged")' in (tmp_path / "merged" / "README.md").read_text()
     assert "image\\_retrieval" not in cards["clip"]
     assert "| retrieval-test | retrieval | image_retrieval_recall@1 |" in cards["merged"]
     for repo in (adapter, merged, repos["model", "me/local"]):

@@ -124,6 +124,7 @@ def album(tmp_path, picture):
 def test_labels_are_typed_in_with_commas_or_one_a_line():
     assert typed_labels(" cat, dog,,") == ["cat", "dog"]
     assert typed_labels("a cat, black\n a dog \n") == ["a cat, black", "a dog"]
+    assert typed_labels("cat, dog\n") == ["cat", "dog"]
     assert typed_labels(" ") == []
 
 
