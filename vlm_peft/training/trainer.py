@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -92,6 +92,7 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
         trained = super()._init_training_state(*args, **kwargs)
         self._total_train_tokens = self._tokens_at_last_log = self.state.num_input_tokens_seen
         self._time_of_last_log = time.monotonic()
+        self._epochs_before = self.state.epoch or 0.0
         return trained
 
     def _save_checkpoint(self, model, trial) -> None:
@@ -122,6 +123,10 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
             means = {"entropy": entropy, "mean_token_accuracy": hits}
             self._metrics[mode] |= {name: [value / max(labelled, 1)] for name, value in means.items()}
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if "train_samples_per_second" in logs and has_length(self.train_dataset):
+            # The trainer multiplies steps by rows of a full step, and the last step of an epoch may have fewer.
+            rows = ((self.state.epoch or 0.0) - self._epochs_before) * len(self.train_dataset)
+            logs["train_samples_per_second"] = round(rows / max(logs["train_runtime"], 1e-4), 3)
         if "loss" in logs:
             now, tokens = time.monotonic(), self._total_train_tokens
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
