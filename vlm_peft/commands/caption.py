@@ -117,22 +117,24 @@ def caption_pictures(
     waiting = iter(paths)
     while paths := list(islice(waiting, batch_size)):
         records: list[dict[str, Any]] = [{"image": path} for path in paths]
-        pictures, readable = [], []
+        pixels, readable = [], []
         for record in records:
             try:
-                pictures.append(open_picture(Path(record["image"])))
+                # Scaled at once: opened pictures of a whole batch may not fit into memory.
+                picture = open_picture(Path(record["image"]))
+                pixels.append(processor.image_processor(picture, return_tensors="pt")["pixel_values"])
                 readable.append(record)
             except UnreadablePictureError as error:
                 record["error"] = str(error)
-        if readable and choices:
+        pixel_values = torch.cat(pixels) if pixels else None
+        if pixel_values is not None and choices:
             found = picture_class_probabilities(
-                model, processor, pictures, choices, text, temperature=temperature, batch_size=batch_size
+                model, processor, pixel_values, choices, text, temperature=temperature, batch_size=batch_size
             )
             for record, row in zip(readable, found.tolist(), strict=True):
                 record["probabilities"] = shares = dict(zip(choices, row, strict=True))
                 record["caption"] = max(shares, key=shares.__getitem__)
-        elif readable:
-            pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        elif pixel_values is not None:
             texts = generate_texts(
                 model,
                 processor,
