@@ -1017,7 +1017,10 @@ def contents(folder: Path) -> dict[str, bytes]:
                 # Whatever was computed, to the last bit.
                 entries = [entry for entry in json.loads(content) if "train_runtime" not in entry]
                 content = json.dumps(
-                    [{name: each for name, each in sorted(entry.items()) if not name.endswith(TIMES)} for entry in entries]
+                    [
+                        {name: each for name, each in sorted(entry.items()) if not name.endswith(TIMES)}
+                        for entry in entries
+                    ]
                 ).encode()
             elif path.name in timed or path.suffix in (".pt", ".pth"):
                 content = b""

@@ -18,8 +18,15 @@ from vlm_peft.training.callbacks import log_line
 
 PROMPT = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Describe."}]}]
 # Of very different lengths, and an odd number of rows: means of batches are not means of labels.
-TRAINED = [["a dog", "two dogs on a lawn"], ["a"], ["a very long text about one small dog"], ["b", "cc", "ddd"], ["x y"],
-    ["one horse"], ["z", "no"] ]  # fmt: skip
+TRAINED = [
+    ["a dog", "two dogs on a lawn"],
+    ["a"],
+    ["a very long text about one small dog"],
+    ["b", "cc", "ddd"],
+    ["x y"],
+    ["one horse"],
+    ["z", "no"],
+]
 HELD_OUT = [["a dog"], ["another very long text about two small dogs", "b"], ["c"]]
 STEPS, RATE, PROJECTOR_RATE, CLIP, DECAY = 8, 0.05, 0.1, 0.4, 0.1
 # Seven rows are four batches of two, the last of one.
@@ -72,10 +79,23 @@ def make(bases, tmp_path, monkeypatch):
             batches.append([row["image_ids"][0] for row in rows])
             return collator(rows)
 
-        arguments = {"per_device_train_batch_size": BATCH, "gradient_accumulation_steps": ACCUMULATED, "max_steps": STEPS,
-            "learning_rate": RATE, "warmup_steps": 2, "lr_scheduler_type": "linear", "max_grad_norm": CLIP,
-            "weight_decay": DECAY, "logging_steps": 2, "eval_strategy": "steps", "eval_steps": 3, "save_strategy": "steps",
-            "save_steps": 3, "per_device_eval_batch_size": 2, "output_dir": str(tmp_path) }  # fmt: skip
+        arguments = {
+            "per_device_train_batch_size": BATCH,
+            "gradient_accumulation_steps": ACCUMULATED,
+            "max_steps": STEPS,
+            "learning_rate": RATE,
+            "warmup_steps": 2,
+            "lr_scheduler_type": "linear",
+            "max_grad_norm": CLIP,
+            "weight_decay": DECAY,
+            "logging_steps": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_strategy": "steps",
+            "save_steps": 3,
+            "per_device_eval_batch_size": 2,
+            "output_dir": str(tmp_path),
+        }
         trainer = training.VisionSFTTrainer(
             model=model,
             args=training.prepare_training_arguments(quiet_config(**{**arguments, **settings})),
@@ -113,8 +133,11 @@ def train_plainly(model, made, batches) -> list[dict]:
     """AdamW, a clipped gradient, a rate that rises for two steps and falls to 0: figures of each step."""
     trained = {name: each for name, each in model.named_parameters() if each.requires_grad}
     groups = [
-        {"params": [each], "lr": PROJECTOR_RATE if "projector" in name else RATE,
-            "weight_decay": 0.0 if name.endswith("bias") else DECAY }  # fmt: skip
+        {
+            "params": [each],
+            "lr": PROJECTOR_RATE if "projector" in name else RATE,
+            "weight_decay": 0.0 if name.endswith("bias") else DECAY,
+        }
         for name, each in trained.items()
     ]
     optimizer = torch.optim.AdamW(groups)
@@ -135,9 +158,20 @@ def train_plainly(model, made, batches) -> list[dict]:
         tokens += sum(len(made.encoded[row]["input_ids"]) for row in rows)
         with torch.no_grad():
             scored = sum(label_figures(model, made, row) for row in held_out)
-        found.append({"loss": float(loss.detach()), "labels": sums[0].item(), "entropy": sums[1].item(), "hits": sums[2].item(),
-            "norm": float(norm), "rate": RATE * factor, "tokens": tokens, "eval_loss": float(scored[3] / scored[0]),
-            "eval_entropy": float(scored[1] / scored[0]), "eval_accuracy": float(scored[2] / scored[0]) })  # fmt: skip
+        found.append(
+            {
+                "loss": float(loss.detach()),
+                "labels": sums[0].item(),
+                "entropy": sums[1].item(),
+                "hits": sums[2].item(),
+                "norm": float(norm),
+                "rate": RATE * factor,
+                "tokens": tokens,
+                "eval_loss": float(scored[3] / scored[0]),
+                "eval_entropy": float(scored[1] / scored[0]),
+                "eval_accuracy": float(scored[2] / scored[0]),
+            }
+        )
     return found
 
 
@@ -167,8 +201,17 @@ def test_every_figure_of_the_log_is_its_plain_definition(make):
         # Neither what was before the training nor evaluations and checkpoints.
         assert entry["tokens_per_second"] == round(tokens / 2)
         assert entry["epoch"] == pytest.approx(last / STEPS_AN_EPOCH)
-        assert not entry.keys() - {"loss", "entropy", "mean_token_accuracy", "grad_norm", "learning_rate", "num_tokens",
-            "tokens_per_second", "epoch", "step" }  # fmt: skip
+        assert not entry.keys() - {
+            "loss",
+            "entropy",
+            "mean_token_accuracy",
+            "grad_norm",
+            "learning_rate",
+            "num_tokens",
+            "tokens_per_second",
+            "epoch",
+            "step",
+        }
     # Means of steps of other lengths would differ.
     since = steps[6:8]
     assert abs(sum(each["hits"] / each["labels"] for each in since) / 2 - logged[3]["mean_token_accuracy"]) > 5e-4

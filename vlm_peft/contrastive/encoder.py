@@ -175,6 +175,8 @@ class DualEncoder(nn.Module):
                 the text tower reads: cut, it might be another class's.
         """
         check_labels(names)
+        for template in templates:
+            check_text(template, "The template")
         without = [each for each in templates if "{}" not in each]
         if without or not templates:
             found = repr(without[0]) if without else "none"
