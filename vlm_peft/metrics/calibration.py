@@ -39,10 +39,10 @@ def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> flo
         log_probabilities (`np.ndarray`): `(P, C)`, nats, up to a constant in each row.
         labels (`Sequence[int]`): `(P,)`, numbers of the true classes.
     """
-    rows, labels = np.arange(len(labels)), np.asarray(labels)
-    of_true = log_probabilities[rows, labels]
+    rows, places = np.arange(len(labels)), np.asarray(labels)
+    of_true = log_probabilities[rows, places]
     others = log_probabilities.copy()
-    others[rows, labels] = -np.inf
+    others[rows, places] = -np.inf
     margins = of_true - others.max(axis=1)
     if (margins >= 0).all():
         return _least_supported(log_probabilities, ((margins > 0).sum() + 1) / (len(rows) + 2))
@@ -51,7 +51,7 @@ def fit_temperature(log_probabilities: np.ndarray, labels: Sequence[int]) -> flo
         scaled = log_probabilities * 2.0**-exponent
         highest = scaled.max(axis=1, keepdims=True)
         total = highest[:, 0] + np.log(np.exp(scaled - highest).sum(axis=1))
-        return float(np.mean(total - scaled[rows, labels]))
+        return float(np.mean(total - scaled[rows, places]))
 
     # The loss is convex in 1/T, so that it has one minimum in log T, too: golden-section search.
     low, high, ratio = -6.0, 6.0, (math.sqrt(5) - 1) / 2

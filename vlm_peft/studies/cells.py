@@ -104,9 +104,8 @@ def read_keys(path: str, kind: type, required: Sequence[str], output_dir: str | 
     # A part of a metric has its kind in brackets. What a run scores is known only when it has ended.
     metrics = [metric.name for kind in TASKS.values() for metric in kind.metrics]
     if given.get("metric") is not None and given["metric"].partition("[")[0] not in metrics:
-        raise ValueError(
-            f"{path}: metric: {given['metric']!r} is no metric of any task; there are {', '.join(dict.fromkeys(metrics))}."
-        )
+        known = ", ".join(dict.fromkeys(metrics))
+        raise ValueError(f"{path}: metric: {given['metric']!r} is no metric of any task; there are {known}.")
     return given
 
 
