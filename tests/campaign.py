@@ -1,18 +1,21 @@
 """Bad inputs, kills and hostile texts by the hundred, drawn from a seed.
 
-    python tests/campaign.py --seed 1 --inputs 400 --kills 100 --texts 300
+    python tests/campaign.py --seed 1 --inputs 400 --kills 100 --texts 300 --results campaign.jsonl
 
-Each trial runs in a process of its own, forked from this one. An input is taken and understood as it was written (the
+Each trial runs in a process of its own, forked from this one, which has imported all that trials import. What comes
+out is a line of the results file at once; the same command goes on where it was stopped. An input is taken and understood as it was written (the
 texts that are learnt are the texts of the file, letter by letter; a picture's pixels are those of the clean one), or
 refused in a line with exit status 2. A killed run leaves whole folders of one run, goes on bit for bit, and leaves
-nothing behind after the next run. A text stays text in every token, card and page. The exit status is 1 when a trial
+nothing behind after the next run; it is killed at each change of a file in turn, and at any time. A text stays text in every token, card and page. The exit status is 1 when a trial
 failed; what failed is printed with the number that draws it again.
 """
 
 import argparse
 import base64
+import contextlib
 import csv
 import html.parser
+import importlib
 import io
 import json
 import os
@@ -41,6 +44,7 @@ from vlm_peft.data.pictures import FORMATS
 
 WEIGHTS = "adapter_model.safetensors"
 ENDLESS = 60  # seconds
+SILENCE = 5  # seconds
 
 
 # --- trials ---
@@ -65,17 +69,57 @@ class Trial:
 
 @dataclass
 class Tally:
-    """Trials by kind: tried and failed."""
+    """Trials of one campaign and seed by kind: tried and failed.
 
+    Args:
+        name: Of the campaign.
+        seed: That draws its trials.
+        results: JSON lines, one a trial; those of this campaign and seed are counted, and not tried again.
+    """
+
+    name: str
+    seed: int
+    results: Path | None = None
     tried: dict[str, int] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     failed: dict[str, int] = field(default_factory=dict)
+    done: set[int] = field(default_factory=set)
+    started: float = field(default_factory=time.monotonic)
+    said: float = 0.0
 
-    def count(self, kind: str, said: str, problem: str | None) -> None:
+    def __post_init__(self):
+        if self.results is not None and self.results.exists():
+            # A line that was cut has no end.
+            lines = [line for line in self.results.read_text().splitlines(keepends=True) if line.endswith("\n")]
+            self.results.write_text("".join(lines))
+            for found in map(json.loads, lines):
+                if (found["campaign"], found["seed"]) == (self.name, self.seed):
+                    self._count(found["number"], found["kind"], found["said"], found["problem"])
+
+    def remaining(self, count: int) -> list[int]:
+        """Numbers of the trials that were not tried."""
+        return [number for number in range(count) if number not in self.done]
+
+    def count(self, number: int, kind: str, said: str, problem: str | None) -> None:
         """Adds one trial; `problem` is `None` when it went well."""
-        self.tried[kind] = self.tried.get(kind, 0) + 1
+        self._count(number, kind, said, problem)
+        if self.results is not None:
+            line = {"campaign": self.name, "seed": self.seed, "number": number, "kind": kind, "said": said}
+            with self.results.open("a") as file:
+                file.write(json.dumps(line | {"problem": problem}) + "\n")
+        now = time.monotonic()
         if problem is not None:
             print(f"FAILED {kind}: {said}: {problem}", flush=True)
+        elif now - self.said > SILENCE:
+            self.said = now
+            print(
+                f"{self.name}: {len(self.done)} tried, {len(self.failures)} failed, {now - self.started:.0f} s",
+                flush=True,
+            )
+
+    def _count(self, number: int, kind: str, said: str, problem: str | None) -> None:
+        self.done.add(number)
+        self.tried[kind] = self.tried.get(kind, 0) + 1
         if problem is not None:
             self.failed[kind] = self.failed.get(kind, 0) + 1
             self.failures.append(f"{kind}: {said}: {problem}")
@@ -118,6 +162,27 @@ def in_child(work: Callable[[], Any], limit: float = ENDLESS, kill_after: float 
             status = os.waitpid(child, 0)[1]
         written.seek(0)
         return os.waitstatus_to_exitcode(status), written.read().decode(errors="replace")
+
+
+def warm(work: Callable[[], Any], modules: Path) -> None:
+    """Does something in a child, and imports here what it imported, so that later children need not.
+
+    Raises:
+        RuntimeError: When it fails.
+    """
+
+    def noted() -> Any:
+        found = work()
+        modules.write_text("\n".join(sys.modules))
+        return found
+
+    status, output = in_child(noted)
+    if status:
+        raise RuntimeError(output)
+    for name in modules.read_text().split("\n"):
+        # Some are names of what no import finds.
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def _status(found: Any) -> int:
@@ -869,9 +934,7 @@ def make_place(root: Path) -> Place:
     for name, more in (("adapter", {}), ("other", {"lora_r": 4, "pixel_shuffle_factor": 2, "seed": 3})):
         config = root / f"{name}.yaml"
         config.write_text(yaml.safe_dump(run_options(place, root / name, **more)))
-        status, output = in_child(partial(train, config))
-        if status:
-            raise RuntimeError(output)
+        warm(partial(train, config), root / "modules")
         folder = root / name / "out"
         for path in folder.iterdir():
             if path.is_dir():
@@ -882,14 +945,12 @@ def make_place(root: Path) -> Place:
     (place.picture,) = [root / "a.png"]
     PILImage.new("RGB", (12, 10), (200, 30, 30)).save(place.picture)
     kept = root / "said.json"
-    status, output = in_child(lambda: kept.write_text(describe(place.adapter, place.picture)) and 0)
-    if status:
-        raise RuntimeError(output)
+    warm(lambda: kept.write_text(describe(place.adapter, place.picture)) and 0, root / "modules")
     place.said = kept.read_text()
     return place
 
 
-def try_inputs(place: Place, seed: int, count: int, kinds: str = "") -> Tally:
+def try_inputs(place: Place, tally: Tally, count: int, kinds: str = "") -> None:
     """Bad inputs, of each kind in turn."""
     makers = {
         "tables": table_trial,
@@ -898,16 +959,17 @@ def try_inputs(place: Place, seed: int, count: int, kinds: str = "") -> Tally:
         "adapters": partial(adapter_trial, place=place),
     }
     chosen = [make for name, make in makers.items() if not kinds or name in kinds]
-    tally = Tally()
-    for number in range(count):
+    for number in tally.remaining(count):
         folder = Path(tempfile.mkdtemp(dir=place.root)) / "input"
-        trial = chosen[number % len(chosen)](random.Random(f"{seed} {number}"), folder)
-        tally.count(trial.kind, f"input {number}, {trial.said}", problem_of(trial))
+        trial = chosen[number % len(chosen)](random.Random(f"{tally.seed} {number}"), folder)
+        tally.count(number, trial.kind, f"input {number}, {trial.said}", problem_of(trial))
         shutil.rmtree(folder.parent, ignore_errors=True)
-    return tally
 
 
 # --- kills ---
+
+
+TIMES = ("_runtime", "_per_second", "_time")
 
 
 class Clock:
@@ -952,7 +1014,14 @@ def contents(folder: Path) -> dict[str, bytes]:
         if path.is_file() and place.parts[0] != "runs":
             content = path.read_bytes().replace(str(folder).encode(), b"FOLDER")
             if path.name == "log_history.json":
-                content = json.dumps([entry.get("loss") for entry in json.loads(content)]).encode()
+                # Whatever was computed, to the last bit.
+                entries = [entry for entry in json.loads(content) if "train_runtime" not in entry]
+                content = json.dumps(
+                    [
+                        {name: each for name, each in sorted(entry.items()) if not name.endswith(TIMES)}
+                        for entry in entries
+                    ]
+                ).encode()
             elif path.name in timed or path.suffix in (".pt", ".pth"):
                 content = b""
             found[str(place)] = content
@@ -1121,54 +1190,75 @@ def push_door(place: Place, server: Any) -> Door:
     return Door("push", prepare, run, run, check)
 
 
-def try_kills(place: Place, seed: int, count: int, kinds: str = "") -> Tally:
+@dataclass
+class Whole:
+    """What a door does when nothing kills it.
+
+    Args:
+        contents: What it leaves.
+        moments: Changes of files, in the order in which they are tried.
+        seconds: That it takes.
+    """
+
+    contents: dict[str, bytes]
+    moments: list[int]
+    seconds: float
+
+
+def try_kills(place: Place, tally: Tally, count: int, kinds: str = "") -> None:
     """Each door in turn: done once, and then killed, looked at, done again, and compared."""
     from hub_server import serve
 
-    tally = Tally()
     place.older = place.root / "older" / "out"
-    (place.root / "older").mkdir()
+    (place.root / "older").mkdir(exist_ok=True)
     config = place.root / "older" / "options.yaml"
     config.write_text(yaml.safe_dump(run_options(place, place.root / "older", eval_limit=2, seed=9)))
-    status, output = in_child(partial(train, config))
-    if status:
-        raise RuntimeError(output)
+    warm(partial(train, config), place.root / "modules")
     with serve() as server:
         for name, base in zip(("tiny/clip", "tiny/qwen3"), place.bases, strict=True):
             files = {path.name: path.read_bytes() for path in base.iterdir()}
             server.add(name, files | {"README.md": b"---\nlicense: mit\n---\n"})
         doors = [train_door(place), eval_door(place), export_door(place), cache_door(place), push_door(place, server)]
         doors = [door for door in doors if not kinds or door.name in kinds]
-        whole: dict[str, tuple[dict[str, bytes], int, float]] = {}
-        for number in range(count):
-            draw, door = random.Random(f"{seed} {number}"), doors[number % len(doors)]
+        whole: dict[str, Whole] = {}
+        for number in tally.remaining(count):
+            door = doors[number % len(doors)]
             if door.name not in whole:
-                folder = Path(tempfile.mkdtemp(dir=place.root))
-                door.prepare(folder)
-                started, moments = time.monotonic(), place.root / "moments"
-                status, output = in_child(partial(counted, partial(door.work, folder), folder, -1, moments))
-                if status:
-                    raise RuntimeError(output)
-                whole[door.name] = contents(folder), int(moments.read_text()), time.monotonic() - started
-            expected, moments, seconds = whole[door.name]
-            tally.count(
-                door.name, *try_kill(door, draw, Path(tempfile.mkdtemp(dir=place.root)), expected, moments, seconds)
-            )
-    return tally
+                whole[door.name] = done_once(place, door, tally.seed)
+            folder = Path(tempfile.mkdtemp(dir=place.root))
+            said, problem = try_kill(door, folder, whole[door.name], tally.seed, number, number // len(doors))
+            tally.count(number, door.name, f"kill {number}, {said}", problem)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def try_kill(
-    door: Door, draw: random.Random, folder: Path, expected: dict[str, bytes], moments: int, seconds: float
-) -> tuple[str, str | None]:
-    """When it was killed, and what is wrong with what is left."""
+def done_once(place: Place, door: Door, seed: int) -> Whole:
+    """Counts the moments of a door, and keeps what it leaves."""
+    folder, moments = Path(tempfile.mkdtemp(dir=place.root)), place.root / "moments"
     door.prepare(folder)
-    if moments and draw.random() < 0.7:
-        moment = draw.randint(1, moments)
-        said = f"killed at change {moment} of {moments}"
+    warm(partial(counted, partial(door.work, folder), folder, -1, moments), place.root / "modules")
+    expected, seen = contents(folder), int(moments.read_text())
+    shutil.rmtree(folder)
+    # Again, since the first one imported.
+    door.prepare(folder)
+    started = time.monotonic()
+    status, output = in_child(partial(door.work, folder))
+    if status:
+        raise RuntimeError(output)
+    seconds = time.monotonic() - started
+    shutil.rmtree(folder)
+    return Whole(expected, random.Random(f"{seed} {door.name}").sample(range(1, seen + 1), seen), seconds)
+
+
+def try_kill(door: Door, folder: Path, whole: Whole, seed: int, number: int, turn: int) -> tuple[str, str | None]:
+    """When it was killed, and what is wrong with what is left: two turns of three at a change, one at any time."""
+    door.prepare(folder)
+    if whole.moments and turn % 3 != 2:
+        moment = whole.moments[(turn - turn // 3) % len(whole.moments)]
+        said = f"killed at change {moment} of {len(whole.moments)}"
         status, output = in_child(partial(counted, partial(door.work, folder), folder, moment))
     else:
-        after = draw.uniform(0, seconds)
-        said = f"killed after {after:.2f} of {seconds:.2f} s"
+        after = random.Random(f"{seed} {number}").uniform(0, whole.seconds)
+        said = f"killed after {after:.2f} of {whole.seconds:.2f} s"
         status, output = in_child(partial(door.work, folder), kill_after=after)
     if status not in (0, -signal.SIGKILL):
         return said, f"exit status {status}: {output[-200:]}"
@@ -1176,9 +1266,8 @@ def try_kill(
         status, output = in_child(partial(work, folder))
         if status:
             return said, f"{name}: exit status {status}: {output.strip()[-300:]}"
-    found = contents(folder)
+    found, expected = contents(folder), whole.contents
     wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    shutil.rmtree(folder)
     return said, f"{len(wrong)} files are others than without the kill: {wrong[:4]}" if wrong else None
 
 
@@ -1363,13 +1452,12 @@ def text_in_use(place: Place, folder: Path, text: str) -> None:
         expect(folder / "rows.parquet", [[text]])
 
 
-def try_texts(place: Place, seed: int, count: int) -> Tally:
+def try_texts(place: Place, tally: Tally, count: int) -> None:
     """Hostile texts, through each kind of door in turn."""
     made = processors(place)
     added = sorted({token for processor in made for token in processor.tokenizer.added_tokens_encoder})
-    tally = Tally()
-    for number in range(count):
-        draw = random.Random(f"{seed} {number}")
+    for number in tally.remaining(count):
+        draw = random.Random(f"{tally.seed} {number}")
         folder = Path(tempfile.mkdtemp(dir=place.root))
         text, processor = draw_hostile(draw, added), made[number // 3 % len(made)]
         works = {
@@ -1379,9 +1467,8 @@ def try_texts(place: Place, seed: int, count: int) -> Tally:
         }
         kind = list(works)[number % len(works)]
         trial = Trial(kind, f"text {number}, {text[:60]!r}", works[kind])
-        tally.count(kind, trial.said, problem_of(trial))
+        tally.count(number, kind, trial.said, problem_of(trial))
         shutil.rmtree(folder, ignore_errors=True)
-    return tally
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -1390,18 +1477,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=1)
     for name in ("inputs", "kills", "texts"):
         parser.add_argument(f"--{name}", type=int, default=0, metavar="N")
+    parser.add_argument("--results", type=Path, metavar="FILE.jsonl", help="where trials are kept, and gone on from")
     options = parser.parse_args(arguments)
     print(f"seed {options.seed}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="campaign-") as root:
-        place = make_place(Path(root))
-        tallies = [
-            try_inputs(place, options.seed, options.inputs),
-            try_texts(place, options.seed, options.texts),
-            *([try_kills(place, options.seed, options.kills)] if options.kills else []),
-        ]
-    for tally in tallies:
-        print("\n".join(tally.lines()))
-    return int(any(tally.failures for tally in tallies))
+    campaigns = {"inputs": try_inputs, "texts": try_texts, "kills": try_kills}
+    tallies = {name: Tally(name, options.seed, options.results) for name in campaigns if getattr(options, name)}
+    try:
+        with tempfile.TemporaryDirectory(prefix="campaign-", ignore_cleanup_errors=True) as root:
+            place = make_place(Path(root))
+            for name, tally in tallies.items():
+                campaigns[name](place, tally, getattr(options, name))
+    finally:
+        for tally in tallies.values():
+            print("\n".join(tally.lines()))
+    return int(any(tally.failures for tally in tallies.values()))
 
 
 if __name__ == "__main__":

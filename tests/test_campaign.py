@@ -11,13 +11,36 @@ def place(tmp_path_factory):
     return campaign.make_place(tmp_path_factory.mktemp("campaign"))
 
 
+def failures(trials, place, seed, count, *kinds):
+    tally = campaign.Tally("test", seed)
+    trials(place, tally, count, *kinds)
+    assert sum(tally.tried.values()) == count
+    return tally.failures
+
+
 def test_bad_inputs_are_taken_as_written_or_refused_in_a_line(place):
-    assert campaign.try_inputs(place, 11, 16).failures == []
+    assert failures(campaign.try_inputs, place, 11, 16) == []
 
 
 def test_killed_runs_leave_whole_folders_and_go_on_bit_for_bit(place):
-    assert campaign.try_kills(place, 11, 3, "training and save, feature cache, push").failures == []
+    assert failures(campaign.try_kills, place, 11, 3, "training and save, feature cache, push") == []
 
 
 def test_hostile_texts_stay_texts(place):
-    assert campaign.try_texts(place, 11, 6).failures == []
+    assert failures(campaign.try_texts, place, 11, 6) == []
+
+
+def test_a_stopped_campaign_goes_on_with_what_it_found(tmp_path):
+    file = tmp_path / "results.jsonl"
+    first = campaign.Tally("inputs", 1, file)
+    first.count(0, "table", "a", None)
+    first.count(2, "picture", "b", "taken")
+    campaign.Tally("inputs", 2, file).count(1, "table", "c", None)
+    with file.open("a") as end:
+        end.write('{"campaign": "inputs", "se')
+    again = campaign.Tally("inputs", 1, file)
+    assert again.remaining(4) == [1, 3]
+    assert again.failures == ["picture: b: taken"]
+    assert again.lines() == first.lines()
+    again.count(1, "table", "d", None)
+    assert campaign.Tally("inputs", 1, file).remaining(4) == [3]

@@ -215,8 +215,10 @@ def test_named_errors(tmp_path, processor):
         make_task("classify", columns, class_names=["a", "b"]).example({"label": "c"})
     with pytest.raises(ValueError, match="calibration_rows of at least 0"):
         make_task("classify", columns, calibration_rows=-1)
-    with pytest.raises(ValueError, match="no column 'label or labels"):
+    with pytest.raises(ValueError, match=r"no column 'label or labels.*all pictures lie straight in their class's"):
         make_task("classify", ["image"])
+    with pytest.raises(ValueError, match="class_names is no UTF-8 text: byte 0xe9 after 3 characters"):
+        make_task("classify", columns, class_names=["a", "caf\udce9"])
     folder = save_folder(tmp_path)
     for place in list((folder / "train" / "blue").iterdir())[1:]:
         place.unlink()
@@ -232,6 +234,9 @@ def test_task_json_keeps_classes(tmp_path):
     assert TaskSettings.read(tmp_path) == settings
     (tmp_path / "task.json").write_text('{"class_names": ["a", 3]}')
     with pytest.raises(ValueError, match=r"class_names is .'a', 3., expected a list of texts"):
+        TaskSettings.read(tmp_path)
+    (tmp_path / "task.json").write_text('{"class_names": ["a", "\\ud83d"]}')
+    with pytest.raises(ValueError, match=r"task.json: class_names is no UTF-8 text: half a character, U.D83D"):
         TaskSettings.read(tmp_path)
 
 
@@ -299,6 +304,22 @@ def test_the_temperature_makes_confidence_honest():
     assert calibration_error(true, labels) < 0.03 < 0.15 < calibration_error(sharp, labels)
     rows = rows_of(sharp.tolist(), labels, list("abcd"))
     assert TASKS["classify"].calibrate(rows)["class_temperature"] == pytest.approx(found, rel=1e-4)
+
+
+def test_rows_that_are_all_right_show_no_more_than_so_many_rows_can():
+    """Without a wrong one, scores that are multiplied are likelier: the temperature fell to its bound."""
+    scores, labels = np.log(np.array([[0.6, 0.3, 0.1]] * 10 + [[0.2, 0.7, 0.1]] * 10)), [0] * 10 + [1] * 10
+    temperature = fit_temperature(scores, labels)
+    shares = np.exp(scores / temperature)
+    shares /= shares.sum(axis=1, keepdims=True)
+    assert shares.max(axis=1).mean() == pytest.approx(21 / 22, abs=1e-4)
+    # Sure enough already, or nothing to tell classes apart by.
+    assert fit_temperature(40 * scores, labels) == 1.0
+    assert fit_temperature(0 * scores, labels) == 1.0
+    # One wrong row decides again by its likelihood alone.
+    likeliest = fit_temperature(scores, [1, *labels[1:]])
+    assert 1 / 64 < likeliest < 1
+    assert likeliest != pytest.approx(temperature, rel=0.05)
 
 
 # Runs
@@ -415,10 +436,16 @@ def test_a_stream_needs_the_classes(trained):
         sft.main(streamed)
 
 
-def test_the_doctor_tries_it(trained, tmp_path):
+def test_the_doctor_tries_it_without_the_rows_that_are_held_back(trained, tmp_path, capsys):
     _, options = trained
     config = dict(zip(options[::2], options[1::2], strict=True)) | {"--output_dir": str(tmp_path / "new")}
+    config |= {"--max_steps": "-1", "--num_train_epochs": "1", "--per_device_train_batch_size": "1"}
     assert doctor([text for pair in config.items() for text in pair]) == 0
+    said = capsys.readouterr().out
+    assert "4 of them are held back, to calibrate the answers: 14 are trained on" in said
+    assert "(1 epochs of 14 rows, 1 a step)" in said
+    # 18 of test, before, after and blind; and those held back.
+    assert "(58 texts)" in said
 
 
 def test_a_finished_run_goes_on_from_its_checkpoint(trained):

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import weakref
 from pathlib import Path
 
 import pytest
@@ -312,6 +313,23 @@ def test_paths_are_read_no_further_than_a_batch_ahead(trained, pictures):
     first = next(caption_pictures(*trained, paths(), "Say what you see.", batch_size=2, max_new_tokens=2))
     assert "caption" in first
     assert len(asked) == 2
+
+
+def test_of_a_batch_one_picture_is_open_at_a_time(trained, pictures, monkeypatch):
+    """Sixteen large ones would take more than a gigabyte."""
+    opened = []
+
+    def opens(path):
+        # What was opened last is let go when this one comes.
+        assert sum(each() is not None for each in opened) <= 1
+        found = open_picture(path)
+        opened.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(captioning, "open_picture", opens)
+    found = list(caption_pictures(*trained, [str(pictures / "a.jpg")] * 5, "Say.", batch_size=5, max_new_tokens=2))
+    assert len({record["caption"] for record in found}) == 1
+    assert len(opened) == 5
 
 
 def test_folders_are_searched_below_and_hidden_files_left_out(pictures):

@@ -44,7 +44,7 @@ def test_a_large_head_on_a_cpu_takes_the_fastest_tiles(monkeypatch):
     monkeypatch.setattr(head, "fastest", lambda task, candidates: ways.update(candidates) or list(candidates)[-1])
     swept = []
     sweep = head._sweep
-    monkeypatch.setattr(head, "_sweep", lambda *arguments: swept.append(arguments[-1]) or sweep(*arguments))
+    monkeypatch.setattr(head, "_sweep", lambda *arguments: swept.append(arguments[3]) or sweep(*arguments))
     hidden, labels = torch.randn(300, 8), torch.randint(0, 9000, (300,))
     score(FrozenHeadLogProbs.apply, hidden, torch.randn(9000, 8), labels)
     assert swept == [head.TILES["cpu"]]
@@ -65,6 +65,34 @@ def test_of_equal_logits_the_first_is_the_likeliest():
     weight[[5, 7, 5000], 0] = 1.0
     labels = torch.tensor([5, 7, 5000, 6])
     assert score(FrozenHeadLogProbs.apply, hidden, weight, labels)[2].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("is_half", [False, True])
+def test_under_autocast_a_label_is_first_if_fp32_logits_say_so(sign, is_half):
+    """Tokens in several tiles whose logits bfloat16 cannot tell apart, all above or all below zero."""
+    weight = torch.randn(9000, 32)
+    crowd = torch.arange(0, 9000, 90)
+    weight[crowd] = torch.randn(32) * (1 + 3e-4 * torch.randn(len(crowd), 1)) + 1e-4 * torch.randn(len(crowd), 32)
+    if sign < 0:
+        # The nearest of all that point away.
+        weight = weight[crowd[0]] + 1e-3 * torch.randn(9000, 32)
+    hidden = sign * weight[crowd[torch.arange(300) % 100]] * torch.linspace(0.01, 30, 300)[:, None]
+    if is_half:
+        weight, hidden = weight.to(torch.bfloat16), hidden.to(torch.bfloat16)
+    # Equal rows in one tile and in another.
+    weight[[91, 4100]] = weight[0].clone()
+    logits = (hidden.double() @ weight.double().t()).float()
+    best = logits.topk(4, dim=-1).indices
+    labels = best[torch.arange(300), torch.arange(300) % 4]
+    labels[::7] = torch.randint(0, 9000, (len(labels[::7]),))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(FrozenHeadLogProbs.apply, hidden, weight, labels)[2]
+        rounded = (hidden @ weight.t()).argmax(-1) == labels
+    expected = logits.argmax(-1) == labels
+    assert found.tolist() == expected.tolist()
+    assert 20 < expected.sum() < 280
+    assert (rounded != expected).sum() > 10
 
 
 def test_compiled_equals_eager_and_one_graph_serves_all_counts(monkeypatch):

@@ -243,7 +243,10 @@ def test_features_of_the_bases_are_not_used_after_the_encoder_has_trained(given)
     ("stages", "message"),
     [
         ("[]", "stages is empty"),
-        ("[{max_steps: 2}]", r"stage 1: expected a name of letters, digits, dots and dashes, got None"),
+        ("[{max_steps: 2}]", r"stage 1: expected a name of up to 100 letters, digits, dots and dashes, got None"),
+        ("[null]", "stage 1: expected a mapping with a name and options, got None"),
+        ("[a, b]", "stage 1: expected a mapping with a name and options, got 'a'"),
+        (f"[{{name: {'a' * 300}}}]", "expected a name of up to 100 letters.* of 300"),
         ("[{name: a}, {name: a}]", r"stage 2 \(a\): an earlier stage has this name"),
         (
             "[{name: a, lerning_rate: 1}]",

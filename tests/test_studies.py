@@ -362,6 +362,9 @@ def test_study_is_a_table_a_page_and_one_run_of_the_encoder(tmp_path, study_file
         ({"strategies": {"zero-shot": None}}, "is a name in strategies and in untrained"),
         ({"strategies": {}}, "strategies is missing or empty"),
         ({"strategy": {}}, "unknown key 'strategy'"),
+        ({"output_dir": 7}, "output_dir: expected text, got 7"),
+        ({"metric": ["CIDEr"]}, "metric: expected text, got .'CIDEr'."),
+        ({"metric": "CIDer"}, "metric: 'CIDer' is no metric of any task; there are .*CIDEr"),
         ({"train_limits": [0]}, "train_limits: expected a list of whole numbers of at least 1"),
         ({"seeds": [1, 1]}, "names one twice"),
         ({"margin": -1}, "margin: expected a number above 0"),
@@ -401,3 +404,11 @@ def test_the_demos_study_is_understood(tmp_path, monkeypatch):
     cells.prepare([place.cell for place in places], "compare.py")
     assert len(places) == len({place.cell.folder for place in places})
     assert {place.cell.kind for place in places} == {"train", "untrained"}
+
+
+def test_a_split_that_no_run_scores_is_named_before_any_runs():
+    study = compare.StudyOptions({"eval_splits": "test"}, {"a": {}}, "out", seeds=[0], split="tset")
+    with pytest.raises(ValueError, match="split: 'tset' is not scored; eval_splits names test"):
+        compare.lay_out(study)
+    study.split = "test"
+    assert len(compare.lay_out(study)) == 1

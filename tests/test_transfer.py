@@ -236,6 +236,22 @@ def test_the_sweep_is_a_curve_of_new_against_old(watched, tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_data_sets_of_one_name_have_a_folder_each(watched, model, processor):
+    from vlm_peft.training.arguments import parse_arguments
+    from vlm_peft.training.data import load_watched
+
+    options = parse_arguments(["--config", str(watched / "config.yaml")])[0]
+    options.watch = [options.watch[0]] * 4
+    options.feature_cache = False
+    names = list(load_watched(options, model, processor))
+    assert len(names) == len(set(names)) == 4
+
+
+def test_a_text_that_has_no_end_is_refused():
+    with pytest.raises(ValueError, match="/dev/zero: expected a text file, got a folder, pipe or device"):
+        read_paragraphs("/dev/zero")
+
+
 def test_watch_is_checked_before_anything_runs(watched):
     config = watched / "wrong.yaml"
     text = (watched / "config.yaml").read_text()

@@ -850,6 +850,29 @@ def test_an_option_that_is_no_text_is_named(option):
 
 
 @pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--instruction", "caf\udce9"], "instruction is no UTF-8 text: byte 0xe9 after 3 characters"),
+        (["--output_dir", "out\udcff"], "output_dir is no UTF-8 text: byte 0xff after 3 characters"),
+        (["--class_names", "a", "b\udcff"], "class_names is no UTF-8 text: byte 0xff after 1 characters"),
+    ],
+)
+def test_a_training_option_that_is_no_text_is_named_before_anything_is_loaded(options, said):
+    from vlm_peft.training.arguments import parse_arguments
+
+    given = ["--output_dir", "out", "--dataset_name", "x", "--use_peft", "true", "--use_cpu", "true", *options]
+    with pytest.raises(SystemExit, match=said):
+        parse_arguments(given)
+
+
+def test_a_label_that_is_no_text_is_named():
+    from vlm_peft.contrastive.encoder import check_labels
+
+    with pytest.raises(ValueError, match="The label is no UTF-8 text: byte 0xe9 after 3 characters"):
+        check_labels(["a", "caf\udce9"])
+
+
+@pytest.mark.parametrize(
     ("task", "asked", "is_said"),
     [
         ("vqa", (), True),

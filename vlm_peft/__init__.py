@@ -3,6 +3,7 @@
 Importing the package registers its classes with `AutoConfig`, `AutoModelForImageTextToText` and `AutoProcessor`.
 """
 
+import logging
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -35,6 +36,12 @@ def __getattr__(name: str):
         globals().update({public: found[public] for public in __all__ if public in found})
     return globals()[name]
 
+
+# bitsandbytes says on its import, which is peft's and TRL's, too, that a faster 4-bit kernel could be had from the Hub.
+# Nothing here uses it, and nobody can act on it. A filter on its logger must be there before it speaks.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
+    lambda record: "kernels-community" not in record.getMessage()
+)
 
 # transformers' Auto classes know only what was registered before they are called, so `import vlm_peft` loads torch and
 # registers. Commands alone wait until they need a model: --help, a misspelt option and a score take no seconds.

@@ -374,13 +374,11 @@ def classify(options: argparse.Namespace) -> int:
     vlm-peft classify openai/clip-vit-base-patch32 pictures --labels cat dog
     vlm-peft classify outputs/captions pictures --labels cat dog --instruction "Which animal is it?"
     """
-    from .commands.caption import check_text, find_pictures
+    from .commands.caption import find_pictures
     from .commands.classify import TEMPLATE, by_captioner, by_clip, classify_pictures, is_captioner
     from .contrastive.encoder import check_labels
 
     paths = find_pictures(options.images, sys.stdin.buffer)
-    for label in options.labels:
-        check_text(label, "The label")
     check_labels(options.labels)
     _quiet_loading()
     if is_captioner(options.model):

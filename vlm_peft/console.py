@@ -16,10 +16,6 @@ def quiet_imports() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     # Rows are encoded in processes of their own, and tokenizers warn of threads that a fork leaves behind.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # bitsandbytes offers a faster 4-bit kernel from the Hub that nothing here uses.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(
-        lambda record: "kernels-community" not in record.getMessage()
-    )
     # peft and TRL use names that transformers 5 renames.
     warnings.filterwarnings("ignore", message="`(is_)?gradient_checkpointing` is deprecated", category=FutureWarning)
 

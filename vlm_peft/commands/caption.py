@@ -18,7 +18,7 @@ from ..evaluation.choices import picture_class_probabilities
 from ..evaluation.generation import generate_texts
 from ..tasks import TaskSettings, find_kind
 from ..tasks.caption import INSTRUCTION
-from ..tasks.example import picture_turn
+from ..tasks.example import check_text, picture_turn
 
 
 def ask(settings: TaskSettings, question: str | None = None, instruction: str | None = None) -> str:
@@ -41,25 +41,6 @@ def ask(settings: TaskSettings, question: str | None = None, instruction: str | 
         return f"{question} {instruction}"
     # Where the instruction is what is asked, it would be a second question.
     return kind.ask(question, settings.instruction) if settings.instruction and not kind.question else question
-
-
-def check_text(text: str, name: str) -> str:
-    """The text, which a tokenizer must be able to encode.
-
-    Args:
-        text (`str`): From a command line or a terminal, where bytes that are no UTF-8 become lone surrogates.
-        name (`str`): Put before the message.
-
-    Raises:
-        ValueError: For such a byte; names it and its place.
-    """
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{name} is no UTF-8 text: byte {ord(text[error.start]) & 0xFF:#04x} after {error.start} characters."
-        ) from error
-    return text
 
 
 def find_pictures(inputs: Iterable[str], stdin: BinaryIO) -> list[str] | Iterator[str]:
@@ -136,22 +117,24 @@ def caption_pictures(
     waiting = iter(paths)
     while paths := list(islice(waiting, batch_size)):
         records: list[dict[str, Any]] = [{"image": path} for path in paths]
-        pictures, readable = [], []
+        pixels, readable = [], []
         for record in records:
             try:
-                pictures.append(open_picture(Path(record["image"])))
+                # Scaled at once: opened pictures of a whole batch may not fit into memory.
+                picture = open_picture(Path(record["image"]))
+                pixels.append(processor.image_processor(picture, return_tensors="pt")["pixel_values"])
                 readable.append(record)
             except UnreadablePictureError as error:
                 record["error"] = str(error)
-        if readable and choices:
+        pixel_values = torch.cat(pixels) if pixels else None
+        if pixel_values is not None and choices:
             found = picture_class_probabilities(
-                model, processor, pictures, choices, text, temperature=temperature, batch_size=batch_size
+                model, processor, pixel_values, choices, text, temperature=temperature, batch_size=batch_size
             )
             for record, row in zip(readable, found.tolist(), strict=True):
                 record["probabilities"] = shares = dict(zip(choices, row, strict=True))
                 record["caption"] = max(shares, key=shares.__getitem__)
-        elif readable:
-            pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"]
+        elif pixel_values is not None:
             texts = generate_texts(
                 model,
                 processor,

@@ -18,8 +18,7 @@ from ..data.pictures import open_picture
 from ..evaluation.generation import check_length
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
-from ..tasks.example import picture_turn
-from .caption import check_text
+from ..tasks.example import check_text, picture_turn
 
 COMMANDS = "/image PATH adds a picture; /reset forgets pictures and turns; /quit ends."
 

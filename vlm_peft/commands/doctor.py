@@ -49,7 +49,7 @@ from ..evaluation.evaluate import generate_rows
 from ..model.modeling_vision_qwen import VisionQwen
 from ..training.arguments import VisionArguments, chosen_strategy, keeps_features, parse_arguments
 from ..training.callbacks import PrintedLines
-from ..training.data import Part, encode_split, join, parts, row_lengths, watched
+from ..training.data import Part, encode_split, hold_back, join, parts, row_lengths, watched
 from ..training.setup import (
     bases,
     build_trainer,
@@ -143,6 +143,7 @@ class Doctor:
         self.processor: Any = None
         self.train: list[Split] = []
         self.held_out: list[Split] = []
+        self.held_back: list[Split] = []
         self.peaks: dict[str, int] = {}
         self.strategy = chosen_strategy(vision, model_args)
         self.keeps_features = keeps_features(vision)
@@ -312,7 +313,15 @@ class Doctor:
         encoded = []
         for split, first_image in zip(self.train, first_images(self.train), strict=True):
             with self.catching():
-                encoded.append(self.encode_split(split, first_image))
+                rows = self.encode_split(split, first_image)
+                if split.task.held_back:
+                    rows, back = hold_back(split, rows)
+                    self.held_back.append(back)
+                    _say(
+                        f"    {split.task.held_back:,} of them are held back, to calibrate the answers: "
+                        f"{len(rows):,} are trained on"
+                    )
+                encoded.append(rows)
         if not encoded or len(encoded) < len(self.train):
             return None
         with self.catching():
@@ -633,12 +642,15 @@ class Doctor:
         ), f"({epochs:g} epochs of {len(rows):,} rows, {self.rows_a_step()} a step)"
 
     def count_texts(self) -> int:
-        """Texts that are generated: every held-out question after training, and what else is asked for."""
+        """Texts that are generated: every held-out question after training, and what else is asked for.
+
+        Questions of rows that are held back are asked once.
+        """
         total = 0
         for split in self.held_out:
             count = sum(1 for _ in split.questions())
             total += count * (1 + self.vision.score_before + split.is_blind)
-        return total
+        return total + sum(1 for split in self.held_back for _ in split.questions())
 
     def note_peak(self, phase: str) -> None:
         """Remembers the most memory so far under the phase that needed it, in bytes."""

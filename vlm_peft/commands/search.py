@@ -11,7 +11,7 @@ from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.records import write_text
 from ..report import pages as html
 from ..report.gallery import thumbnail
-from .caption import check_text
+from ..tasks.example import check_text
 
 
 def open_index(

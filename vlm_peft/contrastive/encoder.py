@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..data.pictures import open_picture
 from ..hub.models import CLIP_TYPES
+from ..tasks.example import check_text
 
 MODEL_TYPES = CLIP_TYPES
 """`config.model_type` of what can be trained."""
@@ -174,6 +175,8 @@ class DualEncoder(nn.Module):
                 the text tower reads: cut, it might be another class's.
         """
         check_labels(names)
+        for template in templates:
+            check_text(template, "The template")
         without = [each for each in templates if "{}" not in each]
         if without or not templates:
             found = repr(without[0]) if without else "none"
@@ -202,8 +205,10 @@ def check_labels(labels: Sequence[str]) -> None:
     """Refuses labels among which nothing could be chosen.
 
     Raises:
-        ValueError: For labels that repeat, an empty one, or fewer than two.
+        ValueError: For labels that repeat, an empty one, one that is no text, or fewer than two.
     """
+    for label in labels:
+        check_text(label, "The label")
     twice = [label for label, count in Counter(labels).items() if count > 1]
     if twice:
         raise ValueError(f"Expected every label once, got {twice[0]!r} several times.")

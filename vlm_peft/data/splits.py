@@ -219,8 +219,9 @@ def make_split(data: DataArguments, name: str, rows: Dataset, processor) -> Spli
     texts, pictures = bind_rows(rows, task, picture_folder(str(data.dataset_name), data.image_folder))
 
     def from_pixels(ids: list[int]) -> dict[str, torch.Tensor]:
-        opened = [pictures.open(index) for index in ids]
-        return {"pixel_values": processor.image_processor(opened, return_tensors="pt")["pixel_values"]}
+        # One by one: opened pictures of a whole batch may not fit into memory.
+        scaled = [processor.image_processor(pictures.open(index), return_tensors="pt") for index in ids]
+        return {"pixel_values": torch.cat([each["pixel_values"] for each in scaled])}
 
     return Split(name, name, data, texts, task, pictures, from_pixels)
 

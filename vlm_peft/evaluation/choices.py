@@ -152,7 +152,7 @@ def _score(base: VisionQwen, collator: SharedPrefixCollator, layouts: list[dict]
 def picture_class_probabilities(
     model: VisionQwen | PeftModel,
     processor: VisionQwenProcessor,
-    pictures: Sequence[Image],
+    pictures: Sequence[Image] | torch.Tensor,
     labels: Sequence[str],
     text: str,
     *,
@@ -164,7 +164,7 @@ def picture_class_probabilities(
     Args:
         model ([`VisionQwen`] or `PeftModel`): In evaluation mode.
         processor ([`VisionQwenProcessor`]): Saved with the model.
-        pictures (`Sequence[PIL.Image.Image]`): RGB.
+        pictures (`Sequence[PIL.Image.Image]`): RGB; or what the processor made of them, `(I, 3, H, W)`.
         labels (`Sequence[str]`): Names of classes, as they are said.
         text (`str`): What the user says beside a picture.
         temperature (`float`, *optional*, defaults to 1.0): Divides the log-probabilities.
@@ -175,6 +175,8 @@ def picture_class_probabilities(
     """
 
     def fetch(ids: list[int]) -> dict[str, torch.Tensor]:
+        if isinstance(pictures, torch.Tensor):
+            return {"pixel_values": pictures[ids]}
         shown = [pictures[index] for index in ids]
         return {"pixel_values": processor.image_processor(shown, return_tensors="pt")["pixel_values"]}
 

@@ -27,6 +27,8 @@ def read_paragraphs(path: Path | str) -> list[str]:
         ValueError: When it holds no text, or is no UTF-8.
         OSError: When it cannot be read.
     """
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: expected a text file, got a folder, pipe or device.")
     try:
         text = Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import LogitsProcessorList, PreTrainedModel, SuppressTokensLogitsProcessor
 
 from .cpu.choices import fastest
+from .cpu.screening import UNIT, logit_error
 
 _SCREENED_ROWS = 16_384
 """Smaller heads are not worth a second copy in bfloat16."""
@@ -36,11 +37,6 @@ class ScreenedArgmax:
     Args:
         weight (`torch.Tensor` of shape `(V, D_t)`): Of the head, fp32; a copy in bfloat16 is kept.
         banned (`list[int]`): Token ids that are never chosen.
-
-    With u = 2^-8, the unit roundoff of bfloat16, and fp32 sums, Higham, Accuracy and Stability of Numerical Algorithms
-    (2002), section 3.1, bounds the error of an inner product by 2u |h| |w| for the rounded factors, with Cauchy and
-    Schwarz, plus u times the logit for the rounded result; both are taken with a tenth more for the terms of higher
-    order and the sum.
     """
 
     def __init__(self, weight: torch.Tensor, banned: list[int]):
@@ -51,7 +47,6 @@ class ScreenedArgmax:
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states `(B, D_t)` in fp32 -> token ids `(B,)`."""
-        unit = 2.0**-8
         approximate = nn.functional.linear(hidden.to(torch.bfloat16), self._low)  # (B, V), padded to whole blocks
         approximate[:, len(self._weight) :] = -torch.inf
         if self._banned:
@@ -60,9 +55,9 @@ class ScreenedArgmax:
         of_blocks = approximate.amax(-1)  # (B, V / _BLOCK)
         top = of_blocks.amax(-1, keepdim=True).float()
         length = torch.linalg.vector_norm(hidden, dim=1, keepdim=True)
-        error = 1.1 * (2 * unit * length * self._longest + unit * top.abs())
+        error = logit_error(length, self._longest, top)
         # A threshold rounded up to bfloat16 would lose a candidate.
-        threshold = (top - 2 * error).mul(1 - unit * torch.sign(top - 2 * error)).to(torch.bfloat16)
+        threshold = (top - 2 * error).mul(1 - UNIT * torch.sign(top - 2 * error)).to(torch.bfloat16)
         text, block = (of_blocks >= threshold).nonzero(as_tuple=True)
         if len(text) > _MOST_CANDIDATES * len(hidden):
             return _argmax(hidden, self._weight, self._banned)

@@ -12,6 +12,7 @@ from functools import partial
 import torch
 
 from .cpu.choices import fastest
+from .cpu.screening import ExactHits
 
 
 @dataclass(frozen=True)
@@ -61,8 +62,8 @@ class FrozenHeadLogProbs(torch.autograd.Function):
 
         Returns:
             `tuple` of fp32 log-probabilities and entropies in nats, the logarithm of the sum of all exponentiated
-            logits, and whether the label is the first of the likeliest tokens. On CUDA bf16 products are summed and
-            compared in fp32; a CPU rounds logits to bf16 under autocast.
+            logits, and whether the label is the first of the likeliest tokens, by fp32 logits. Where a CPU rounds
+            products to bf16, under autocast, [`~vlm_peft.model.cpu.screening.ExactHits`] finds them.
         """
         device = hidden.device
         is_autocast = torch.is_autocast_enabled(device.type)
@@ -70,7 +71,9 @@ class FrozenHeadLogProbs(torch.autograd.Function):
         with torch.autocast(device.type, enabled=False):
             queries = hidden.detach().to(dtype)  # (L, D_t)
             tiles = _fastest_cpu_tiles(weight, dtype) if _is_worth_measuring(weight) else TILES[device.type]
-            highest, is_top1, at_label, total, mean = _sweep(queries, weight.detach(), labels, tiles)
+            is_rounded = dtype == torch.bfloat16 and not _has_fp32_products(queries)
+            hits = ExactHits(hidden.detach(), weight.detach(), labels) if is_rounded else None
+            highest, is_top1, at_label, total, mean = _sweep(queries, weight.detach(), labels, tiles, hits)
             mean /= total[:, None]
             log_total = highest + total.log()
             of_label = weight.detach()[labels].to(dtype).float()  # (L, D_t)
@@ -112,8 +115,13 @@ def with_row_gradients(
         return log_probs + (slope * (logits - logits.detach())).sum(-1)
 
 
-def _sweep(queries: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tiles: Tiles) -> tuple[torch.Tensor, ...]:
+def _sweep(
+    queries: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, tiles: Tiles, hits: ExactHits | None = None
+) -> tuple[torch.Tensor, ...]:
     """Goes over the vocabulary once.
+
+    Args:
+        hits ([`ExactHits`], *optional*): Decides whether labels are first, where logits are rounded.
 
     Returns:
         `tuple` of the highest logit, whether the label has it first, the label's logit, the sum of
@@ -127,13 +135,18 @@ def _sweep(queries: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ti
     mean = torch.zeros(queries.shape, device=queries.device)
     for first in range(0, len(weight), tiles.vocabulary):
         keys = weight[first : first + tiles.vocabulary].to(queries.dtype)
+        if hits is not None:
+            hits.begin(first, keys)
         for start in range(0, len(labels), tiles.rows):
             part = slice(start, start + tiles.rows)
             running = (highest[part], is_top1[part], at_label[part], total[part])
             logits = _product(queries[part], keys.t())
-            shares, rescale = fold(logits, labels[part] - first, *running, dtype=queries.dtype)
+            shares, rescale, tile_highest = fold(logits, labels[part] - first, *running, dtype=queries.dtype)
+            if hits is not None:
+                # A copy in fp32 was spoilt, not these.
+                hits.see(part, logits, tile_highest)
             _rescale_and_add_product(mean[part], rescale, shares, keys)
-    return highest, is_top1, at_label, total, mean
+    return highest, is_top1 if hits is None else hits.is_top1, at_label, total, mean
 
 
 def _is_worth_measuring(weight: torch.Tensor) -> bool:
@@ -181,7 +194,7 @@ def _fold(
     total: torch.Tensor,
     *,
     dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Takes one tile of logits into the running values, in place.
 
     Args:
@@ -191,7 +204,8 @@ def _fold(
         dtype (`torch.dtype`): Of what is returned first.
 
     Returns:
-        `tuple` of exp(logit - highest) `(rows, columns)` and what earlier sums must be multiplied by, `(rows,)`.
+        `tuple` of exp(logit - highest) `(rows, columns)`, what earlier sums must be multiplied by, `(rows,)`, and the
+        tile's highest logits, `(rows,)`.
     """
     logits = logits.float()
     is_here = (places >= 0) & (places < logits.shape[1])
@@ -205,7 +219,7 @@ def _fold(
     highest.copy_(new_highest)
     shares = logits.sub_(new_highest[:, None]).exp_()
     total.copy_(total * rescale + shares.sum(-1))
-    return shares.to(dtype), rescale
+    return shares.to(dtype), rescale, tile_highest
 
 
 def _is_argmax(logits: torch.Tensor, places: torch.Tensor, is_here: torch.Tensor) -> torch.Tensor:
@@ -226,7 +240,7 @@ def _compile_fold(*arguments, dtype):
 
 def _compiled_fold(
     logits: torch.Tensor, *of_rows: torch.Tensor, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[`_fold`] in a few kernels: one graph for whole tiles and one for the last, for any number of labels."""
     torch._dynamo.mark_static(logits, 1)
     for tensor in (logits, *of_rows):

@@ -26,6 +26,7 @@ import yaml
 from ..console import quiet_imports, run_script
 from ..data.arguments import DataArguments
 from ..evaluation.records import read_all_scores, read_predictions, write_text
+from ..tasks import TASKS
 from ..training.arguments import keeps_features, parse_arguments
 from ..training.options import read_config
 
@@ -89,7 +90,7 @@ def read_keys(path: str, kind: type, required: Sequence[str], output_dir: str | 
 
     Raises:
         OSError: When it cannot be read.
-        ValueError: When a key is unknown or missing; names it.
+        ValueError: When a key is unknown or missing, or a name is none; names it.
     """
     given = read_config(path) | ({"output_dir": output_dir} if output_dir else {})
     names = [each.name for each in fields(kind)]
@@ -97,6 +98,14 @@ def read_keys(path: str, kind: type, required: Sequence[str], output_dir: str | 
         raise ValueError(f"{path}: unknown key {unknown[0]!r}, expected {', '.join(names)}.")
     if missing := [name for name in required if not given.get(name)]:
         raise ValueError(f"{path}: {missing[0]} is missing or empty.")
+    for name in {"output_dir", "split", "metric"} & given.keys():
+        if given[name] is not None and not isinstance(given[name], str):
+            raise ValueError(f"{path}: {name}: expected text, got {given[name]!r}.")
+    # A part of a metric has its kind in brackets. What a run scores is known only when it has ended.
+    metrics = [metric.name for kind in TASKS.values() for metric in kind.metrics]
+    if given.get("metric") is not None and given["metric"].partition("[")[0] not in metrics:
+        known = ", ".join(dict.fromkeys(metrics))
+        raise ValueError(f"{path}: metric: {given['metric']!r} is no metric of any task; there are {known}.")
     return given
 
 

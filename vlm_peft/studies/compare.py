@@ -139,9 +139,20 @@ def lay_out(study: StudyOptions) -> list[Place]:
     """The cells of a study: first untrained rows, then the amounts of data, each with all strategies and seeds.
 
     Raises:
-        OSError, ValueError: When the base cannot be read.
+        OSError, ValueError: When the base cannot be read, or does not score the split that is compared on.
     """
     base = read_base(study.base) | study.options
+    scored = base.get("eval_splits")
+    scored = [scored] if isinstance(scored, str) else scored
+    # Splits of mixtures, of what is watched, and parts of splits have names of their own.
+    is_plain = isinstance(scored, list) and not any(base.get(name) for name in ("mixture", "watch"))
+    if (
+        study.split is not None
+        and is_plain
+        and study.split not in scored
+        and not any("[" in str(each) for each in scored)
+    ):
+        raise ValueError(f"split: {study.split!r} is not scored; eval_splits names {', '.join(map(str, scored))}.")
     folder = Path(study.output_dir) / "cells"
     found = []
     for seed in study.seeds:

@@ -91,8 +91,14 @@ def classify_task(
 
 
 def _label_column(columns: Sequence[str], text_column: str | None) -> str:
-    found = next((name for name in LABEL_COLUMNS if name in columns), " or ".join(LABEL_COLUMNS))
-    return text_column or found
+    found = next((name for name in LABEL_COLUMNS if name in columns), None)
+    if text_column is None and found is None:
+        raise ValueError(
+            f"The data set has no column {' or '.join(LABEL_COLUMNS)!r}; it has {', '.join(sorted(columns))}. Name the "
+            "columns with --image_column and --text_column; of folders of two or more classes, all pictures lie "
+            "straight in their class's folder (train/tiger/1.jpg), none above or below it."
+        )
+    return str(text_column or found)
 
 
 def class_name(label: object) -> str:

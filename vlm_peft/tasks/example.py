@@ -101,6 +101,27 @@ def to_text(value: object) -> str | None:
     return value.strip() or None if isinstance(value, str) else None
 
 
+def check_text(text: str, name: str) -> str:
+    """The text, which a tokenizer must be able to encode.
+
+    Args:
+        text (`str`): From a command line or a terminal, where bytes that are no UTF-8 become lone surrogates, or from
+            a file that escapes one.
+        name (`str`): Put before the message.
+
+    Raises:
+        ValueError: For such a character; names it and its place.
+    """
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        found = ord(text[error.start])
+        # Python's own stand-ins for bytes that are no UTF-8.
+        said = f"byte {found & 0xFF:#04x}" if 0xDC80 <= found <= 0xDCFF else f"half a character, U+{found:04X},"
+        raise ValueError(f"{name} is no UTF-8 text: {said} after {error.start} characters.") from error
+    return text
+
+
 def refuse_list(text: str) -> None:
     """Refuses a list that a table holds as one text, which would be learnt with its brackets.
 

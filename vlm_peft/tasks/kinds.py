@@ -7,7 +7,7 @@ from .caption import CAPTION
 from .chat import CHAT
 from .classify import CLASSIFY, ClassifyOptions
 from .digits import DIGITS_TASK
-from .example import Task
+from .example import Task, check_text
 from .grounding import GROUNDING
 from .scoring import TaskKind
 from .slides import SLIDES, SlideOptions
@@ -69,11 +69,15 @@ def make_task(
         [`Task`].
 
     Raises:
-        ValueError: When the task is unknown, one column should be both picture and text, or the data set lacks a
-            column; lists those it has.
+        ValueError: When the task is unknown, one column should be both picture and text, the data set lacks a column
+            (lists those it has), or a text cannot be encoded.
     """
     if text_column == image_column:
         raise ValueError(f"--image_column and --text_column are both {image_column!r}: expected two columns.")
     kind, given = find_kind(name), TaskOptions(**options)
     own = {each.name: getattr(given, each.name) for each in fields(kind.options)} if kind.options else {}
+    for option, value in {"The instruction": instruction, **own}.items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str):
+                check_text(text, option)
     return kind.bind(columns, image_column, text_column, instruction, **own)

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from .example import check_text
 from .kinds import DEFAULT_TASK, TaskOptions
 from .scoring import is_list_of
 
@@ -57,6 +58,9 @@ class TaskSettings(TaskOptions):
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a JSON object with {', '.join(_DEFAULTS)} ({error}).") from error
         for name, value in values.items():
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    check_text(text, f"{path}: {name}")
             default = _DEFAULTS[name]
             if name in _LISTS and (value is None or is_list_of(str, value)):
                 continue

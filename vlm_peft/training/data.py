@@ -5,9 +5,10 @@ Stage: options -> held-out splits, and training rows from a data set, a mixture 
 
 import random
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
+from itertools import count as counting
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,7 @@ def load_held_out(vision: VisionArguments, model, processor) -> dict[str, Split]
             split.name = f"{split.data.task}-{split.name}"
             if split.name in found:
                 split.name = f"{Path(str(split.data.dataset_name)).stem}-{split.name}"
+        split.name = _unused(split.name, found)
         found[split.name] = split
     return found
 
@@ -240,6 +242,7 @@ def load_watched(vision: VisionArguments, model, processor) -> dict[str, Split]:
             split.name = f"watch-{source.task}-{_folder_name(name)}"
             if split.name in found:
                 split.name = f"watch-{Path(str(source.dataset_name)).stem}-{source.task}-{_folder_name(name)}"
+            split.name = _unused(split.name, found)
             found[split.name] = split
     return found
 
@@ -269,6 +272,12 @@ def watched_text(vision: VisionArguments) -> list[str]:
     if not found:
         raise ValueError(f"--watch_text {name}: expected rows of ten words or more in the column text, found none.")
     return found
+
+
+def _unused(name: str, used: Container[str]) -> str:
+    """The name, with a number behind it where it is used."""
+    names = chain([name], (f"{name}-{number}" for number in counting(2)))
+    return next(each for each in names if each not in used)
 
 
 def _folder_name(split: str) -> str:

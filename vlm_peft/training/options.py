@@ -16,6 +16,7 @@ import yaml
 from accelerate.utils import DynamoBackend
 
 from ..model.projector import ProjectorSettings
+from ..tasks.example import check_text
 
 _LARGEST_FILE = 10_000  # values, aliases counted as often as they are used
 
@@ -284,6 +285,9 @@ def check_ranges(*options: Any) -> None:
 
 def _check(option: Field, value: Any) -> None:
     name = option.name
+    if isinstance(value, str):
+        # Whatever it is, it is written into records and cards in the end.
+        check_text(value, name)
     choices = option.metadata.get("choices")
     if choices and value not in choices and value != option.default:
         raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, choices))}.")

@@ -74,11 +74,15 @@ def parse_stages(
     if not entries:
         raise SystemExit(f"{program}: stages is empty: expected at least one entry with a name.")
     for number, entry in enumerate(entries, 1):
+        where = f"{program}: stage {number}"
+        if not isinstance(entry, dict):
+            raise SystemExit(f"{where}: expected a mapping with a name and options, got {entry!r}.")
         options = dict(entry)
         name = options.pop("name", None)
-        where = f"{program}: stage {number}" + (f" ({name})" if name else "")
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*", name):
-            raise SystemExit(f"{where}: expected a name of letters, digits, dots and dashes, got {name!r}.")
+        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            said = f"{name[:100]!r} of {len(name)}" if isinstance(name, str) else repr(name)
+            raise SystemExit(f"{where}: expected a name of up to 100 letters, digits, dots and dashes, got {said}.")
+        where += f" ({name})"
         if name in (each.name for each in found):
             raise SystemExit(f"{where}: an earlier stage has this name, too.")
         shared = sorted({*_BASES, "output_dir", "stages", "env"} & options.keys())

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from peft.utils.other import TrainableTokensWrapper
 from transformers import PreTrainedModel
+from transformers.trainer_utils import EvalLoopOutput, has_length
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -41,6 +42,8 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             use_frozen_head(next(module for module in adapted.modules() if isinstance(module, VisionQwen)))
         self._token_counts: list[torch.Tensor] = []
+        # Of each batch since the last entry: labels, the sum of their entropies, hits and nats.
+        self._label_sums: dict[str, list[torch.Tensor]] = {"train": [], "eval": []}
         self._weights_per_token = 6 * adapted.num_parameters(exclude_embeddings=True)
         _train_once(adapted)
         self._tokens_at_last_log = 0
@@ -61,29 +64,69 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # The count is of all processes, and DDP averages their gradients.
             loss = loss * self.accelerator.num_processes
-        sums = [outputs.label_mask, outputs.entropy.detach(), outputs.is_top1, inputs["attention_mask"]]
-        figures = torch.stack([each.sum().double() for each in sums])
-        labelled, entropy, hits, tokens = self.accelerator.gather(figures[None]).sum(0)
-        self._metrics[mode]["entropy"].append(entropy / labelled.clamp(min=1))
-        self._metrics[mode]["mean_token_accuracy"].append(hits / labelled.clamp(min=1))
+        sums = [outputs.label_mask, outputs.entropy, outputs.is_top1, -outputs.log_probs, inputs["attention_mask"]]
+        figures = torch.stack([each.detach().sum().double() for each in sums])
+        *of_labels, tokens = self.accelerator.gather(figures[None]).sum(0)
+        self._label_sums[mode].append(torch.stack(of_labels))
         if mode == "train":
             self._token_counts.append(tokens)
         return loss
+
+    def evaluation_loop(self, *args, **kwargs) -> EvalLoopOutput:
+        """As the trainer's, which takes the mean over batches: the loss is the mean over all labels."""
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if self._label_sums["eval"] and output.metrics is not None:
+            labelled, _, _, nats = sum(self._label_sums["eval"]).tolist()
+            output.metrics[f"{prefix}_loss"] = nats / max(labelled, 1)
+        return output
+
+    def _maybe_log_save_evaluate(self, *args, **kwargs) -> None:
+        """As the trainer's; evaluations and checkpoints are no time of training."""
+        started = time.monotonic()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self._time_of_last_log += time.monotonic() - started
+
+    def _init_training_state(self, *args, **kwargs):
+        """As the trainer's; counts on from where a checkpoint stood."""
+        trained = super()._init_training_state(*args, **kwargs)
+        self._total_train_tokens = self._tokens_at_last_log = self.state.num_input_tokens_seen
+        self._time_of_last_log = time.monotonic()
+        self._epochs_before = self.state.epoch or 0.0
+        return trained
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self._count_tokens()
+        if self.args.include_num_input_tokens_seen == "no":
+            self.state.num_input_tokens_seen = self._total_train_tokens
+        super()._save_checkpoint(model, trial)
+
+    def _count_tokens(self) -> None:
+        self._total_train_tokens += int(sum(self._token_counts))
+        self._token_counts.clear()
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """As the trainer's, without counting the weights anew in every step."""
         return self._weights_per_token * inputs["input_ids"].numel()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted."""
+        """Adds `tokens_per_second`: tokens of all processes since the last entry, padding not counted.
+
+        Entropy and token accuracy are means over the labels since then, as the loss is one over the labels of a step.
+        """
         assert self.model is not None
         mode = "train" if self.model.training else "eval"
-        self._total_train_tokens += int(sum(self._token_counts))
-        self._token_counts.clear()
-        self._metrics[mode] |= {
-            name: [float(value) for value in values] for name, values in self._metrics[mode].items()
-        }
+        self._count_tokens()
+        if self._label_sums[mode]:
+            labelled, entropy, hits, _ = sum(self._label_sums[mode]).tolist()
+            self._label_sums[mode].clear()
+            means = {"entropy": entropy, "mean_token_accuracy": hits}
+            self._metrics[mode] |= {name: [value / max(labelled, 1)] for name, value in means.items()}
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+        if "train_samples_per_second" in logs and has_length(self.train_dataset):
+            # The trainer multiplies steps by rows of a full step, and the last step of an epoch may have fewer.
+            rows = ((self.state.epoch or 0.0) - self._epochs_before) * len(self.train_dataset)
+            logs["train_samples_per_second"] = round(rows / max(logs["train_runtime"], 1e-4), 3)
         if "loss" in logs:
             now, tokens = time.monotonic(), self._total_train_tokens
             logs["tokens_per_second"] = round((tokens - self._tokens_at_last_log) / (now - self._time_of_last_log))
@@ -103,10 +146,10 @@ def _train_once(model: Any) -> None:
 
 
 def use_frozen_head(model: VisionQwen) -> None:
-    """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`] in training.
+    """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`].
 
-    Evaluation, other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head
-    of which a few rows train counts as frozen; the rows get their gradient beside it.
+    Other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head of which a
+    few rows train counts as frozen; the rows get their gradient beside it.
     """
     fused_forward = model.forward
 
@@ -115,7 +158,7 @@ def use_frozen_head(model: VisionQwen) -> None:
     def forward(self, *args, **kwargs):
         head, shift_labels = model.get_output_embeddings(), kwargs.get("shift_labels")
         weight, rows = head.weight, _trained_rows(head)
-        is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None and torch.is_grad_enabled()
+        is_ours = kwargs.get("fused_lm_head") and kwargs.get("label_positions") is not None
         trains = weight.requires_grad and rows is None
         if not is_ours or shift_labels is None or trains or weight.device.type not in TILES:
             return fused_forward(*args, **kwargs)
