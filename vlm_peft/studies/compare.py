@@ -143,16 +143,11 @@ def lay_out(study: StudyOptions) -> list[Place]:
     """
     base = read_base(study.base) | study.options
     scored = base.get("eval_splits")
-    scored = [scored] if isinstance(scored, str) else scored
+    names = [str(each) for each in (scored if isinstance(scored, list) else [scored] if scored else [])]
     # Splits of mixtures, of what is watched, and parts of splits have names of their own.
-    is_plain = isinstance(scored, list) and not any(base.get(name) for name in ("mixture", "watch"))
-    if (
-        study.split is not None
-        and is_plain
-        and study.split not in scored
-        and not any("[" in str(each) for each in scored)
-    ):
-        raise ValueError(f"split: {study.split!r} is not scored; eval_splits names {', '.join(map(str, scored))}.")
+    is_plain = names and not any(base.get(name) for name in ("mixture", "watch")) and "[" not in "".join(names)
+    if study.split is not None and is_plain and study.split not in names:
+        raise ValueError(f"split: {study.split!r} is not scored; eval_splits names {', '.join(names)}.")
     folder = Path(study.output_dir) / "cells"
     found = []
     for seed in study.seeds:

@@ -77,7 +77,7 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
         if self._label_sums["eval"] and output.metrics is not None:
-            labelled, _, _, nats = sum(self._label_sums["eval"]).tolist()
+            labelled, _, _, nats = torch.stack(self._label_sums["eval"]).sum(0).tolist()
             output.metrics[f"{prefix}_loss"] = nats / max(labelled, 1)
         return output
 
@@ -118,7 +118,7 @@ class VisionSFTTrainer(AdapterTrainer, SFTTrainer):
         mode = "train" if self.model.training else "eval"
         self._count_tokens()
         if self._label_sums[mode]:
-            labelled, entropy, hits, _ = sum(self._label_sums[mode]).tolist()
+            labelled, entropy, hits, _ = torch.stack(self._label_sums[mode]).sum(0).tolist()
             self._label_sums[mode].clear()
             means = {"entropy": entropy, "mean_token_accuracy": hits}
             self._metrics[mode] |= {name: [value / max(labelled, 1)] for name, value in means.items()}
