@@ -316,10 +316,8 @@ def test_rows_that_are_all_right_show_no_more_than_so_many_rows_can():
     # Sure enough already, or nothing to tell classes apart by.
     assert fit_temperature(40 * scores, labels) == 1.0
     assert fit_temperature(0 * scores, labels) == 1.0
-    # One wrong row decides again by its likelihood alone.
-    likeliest = fit_temperature(scores, [1, *labels[1:]])
-    assert 1 / 64 < likeliest < 1
-    assert likeliest != pytest.approx(temperature, rel=0.05)
+    # Wrong rows decide again, by the likelihood alone.
+    assert 1.2 * temperature < fit_temperature(scores, [1, 1, 1, *labels[3:]]) < 1
 
 
 # Runs
