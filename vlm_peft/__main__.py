@@ -51,6 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
         sweep: "an adapter's scale from 0 to 1: the new task against the old ones",
         inspect_: "what the model will really see in training, token by token",
         doctor: "the checks before a training run, and what the run will take",
+        synthesize: "a larger model writes the texts of pictures: ask, filter, write a data set",
     }
     for run, summary in by_themselves.items():
         command(run, summary)
@@ -249,6 +250,13 @@ def sweep(options: argparse.Namespace) -> int:
     from .commands.sweep import main as sweep_scales
 
     return sweep_scales(options.arguments, f"{PROGRAM} sweep")
+
+
+def synthesize(options: argparse.Namespace) -> int:
+    """Lets a larger model write texts about pictures, and keeps those to train on: recipes/synthesize.py of a clone."""
+    from .teacher.synthesize import main as make_data
+
+    return make_data(options.arguments, f"{PROGRAM} synthesize")
 
 
 def inspect_(options: argparse.Namespace) -> int:

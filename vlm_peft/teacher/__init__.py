@@ -1,0 +1,1 @@
+"""The teacher: pictures in, texts of a larger model out, filtered, with their provenance."""
