@@ -4,11 +4,12 @@ Stage: rows and counts -> README.md, by which the Hub and `datasets` find the sp
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 from huggingface_hub import DatasetCardData
 
 from ..data.pictures import UnreadablePictureError, open_picture
@@ -19,11 +20,11 @@ from ..hub.markup import Markdown
 from ..report.gallery import thumbnail
 from ..report.pages import render
 from .rows import ACCEPTED, Row
-from .source import Shown
 
 _TASKS = {"caption": "image-to-text", "vqa": "visual-question-answering", "chat": "image-text-to-text"}
 _CARD_ROWS, _PAGE_ROWS = 8, 36
 _CARD_LETTERS = 300
+_BATCH = 64  # rows that are held with their pictures
 
 
 @dataclass(frozen=True)
@@ -129,25 +130,25 @@ def _line(row: Row) -> dict[str, str]:
     return {"text": text, "source": row.source, "reason": row.reason or ""}
 
 
-def write_gallery(folder: Path, made: Made, pictures: Iterable[Shown]) -> Path:
+def write_gallery(folder: Path, made: Made, splits: dict[str, Path]) -> Path:
     """Writes gallery.html: accepted and rejected rows with their pictures; the page needs nothing beside it.
 
     Args:
         folder (`Path`): Of the data set.
         made ([`Made`]): What is told.
-        pictures (`Iterable[Shown]`): All pictures of the rows, once more.
+        splits (`dict[str, Path]`): Split -> its file, which has the pictures.
     """
     accepted, rejected = choose_shown(made.rows, _PAGE_ROWS)
     wanted = {row.picture for row in (*accepted, *rejected)}
     thumbnails = {}
-    for shown in pictures if wanted else ():
-        if shown.hash in wanted:
-            try:
-                thumbnails[shown.hash] = thumbnail(open_picture(shown.stored))
-            except UnreadablePictureError:
-                continue
-        if len(thumbnails) == len(wanted):
-            break
+    for path in splits.values():
+        for batch in pq.ParquetFile(path).iter_batches(_BATCH, columns=["picture", "image"]):
+            for name, stored in zip(batch["picture"].to_pylist(), batch["image"], strict=True):
+                if name in wanted and name not in thumbnails:
+                    try:
+                        thumbnails[name] = thumbnail(open_picture(stored.as_py()))
+                    except UnreadablePictureError:
+                        continue
 
     def cards(rows: list[Row]) -> list[dict[str, Any]]:
         return [

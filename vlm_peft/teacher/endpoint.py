@@ -269,10 +269,10 @@ def _read(response: httpx2.Response, seconds: float) -> Answer:
         choice = found["choices"][0]
         text = choice["message"].get("content")
         usage = found.get("usage") or {}
-        counts = [int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens")]
+        read, written = (int(usage.get(name) or 0) for name in ("prompt_tokens", "completion_tokens"))
         finish = str(choice.get("finish_reason") or "stop")
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):
         raise _Trouble("an answer of another shape") from None
     if text is not None and not isinstance(text, str):
         raise _Trouble("an answer of another shape")
-    return Answer(text or "", finish, *counts, seconds)
+    return Answer(text or "", finish, read, written, seconds)

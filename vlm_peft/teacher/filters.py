@@ -40,7 +40,7 @@ _SPECIAL = re.compile(
 _WORD = re.compile(r"\w+(?:['\u2019]\w+)?")
 _FUNCTION_WORDS = frozenset(
     "a an the and or but of in on at to from with by for is are was were be has have it its there this that these "
-    "which who he she they his her their as no not two some one into over under between near next behind up down".split()
+    "which who he she they his her their as no not two some one into over under between near next behind up".split()
 )
 
 _TIMES = 4  # times in a row that a short sequence of words may not stand

@@ -27,7 +27,7 @@ class SynthesisOptions:
     image_folder: str | None = field(default=None, metadata={"help": "Where relative paths in that column begin."})
     limit: int | None = field(default=None, metadata={"help": "First so many rows only."})
     streaming: bool = field(
-        default=False, metadata={"help": "Reads rows as they come; twice, the second time to write."}
+        default=False, metadata={"help": "Reads rows as they come: once to ask, once for CLIP, once to write."}
     )
     output_dir: str = field(default="outputs/synthetic", metadata={"help": "Gets the data set, and keeps the answers."})
 

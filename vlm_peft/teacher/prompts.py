@@ -53,7 +53,8 @@ class Shape:
 
     Args:
         schema (`dict`, *optional*): JSON schema of an answer; plain text without it.
-        parse (`Callable`): Answer, the picture's [width, height], the kind of its boxes -> cells of a row.
+        parse (`Callable`): Answer, [width, height] of the picture and of the one that was sent, kind of the boxes ->
+            cells of a row.
         texts (`Callable`): Cells -> the texts that filters look at.
         features (`Features`): Of the cells.
     """
@@ -88,7 +89,9 @@ def _turns(answer: str, size: list[int], boxes: str) -> dict[str, Any]:
 
 
 def _boxes(answer: str, size: list[int], boxes: str) -> dict[str, Any]:
-    """Boxes in pixels of the picture: [x, y, width, height]; `size` is that of the picture and of the one sent."""
+    """Boxes [x, y, width, height] in pixels of the picture; `size` is its own and that of the one that was sent."""
+    if not size:
+        raise AnswerError("a picture whose size cannot be read")
     width, height, sent_width, sent_height = size
     across, down = (1000, 1000) if boxes == "thousandths" else (sent_width, sent_height)
     found = []
@@ -137,7 +140,7 @@ def _items(answer: str, name: str, keys: tuple[str, ...]) -> list[dict[str, Any]
 
 
 def _no_number(text: str) -> float:
-    raise AnswerError(f"{text}, which is no number in JSON")
+    raise ValueError(f"{text} is no number in JSON")
 
 
 def _said(cells: dict[str, Any]) -> list[str]:

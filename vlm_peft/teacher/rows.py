@@ -21,7 +21,7 @@ from . import filters
 from .journal import Journal, Record
 from .prompts import AnswerError, Prompt
 from .questions import Sampling, sent_size
-from .source import Shown
+from .source import Seen, Shown
 
 ACCEPTED, REJECTED = "train", "rejected"
 """Splits of the data set."""
@@ -58,39 +58,36 @@ class Row:
 
 
 def read_row(
-    shown: Shown,
+    seen: Seen,
     prompt: Prompt,
     record: Record,
-    size: list[int],
     *,
     image_side: int,
     length: tuple[int | None, int | None],
     english: bool,
-    held_out: str | None,
 ) -> Row:
     """Reads an answer, and judges it by itself.
 
     Args:
-        shown ([`Shown`]): Its picture.
+        seen ([`~vlm_peft.teacher.source.Seen`]): Its picture.
         prompt ([`Prompt`]): What was asked.
         record (`Record`): What came back.
-        size (`list[int]`): Width and height of the picture; nothing where no box is asked for.
         image_side (`int`): Of the picture that was sent.
         length, english: See [`~vlm_peft.teacher.filters.judge`]; the prompt's own length where there is none.
-        held_out (`str`, *optional*): Evaluation set that the picture belongs to.
     """
-    row = Row(shown.hash, shown.row, prompt, record)
-    own = prompt.words or (None, None)
-    bounds = tuple(given if given is not None else stands for given, stands in zip(length, own, strict=True))
-    sizes = [*size, *sent_size(size, image_side, prompt.whole_cells)] if size else []
+    row = Row(seen.hash, seen.row, prompt, record)
+    least, most = length
+    if prompt.words is not None:
+        least, most = (prompt.words[0] if least is None else least), (prompt.words[1] if most is None else most)
+    sizes = [*seen.size, *sent_size(seen.size, image_side, prompt.whole_cells)] if seen.size else []
     try:
         row.cells = prompt.shape.parse(record["text"], sizes, prompt.boxes)
-        row.reason = filters.judge(row.texts, record["finish"], length=(bounds[0], bounds[1]), english=english)
+        row.reason = filters.judge(row.texts, record["finish"], length=(least, most), english=english)
     except AnswerError as error:
         # What is said instead of JSON may be a refusal, and JSON that was cut off is none.
         row.reason = filters.judge([record["text"]], record["finish"], length=(None, None), english=english)
         row.reason = row.reason or f"not parsed: {error}"
-    if held_out is not None:
+    if seen.held_out is not None:
         row.reason = filters.LEAKED
     return row
 

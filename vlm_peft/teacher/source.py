@@ -36,6 +36,22 @@ class Shown:
     number: str | None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What is remembered of a picture.
+
+    Args:
+        hash, row (`str`): See [`Shown`].
+        held_out (`str`, *optional*): Evaluation set that it belongs to.
+        size (`list[int]`): Width and height in pixels; nothing where no box is asked for.
+    """
+
+    hash: str
+    row: str
+    held_out: str | None
+    size: list[int]
+
+
 class Source:
     """All pictures of a run.
 

@@ -39,7 +39,7 @@ from .prompts import Prompt, read_prompt
 from .questions import Answer, Question, Sampling, TeacherError
 from .rows import Row, read_row, reject_duplicates, reject_unlike, write_splits
 from .serve import served
-from .source import HeldOut, Source, load_held_out
+from .source import HeldOut, Seen, Shown, Source, load_held_out
 
 ANSWERS, SUMMARY, SERVER_LOG = "answers", "synthesis.json", "server.log"
 
@@ -88,7 +88,10 @@ class _Run:
         self.options, self.prompts, self.source, self.held_out = options, prompts, source, held_out
         self.folder = Path(options.output_dir)
         self.sampling = Sampling(options.temperature, options.top_p, options.seed)
-        self.teacher = _teacher_name(options)
+        # A server may call a model by a path of its own machine.
+        self.where = options.teacher if options.base_url else local(options.teacher, "teacher")
+        self.teacher = _teacher_name(self.where, options.teacher_revision)
+        self.seen: list[Seen] = []
         self.journals: dict[str, Journal] = {}
         self.known = 0
         self.counts: Counter[str] = Counter()
@@ -97,7 +100,6 @@ class _Run:
         """What went wrong with requests, those that were answered later included."""
         self.failed: Counter[str] = Counter()
         """Why questions got no answer."""
-        self.leaked: set[str] = set()
         self.seconds = 0.0
 
     def run(self) -> int:
@@ -137,9 +139,10 @@ class _Run:
 
     def _questions(self) -> Iterator[Question]:
         """What has no answer yet, picture by picture."""
+        self.seen.clear()
         for shown in self.source:
-            if self.held_out.name_of(shown) is not None:
-                self.leaked.add(shown.hash)
+            self.seen.append(self._note(shown))
+            if self.seen[-1].held_out is not None:
                 continue
             for prompt in self.prompts:
                 for sample in range(self.options.samples):
@@ -147,6 +150,15 @@ class _Run:
                         self.bar.update()
                     else:
                         yield Question(shown.hash, sample, prompt, shown.stored, shown.row)
+
+    def _note(self, shown: Shown) -> Seen:
+        size: list[int] = []
+        if any(prompt.task == "grounding" for prompt in self.prompts):
+            try:
+                size = picture_size(shown.stored)
+            except UnreadablePictureError:
+                size = []
+        return Seen(shown.hash, shown.row, self.held_out.name_of(shown), size)
 
     def _ask(self) -> None:
         total = len(self.source) * len(self.prompts) * self.options.samples or None
@@ -162,14 +174,14 @@ class _Run:
             options = self.options
             if options.serve:
                 with served(
-                    str(options.teacher), self.folder / SERVER_LOG, device=options.device, dtype=options.teacher_dtype
+                    self.where, self.folder / SERVER_LOG, device=options.device, dtype=options.teacher_dtype
                 ) as address:
                     self._ask_servers([address], whole)
             elif options.base_url:
                 self._ask_servers(options.base_url, whole)
             else:
                 teacher = LocalTeacher(
-                    options.teacher,
+                    self.where,
                     self.sampling,
                     revision=options.teacher_revision,
                     device=options.device,
@@ -187,7 +199,7 @@ class _Run:
         options = self.options
         endpoints = Endpoints(
             urls,
-            options.teacher,
+            self.where,
             self.sampling,
             max_new_tokens=options.max_new_tokens,
             image_side=options.image_side,
@@ -258,7 +270,7 @@ class _Run:
         splits = write_splits(self.folder, self.source, rows, self.journals, self.sampling)
         made = self._made(rows, pictures, reasons, threshold)
         write_card(self.folder, made, splits)
-        page = write_gallery(self.folder, made, self.source)
+        page = write_gallery(self.folder, made, splits)
         instructions = {prompt.instruction for prompt in self.prompts}
         instruction = instructions.pop() if len(instructions) == 1 else None
         task = self.prompts[0].task
@@ -271,8 +283,8 @@ class _Run:
         print("\n" + table([("answers", f"{len(rows):,}"), ("accepted", f"{made.accepted:,}"), *_lines(reasons)]))
         for why, count in self.source.left_out.items():
             print(f"{count:,} rows: {why}.")
-        if self.leaked:
-            print(f"{len(self.leaked):,} pictures belong to evaluation sets: not asked about, and not accepted.")
+        if self._leaked:
+            print(f"{self._leaked:,} pictures belong to evaluation sets: not asked about, and not accepted.")
         print(f"\nlook at it    {page}\ntrain on it   {train_command(self.folder, task, instruction)}", flush=True)
         if not made.accepted:
             print("No answer is accepted.", flush=True)
@@ -283,36 +295,29 @@ class _Run:
 
     def _read(self) -> tuple[list[Row], int]:
         """Answers in the order of the pictures, each judged by itself; and how many pictures have some."""
-        options, rows, pictures = self.options, [], 0
-        for shown in self.source:
-            held_out = self.held_out.name_of(shown)
-            own = [
-                (prompt, record)
-                for prompt in self.prompts
-                for sample in range(options.samples)
-                if (record := self.journals[prompt.name].records.get((shown.hash, sample))) is not None
-            ]
-            pictures += bool(own)
-            size: list[int] = []
-            if own and any(prompt.task == "grounding" for prompt in self.prompts):
-                try:
-                    size = picture_size(shown.stored)
-                except UnreadablePictureError:
-                    continue
+        options, pictures = self.options, 0
+        rows: list[Row] = []
+        for seen in self.seen:
+            before = len(rows)
             rows += [
                 read_row(
-                    shown,
+                    seen,
                     prompt,
                     record,
-                    size,
                     image_side=options.image_side,
                     length=(options.min_words, options.max_words),
                     english=options.english,
-                    held_out=held_out,
                 )
-                for prompt, record in own
+                for prompt in self.prompts
+                for sample in range(options.samples)
+                if (record := self.journals[prompt.name].records.get((seen.hash, sample))) is not None
             ]
+            pictures += len(rows) > before
         return rows, pictures
+
+    @property
+    def _leaked(self) -> int:
+        return sum(seen.held_out is not None for seen in self.seen)
 
     def _reject_unlike(self, rows: list[Row]) -> Threshold | float | None:
         """Scores the answers that could be read, if there is a CLIP; the threshold, if there is one."""
@@ -354,7 +359,7 @@ class _Run:
             "longer side of a picture": f"{options.image_side} pixels",
             "CLIP": f"{options.clip_model}, texts after {options.clip_prefix!r}" if options.clip_model else "none",
             "near-duplicates": f"{options.duplicates}, from {options.duplicate_similarity:g} on",
-            "pictures of evaluation sets": f"{len(self.leaked)} left out",
+            "pictures of evaluation sets": f"{self._leaked} left out",
             "evaluation sets": ", ".join(options.evaluation_sets) or "none named",
             "date": datetime.now(UTC).strftime("%Y-%m-%d"),
             "vlm_peft": __version__,
@@ -385,7 +390,7 @@ class _Run:
             "accepted": made.accepted,
             "rejected": made.reasons,
             "left_out_rows": dict(self.source.left_out),
-            "leaked_pictures": len(self.leaked),
+            "leaked_pictures": self._leaked,
             "threshold": asdict(threshold) if isinstance(threshold, Threshold) else threshold,
             "this_run": {
                 "answers": answered,
@@ -411,11 +416,11 @@ def _lines(reasons: dict[str, int]) -> list[tuple[str, str]]:
     return [(f"  {reason}", f"{count:,}") for reason, count in reasons.items()]
 
 
-def _teacher_name(options: SynthesisOptions) -> dict[str, Any]:
+def _teacher_name(name: str, revision: str | None) -> dict[str, Any]:
     """Who answers: its name, and which one of that name: of a folder the hash of its weights."""
-    folder = Path(options.teacher) if Path(options.teacher).is_dir() else Path(local(options.teacher, "teacher"))
+    folder = Path(name)
     if not folder.is_dir():
-        return {"teacher": options.teacher, "teacher_revision": options.teacher_revision}
+        return {"teacher": name, "teacher_revision": revision}
     digest = xxhash.xxh3_128()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
         with path.open("rb") as file:
