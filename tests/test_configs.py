@@ -9,9 +9,10 @@ from safetensors.torch import save_file
 RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
 LAUNCH = [path for path in RECIPES if path.parent.name == "accelerate"]
 # Read in test_studies.py and test_tune.py.
-STUDIES = [path for path in RECIPES if path.name in ("study_demo.yaml", "tune_demo.yaml")]
+STUDIES = [path for path in RECIPES if path.name.startswith("study_") or path.name == "tune_demo.yaml"]
 CLIP = [path for path in RECIPES if path.name.startswith("clip_")]
-TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES + CLIP]
+SYNTHESIS = [path for path in RECIPES if path.name.startswith("synthesize_")]
+TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES + CLIP + SYNTHESIS]
 
 
 def name(path):
@@ -32,6 +33,30 @@ def test_configuration_of_a_clip_is_understood(path):
     options, training = parse_arguments(["--config", str(path), *own, "--use_cpu", "true"])
     for key in written.keys() - {"use_cpu", "report_to", "dataset_name"}:
         assert getattr(options, key, getattr(training, key, None)) == written[key], key
+
+
+@pytest.mark.parametrize("path", SYNTHESIS, ids=name)
+def test_configuration_of_a_synthesis_is_understood(path):
+    from vlm_peft.teacher.options import parse_arguments
+    from vlm_peft.teacher.prompts import read_prompt
+
+    written = yaml.safe_load(path.read_text())
+    own = [] if "dataset_name" in written else ["--dataset_name", "mine"]
+    options = parse_arguments(["--config", str(path), *own])
+    for key in written.keys() - {"dataset_name"}:
+        assert getattr(options, key) == written[key], key
+    prompts = [read_prompt(str(ROOT / each) if "/" in each else each) for each in options.prompts]
+    assert len({prompt.task for prompt in prompts}) == 1
+
+
+@pytest.mark.parametrize("path", [path for path in STUDIES if path.name.startswith("study_")], ids=name)
+def test_study_is_understood(path, tmp_path):
+    from vlm_peft.studies.cells import prepare
+    from vlm_peft.studies.compare import lay_out, read_study
+
+    study = read_study(str(path), str(tmp_path))
+    study.base = str(ROOT / study.base)
+    prepare([place.cell for place in lay_out(study)], "test")
 
 
 def parse(*arguments: str):

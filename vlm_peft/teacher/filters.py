@@ -155,12 +155,12 @@ def _jaccard(one: frozenset[int], other: frozenset[int]) -> float:
     return len(one & other) / len(one | other)
 
 
-_FACTORS = np.random.default_rng(0).integers(1, 2**32, (2, _PERMUTATIONS), dtype=np.uint64)
+_FACTORS = np.random.default_rng(0).integers(0, 2**64, (2, _PERMUTATIONS), dtype=np.uint64)
 
 
 def _bands(shingles: frozenset[int]) -> list[bytes]:
     """The smallest of the set under each of 128 hash functions, in bands of four."""
     values = np.fromiter(shingles, np.uint64, len(shingles))
-    # Multiply-shift: the upper half of a 64-bit product.
-    smallest = ((values[:, None] * (_FACTORS[0] | np.uint64(1)) + _FACTORS[1]) >> np.uint64(16)).min(axis=0)
+    # Multiply-shift: the upper half of a product modulo 2**64.
+    smallest = ((values[:, None] * (_FACTORS[0] | np.uint64(1)) + _FACTORS[1]) >> np.uint64(32)).min(axis=0)
     return [band.tobytes() for band in np.split(smallest, _BANDS)]

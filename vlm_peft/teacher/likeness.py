@@ -20,6 +20,7 @@ from ..data.rows import load_rows, picture_folder, resolve_paths
 from ..metrics.clip_score import WEIGHT
 from ..tasks import make_task
 from ..training.setup import local
+from .options import name_and_split
 
 TRUSTED_PICTURES = 500
 """So many pictures of a trusted set choose the threshold."""
@@ -121,7 +122,7 @@ def choose_threshold(likeness: Likeness, trusted: str, keep: float, image_column
     Raises:
         FileNotFoundError, ValueError: When the set is not there, or has no captions.
     """
-    folder, _, split = trusted.rpartition(":")
+    folder, split = name_and_split(trusted)
     folder = local(folder, "clip_trusted")
     rows = load_rows(folder, split, limit=TRUSTED_PICTURES)
     column = image_column if image_column in rows.column_names else "image"

@@ -1,5 +1,6 @@
 """Options of a synthesis: pictures, teacher, what is asked, filters, and where the rows go."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -7,6 +8,8 @@ from transformers import HfArgumentParser
 
 from ..training.arguments import with_hints
 from ..training.options import check_ranges, take_config
+
+_NAME_AND_SPLIT = re.compile(r"(.+):([^:\[\]]+(?:\[[^\]]*\])?)")
 
 SCOPES = ("none", "picture", "all")
 """Where near-duplicates are looked for: nowhere, among the answers about one picture, among all."""
@@ -219,5 +222,16 @@ def _check(options: SynthesisOptions) -> None:
     if options.push_to_hub and options.hub_dataset_id is None:
         raise ValueError("--push_to_hub needs --hub_dataset_id owner/name.")
     for name in (*options.evaluation_sets, *([options.clip_trusted] if options.clip_trusted else [])):
-        if not all(name.rpartition(":")[::2]):
-            raise ValueError(f"Expected NAME:SPLIT, got {name!r}.")
+        name_and_split(name)
+
+
+def name_and_split(text: str) -> tuple[str, str]:
+    """Takes NAME:SPLIT apart; a split may be a part of one, as in `scenes:train[:100]`.
+
+    Raises:
+        ValueError: For anything else.
+    """
+    found = _NAME_AND_SPLIT.fullmatch(text)
+    if found is None:
+        raise ValueError(f"Expected NAME:SPLIT, got {text!r}.")
+    return found[1], found[2]

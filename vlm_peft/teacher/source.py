@@ -16,7 +16,7 @@ from ..data.rows import load_rows, picture_folder, resolve_paths
 from ..data.streaming import load_stream
 from ..tasks.example import require_columns
 from ..training.setup import local
-from .options import SynthesisOptions
+from .options import SynthesisOptions, name_and_split
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ def load_held_out(names: list[str], image_column: str) -> HeldOut:
     """
     held = HeldOut({}, {})
     for name in names:
-        folder, _, split = name.rpartition(":")
+        folder, split = name_and_split(name)
         folder = local(folder, "evaluation_sets")
         rows = load_rows(folder, split)
         column = image_column if image_column in rows.column_names else "image"
