@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 from tqdm.auto import tqdm
+from transformers import AutoConfig
 
 from .. import __version__
 from ..console import quiet_progress, show_messages, table
@@ -90,7 +91,10 @@ class _Run:
         self.sampling = Sampling(options.temperature, options.top_p, options.seed)
         # A server may call a model by a path of its own machine.
         self.where = options.teacher if options.base_url else local(options.teacher, "teacher")
-        self.teacher = _teacher_name(self.where, options.teacher_revision)
+        self.teacher = _teacher_name(self.where, options.teacher_revision, is_here=not options.base_url)
+        if options.serve and options.teacher_revision:
+            # As `transformers serve` is told of one.
+            self.where += f"@{options.teacher_revision}"
         self.seen: list[Seen] = []
         self.journals: dict[str, Journal] = {}
         self.known = 0
@@ -416,11 +420,13 @@ def _lines(reasons: dict[str, int]) -> list[tuple[str, str]]:
     return [(f"  {reason}", f"{count:,}") for reason, count in reasons.items()]
 
 
-def _teacher_name(name: str, revision: str | None) -> dict[str, Any]:
-    """Who answers: its name, and which one of that name: of a folder the hash of its weights."""
+def _teacher_name(name: str, revision: str | None, *, is_here: bool) -> dict[str, Any]:
+    """Who answers: its name, and which one of that name: the Hub's commit, or of a folder the hash of its weights."""
     folder = Path(name)
     if not folder.is_dir():
-        return {"teacher": name, "teacher_revision": revision}
+        # Which commit a server elsewhere has loaded is for whoever started it to say.
+        found = AutoConfig.from_pretrained(name, revision=revision)._commit_hash if is_here else None
+        return {"teacher": name, "teacher_revision": found or revision}
     digest = xxhash.xxh3_128()
     for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.json"), *folder.glob("*.jinja")]):
         with path.open("rb") as file:
