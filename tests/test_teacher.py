@@ -576,11 +576,13 @@ def test_an_adapter_teaches_in_this_process_and_a_whole_model_behind_transformer
     with pytest.raises(ValueError, match=r"vlm-peft export .* --to merged"):
         run(teacher=adapter, serve="true", out="refused")
     whole = export_merged(adapter, place / "whole")
+    decoding = whole / "generation_config.json"
+    decoding.write_text(decoding.read_text().replace('"num_beams": 2', '"num_beams": 1'))
     status = run(teacher=whole, serve="true", max_new_tokens=6, device="cpu", out="served", request_timeout=60)
     assert status in (0, 1)
     served = {row["picture"]: row["answer"] for split in ("train", "rejected") for row in rows_of("served", split)}
     assert len(served) == 12
-    assert sum(served[name] == text for name, text in local.items()) >= 10
+    assert {name: text.strip() for name, text in served.items()} == local
 
 
 def test_options_that_contradict_each_other_are_refused():

@@ -111,6 +111,8 @@ class LocalTeacher:
         generated = self.model.generate(
             **inputs,
             **drawn,
+            # A model may ask for beams of its own.
+            num_beams=1,
             max_new_tokens=self.max_new_tokens or prompt.max_new_tokens,
             eos_token_id=self._ends,
             pad_token_id=self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._ends[0],
