@@ -122,7 +122,7 @@ class SynthesisOptions:
     )
 
     push_to_hub: bool = field(default=False, metadata={"help": "Push the finished data set, in one commit."})
-    hub_dataset_id: str | None = field(default=None, metadata={"help": "owner/name; the folder's name by default."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "owner/name, with --push_to_hub."})
     hub_private_repo: bool | None = field(default=None, metadata={"help": "Visibility of a new repository."})
 
 
