@@ -174,7 +174,7 @@ def test_a_misspelt_command_is_told_the_nearest(capsys):
     with pytest.raises(SystemExit, match="2"):
         __main__.main(["zzz"])
     err = capsys.readouterr().err
-    assert "no command 'zzz': there are train, eval, score, sweep, inspect, doctor, synthesize, caption, chat, demo, " in err
+    assert "no command 'zzz': there are train, eval, score, sweep, inspect, doctor, synthesize, caption, chat, " in err
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """A server for a run: `transformers serve` on this machine, started and stopped with it.
 
 Stage: before the questions. `python -m vlm_peft.teacher.serve MODEL --port N` is that server, which knows a VisionQwen,
-too: transformers' own finds classes by their names among its own. It ends when whoever started it is gone. It decodes as
-the model's `generation_config.json` says, beams included; a request decides temperature, seed and length alone.
+too: transformers' own finds classes by their names among its own. It ends when whoever started it is gone. It decodes
+as the model's `generation_config.json` says, beams included; a request decides temperature, seed and length alone.
 """
 
 import logging
