@@ -40,7 +40,16 @@ THIRD_PARTIES = {
 }
 """Packages that only these modules may name."""
 
-SPEAKING = {"console", "commands", "data.splits", "hub.unpickle", "studies", "teacher.synthesize", "training", "__main__"}
+SPEAKING = {
+    "console",
+    "commands",
+    "data.splits",
+    "hub.unpickle",
+    "studies",
+    "teacher.synthesize",
+    "training",
+    "__main__",
+}
 """Rooms and modules that talk to whoever runs a command or a training."""
 
 
