@@ -37,7 +37,7 @@ from .likeness import Likeness, Threshold, choose_threshold
 from .local import LocalTeacher
 from .options import SynthesisOptions, parse_arguments
 from .prompts import Prompt, read_prompt
-from .questions import Answer, Question, Sampling, TeacherError
+from .questions import Answer, Question, Sampling
 from .rows import Row, read_row, reject_duplicates, reject_unlike, write_splits
 from .serve import served
 from .source import HeldOut, Seen, Shown, Source, load_held_out
@@ -114,7 +114,7 @@ class _Run:
             self.known = sum(len(journal.records) for journal in self.journals.values())
             try:
                 self._ask()
-            except (TeacherError, KeyboardInterrupt) as error:
+            except (OSError, KeyboardInterrupt) as error:
                 count = sum(len(journal.records) for journal in self.journals.values())
                 print(
                     f"Stopped: {count:,} answers are kept in {self.folder / ANSWERS}; the same command goes on.",
