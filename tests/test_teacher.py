@@ -581,7 +581,10 @@ def test_an_adapter_teaches_in_this_process_and_a_whole_model_behind_transformer
     assert len(set(local.values())) > 3
     with pytest.raises(ValueError, match=r"vlm-peft export .* --to merged"):
         run(teacher=adapter, serve="true", out="refused")
-    whole = export_merged(adapter, place / "whole")
+    whole = export_merged(adapter, place / "full")
+    # Greedy means one beam, whatever a model says of itself.
+    run(teacher=whole, batch_size=5, max_new_tokens=6, device="cpu", out="whole")
+    assert {row["picture"]: row["answer"] for name in ("train", "rejected") for row in rows_of("whole", name)} == local
     decoding = whole / "generation_config.json"
     decoding.write_text(decoding.read_text().replace('"num_beams": 2', '"num_beams": 1'))
     status = run(teacher=whole, serve="true", max_new_tokens=6, device="cpu", out="served", request_timeout=60)
