@@ -23,7 +23,7 @@ from vlm_peft.teacher.filters import judge, near_duplicates
 from vlm_peft.teacher.journal import Journal
 from vlm_peft.teacher.options import parse_arguments
 from vlm_peft.teacher.prompts import AnswerError, Prompt, named_prompts, read_prompt
-from vlm_peft.teacher.questions import sent_picture, sent_size
+from vlm_peft.teacher.questions import data_address, sent_picture, sent_size
 
 ASK = "Say what you see."
 
@@ -528,9 +528,11 @@ def test_planted_captions_of_other_pictures_are_rejected_by_a_threshold_from_oth
     rows.to_parquet("scenes.parquet")
     # Captions of every fifth picture are those of others.
     texts = [rows[(number + 5) % 40 if number % 5 == 0 else number]["captions"][0] for number in range(40)]
+    sent = [data_address(sent_picture(picture, 1024)) for picture in rows["image"]]
     with teach() as server:
-        left = iter(texts)
-        server.answer = lambda key, body: next(left)
+        # Requests come in any order.
+        said = dict(zip(sent, texts, strict=True))
+        server.answer = lambda key, body: said[body["messages"][0]["content"][0]["image_url"]["url"]]
         status = run(
             url=server.url,
             concurrency=1,
