@@ -24,6 +24,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -38,6 +39,7 @@ from conftest import HOSTILE, make_config, make_processor, make_tokenizer, save_
 from datasets import Dataset
 from PIL import Image as PILImage
 from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 from vlm_peft.console import run_script
 from vlm_peft.data.pictures import FORMATS
@@ -1473,6 +1475,8 @@ def try_texts(place: Place, tally: Tally, count: int) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the campaigns; the exit status is 1 when a trial failed."""
+    # tqdm's own lock is one of all forked processes: a killed one would hold it for ever.
+    tqdm.set_lock(threading.RLock())
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=1)
     for name in ("inputs", "kills", "texts"):
