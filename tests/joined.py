@@ -6,7 +6,6 @@ Each function takes a joined model of the tests' size, and gives a figure or rai
 # mypy: ignore-errors
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import separate_samples
 import torch
@@ -18,7 +17,7 @@ from trl import ModelConfig
 
 from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.data.collator import SharedPrefixCollator
-from vlm_peft.evaluation.generation import generate_texts
+from vlm_peft.evaluation.generation import generate_ids
 from vlm_peft.model.cuda.training import plain_decoder
 from vlm_peft.training.arguments import VisionArguments
 from vlm_peft.training.setup import build_trainer
@@ -115,27 +114,15 @@ def answers(
     model: VisionQwen | PeftModel, processor: VisionQwenProcessor, features: torch.Tensor, **arguments
 ) -> list[list[int]]:
     """Tokens generated for every question, those about one picture with one prefix."""
-    tokenizer, end = processor.tokenizer, processor.end_of_turn_token_id
-
-    def as_numbers(rows: torch.Tensor, **_) -> list[str]:
-        # Of a random model most bytes are no text.
-        return [" ".join(map(str, row[: row.index(end) + 1 if end in row else None])) for row in rows.tolist()]
-
-    numbered = SimpleNamespace(
-        tokenizer=SimpleNamespace(batch_decode=as_numbers, pad=tokenizer.pad, pad_token_id=tokenizer.pad_token_id),
-        encode_prompt=processor.encode_prompt,
-        end_of_turn_token_id=end,
-    )
-    found = generate_texts(
+    return generate_ids(
         model,
-        numbered,
-        [ask(prompt) for prompt, _ in QUESTIONS],
+        processor,
+        [processor.encode_prompt(ask(prompt)) for prompt, _ in QUESTIONS],
         [[picture] for _, picture in QUESTIONS],
         lambda ids: {"image_features": features[ids]},
         max_new_tokens=NEW_TOKENS,
         **arguments,
     )
-    return [list(map(int, text.split())) for text in found]
 
 
 def uncached_answers(

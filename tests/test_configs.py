@@ -12,7 +12,8 @@ LAUNCH = [path for path in RECIPES if path.parent.name == "accelerate"]
 STUDIES = [path for path in RECIPES if path.name.startswith("study_") or path.name == "tune_demo.yaml"]
 CLIP = [path for path in RECIPES if path.name.startswith("clip_")]
 SYNTHESIS = [path for path in RECIPES if path.name.startswith("synthesize_")]
-TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES + CLIP + SYNTHESIS]
+GRPO = [path for path in RECIPES if path.name.startswith("grpo_")]
+TRAINING = [path for path in RECIPES if path not in LAUNCH + STUDIES + CLIP + SYNTHESIS + GRPO]
 
 
 def name(path):
@@ -57,6 +58,21 @@ def test_study_is_understood(path, tmp_path):
     study = read_study(str(path), str(tmp_path))
     study.base = str(ROOT / study.base)
     prepare([place.cell for place in lay_out(study)], "test")
+
+
+@pytest.mark.parametrize("path", GRPO, ids=name)
+def test_configuration_of_training_for_the_score_is_understood(path, monkeypatch):
+    from vlm_peft.training import grpo
+
+    kept = []
+    monkeypatch.setattr(grpo, "check_options", lambda *options: kept.extend(options))
+    monkeypatch.setattr(grpo, "Run", lambda vision, training, model_args, **others: kept.append(model_args) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        grpo.main(["--config", str(path), "--use_cpu", "true"])
+    options, training, model = kept
+    written = yaml.safe_load(path.read_text())
+    for key in written.keys() - {"use_cpu", "report_to"}:
+        assert getattr(options, key, getattr(training, key, getattr(model, key, None))) == written[key], key
 
 
 def parse(*arguments: str):

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from vlm_peft import VisionQwen
 from vlm_peft.adapters.lora import lora_config
 from vlm_peft.data.probe import probe
-from vlm_peft.evaluation.generation import generate_texts
+from vlm_peft.evaluation.generation import generate_ids, generate_texts
 from vlm_peft.model.modeling_vision_qwen import VisionQwenModel
 
 PICTURE = {"type": "image"}
@@ -48,31 +48,11 @@ def world():
 
 def tokens(world, fetch, batch_size, num_beams, model=None) -> list[list[int]]:
     """Generated tokens of each prompt, up to and with the end of the turn."""
-    seen = []
-    original = world.processor.tokenizer.batch_decode
-
-    def recorded(answers, **arguments):
-        seen.extend(answers.tolist())
-        return original(answers, **arguments)
-
-    decoder = SimpleNamespace(
-        batch_decode=recorded, pad=world.processor.tokenizer.pad, pad_token_id=world.processor.tokenizer.pad_token_id
-    )
-    processor = SimpleNamespace(
-        tokenizer=decoder,
-        encode_prompt=world.processor.encode_prompt,
-        end_of_turn_token_id=world.processor.end_of_turn_token_id,
-    )
-    generate_texts(
-        model or world.model, processor, PROMPTS, IMAGE_IDS, fetch,
+    encoded = [world.processor.encode_prompt(prompt) for prompt in PROMPTS]
+    return generate_ids(
+        model or world.model, world.processor, encoded, IMAGE_IDS, fetch,
         batch_size=batch_size, max_new_tokens=12, num_beams=num_beams,
     )  # fmt: skip
-    order = sorted(range(len(PROMPTS)), key=lambda index: len(world.processor.encode_prompt(PROMPTS[index])))
-    found: list[list[int]] = [[]] * len(PROMPTS)
-    for index, row in zip(order, seen, strict=True):
-        end = row.index(258) + 1 if 258 in row else len(row)
-        found[index] = row[:end]
-    return found
 
 
 @pytest.mark.parametrize("num_beams", [1, 3])

@@ -33,7 +33,15 @@ LATE = {("model.modeling_vision_qwen", "adapters.folder"), ("model.joining", "co
 encoder may be a fine-tuned CLIP's adapter folder."""
 
 THIRD_PARTIES = {
-    "trl": {"commands.doctor", "studies.tune", "training.arguments", "training.setup", "training.trainer"},
+    "trl": {
+        "commands.doctor",
+        "studies.tune",
+        "training.arguments",
+        "training.grpo",
+        "training.grpo_trainer",
+        "training.setup",
+        "training.trainer",
+    },
     "bitsandbytes": {"adapters.lora"},
     "gradio": {"commands.web_demo"},
     "optuna": {"studies.tune"},

@@ -4,6 +4,7 @@
     python eval/throughput.py --preset b32 --write         # one GPU; the figures go to eval/THROUGHPUT.md
     python eval/throughput.py --preset l14-336 --write
     python eval/throughput.py --switches "no feature cache" --no_generation
+    python eval/throughput.py --preset grpo                # training for the score beside TRL's GRPOTrainer
 
 The peer is `transformers.LlavaForConditionalGeneration` with TRL's `SFTTrainer` and its vision collator on one row a
 caption. Each side lives in a process of its own, and the sides take turns, step by step, so that a machine that gets
@@ -31,6 +32,8 @@ LOSS_TOLERANCE = 1e-4
 """Relative, a step; fp32 sums in another order, and features stored in float16, stay below it."""
 
 BEAMS = 3
+
+GRPO = "grpo"
 
 
 class Side:
@@ -308,7 +311,12 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
         SystemExit: for an option that makes no sense, in one line.
     """
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--preset", choices=list(PRESETS), default="cpu")
+    parser.add_argument(
+        "--preset",
+        choices=[*PRESETS, GRPO],
+        default="cpu",
+        help=f"{GRPO} measures training for the score, and only --pictures_per_step goes with it",
+    )
     parser.add_argument("--pictures", type=int, help="of an epoch")
     parser.add_argument("--pictures_per_step", type=int, help="of an optimizer step, on both sides")
     parser.add_argument("--steps", type=int, help="timed steps of each side in a turn")
@@ -327,7 +335,7 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
     parser.add_argument("--json", metavar="FILE", help="also keep every figure there, after each part of the run")
     parser.add_argument("--write", action="store_true", help="write the section of the preset into eval/THROUGHPUT.md")
     options = parser.parse_args(arguments)
-    preset = PRESETS[options.preset]
+    preset = PRESETS["cpu" if options.preset == GRPO else options.preset]
     names = {field.name for field in dataclasses.fields(Preset)} - {"switches"}
     changes = {name: value for name, value in vars(options).items() if name in names and value is not None}
     changes.setdefault("pictures_per_step", min(preset.pictures_per_step, changes.get("pictures", preset.pictures)))
@@ -354,6 +362,11 @@ def main(arguments: list[str] | None = None) -> int:
         from .contrastive import measure_contrastive
 
         say(measure_contrastive(options.contrastive, options.pictures_per_step or 32, options.pictures or 128))
+        return 0
+    if options.preset == GRPO:
+        from .rollouts import measure_rollouts
+
+        print(measure_rollouts(options.pictures_per_step))
         return 0
     switches = list(preset.switches) if options.switches is None else options.switches
 

@@ -158,7 +158,7 @@ def prepare_peer(
             **preset.lora,
         ),
     )
-    _set_adapters(trainer.model)
+    set_adapters(trainer.model)
     if compiles:
         for layer in trainer.model.get_base_model().model.language_model.layers:
             layer.compile()
@@ -210,7 +210,7 @@ def prepare_ours(
         processing_class=processor,
         peft_config=lora_config(model, **preset.lora),
     )
-    _set_adapters(trainer.model)
+    set_adapters(trainer.model)
     if is_cuda and switch != "no fused LoRA":
         fuse_lora(trainer.model)
     if is_cuda and switch != "no compiled layers":
@@ -265,7 +265,7 @@ class _AllPositions:
 
 
 @torch.no_grad()
-def _set_adapters(model: torch.nn.Module) -> None:
+def set_adapters(model: torch.nn.Module) -> None:
     """Draws every LoRA A from its name, so that both sides start equal; B is zero on both."""
     for name, parameter in model.named_parameters():
         if "lora_A" in name:

@@ -6,7 +6,8 @@ y = x W^T + (x A^T)(s B)^T in the compute dtype over peft's own weights, and lay
 and value; gate and up) are one layer: their A stacked, their B block by block, their frozen W in one buffer.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -218,6 +219,34 @@ def unfuse_lora(model: nn.Module) -> None:
         if type(module) is FusedLinear:
             module.__class__ = lora.Linear  # type: ignore[assignment]
             del module.shared_input, module.place, module.fused_adapter
+
+
+@contextmanager
+def lora_in_place(model: nn.Module) -> Iterator[None]:
+    """Runs the block with LoRA added to the weights of plain linear layers: a token is generated in half the time.
+
+    Afterwards the layers have their own weights again, not what is left of a sum.
+
+    Args:
+        model (`nn.Module`): With LoRA layers somewhere inside; quantized ones and those with a form of their own stay.
+    """
+    adapted: list[Any] = [module for module in model.modules() if isinstance(module, lora.Linear)]
+    layers = [
+        layer
+        for layer in adapted
+        if type(layer.get_base_layer().weight) is nn.Parameter
+        and not (layer.merged or layer.disable_adapters or layer.lora_variant or any(layer.lora_bias.values()))
+    ]
+    weights = [layer.get_base_layer().weight.data for layer in layers]
+    try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.merge(safe_merge=True)
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.get_base_layer().weight.data = weight
+            layer.merged_adapters.clear()
 
 
 def _fit(layers: list[FusedLinear]) -> bool:

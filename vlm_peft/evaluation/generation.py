@@ -58,16 +58,59 @@ def generate_texts(
     Raises:
         ValueError: When beams are to be drawn, the temperature is not above 0, or a prompt is too long.
     """
+    # Most tasks ask of every picture the same.
+    distinct = {repr(prompt): prompt for prompt in prompts}
+    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in distinct.items()}
+    generated = generate_ids(
+        model,
+        processor,
+        [ids_of[repr(prompt)] for prompt in prompts],
+        image_ids,
+        fetch_images,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        temperature=temperature,
+        progress=progress,
+    )
+    # Of no text at all the tokenizer would make an empty one.
+    texts = processor.tokenizer.batch_decode(generated, skip_special_tokens=True) if generated else []
+    return [text.strip() for text in texts]
+
+
+def generate_ids(
+    model: VisionQwen | PeftModel,
+    processor: VisionQwenProcessor,
+    encoded: list[list[int]],
+    image_ids: list[list[int]],
+    fetch_images: Callable[[list[int]], dict[str, torch.Tensor]],
+    *,
+    batch_size: int = 64,
+    max_new_tokens: int = 32,
+    num_beams: int = 1,
+    temperature: float | None = None,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """As [`generate_texts`], from token ids to token ids.
+
+    Args:
+        model, processor, image_ids, fetch_images, batch_size, max_new_tokens, num_beams, temperature, progress: See
+            there.
+        encoded (`list[list[int]]`): Of `processor.encode_prompt`.
+
+    Returns:
+        `list[list[int]]`: Tokens of each text, the end of the turn among them where it was reached.
+
+    Raises:
+        ValueError: As there.
+    """
     if temperature is not None and (num_beams > 1 or temperature <= 0):
         raise ValueError(
             f"Sampling expects a temperature above 0 and 1 beam, got temperature {temperature} and {num_beams} beams."
         )
-    # Most tasks ask of every picture the same.
-    distinct = {repr(prompt): prompt for prompt in prompts}
-    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in distinct.items()}
-    encoded = [ids_of[repr(prompt)] for prompt in prompts]
-    for ids in ids_of.values():
-        check_length(model, len(ids), max_new_tokens)
+    end = processor.end_of_turn_token_id
+    for length in set(map(len, encoded)):
+        check_length(model, length, max_new_tokens)
     features = _Features(model, image_ids, fetch_images)
     longest: dict[tuple[int, ...], int] = {}
     for ids, pictures in zip(encoded, map(tuple, image_ids), strict=True):
@@ -76,10 +119,10 @@ def generate_texts(
     def sort_key(index: int) -> tuple:
         # Prompts about the same pictures stay together.
         pictures = tuple(image_ids[index])
-        shares = len(longest) < len(prompts)
+        shares = len(longest) < len(encoded)
         return (longest[pictures], pictures, len(encoded[index]), index) if shares else (len(encoded[index]), index)
 
-    attention, size = base_model(model).model.language_model.config._attn_implementation, min(batch_size, len(prompts))
+    attention, size = base_model(model).model.language_model.config._attn_implementation, min(batch_size, len(encoded))
     # A captured step has a boolean mask over the whole cache: SDPA's, for decoders that take such masks.
     is_captured = model.device.type == "cuda" and attention == "sdpa" and probe(model).sharing
     length = max(map(len, encoded), default=0) + max_new_tokens
@@ -92,9 +135,9 @@ def generate_texts(
     else:
         captured = CapturedBeams(size, num_beams, length, max_new_tokens) if is_captured else None
         search |= {"custom_generate": beam_search, "captured": captured}
-    order = sorted(range(len(prompts)), key=sort_key)
-    texts = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
+    order = sorted(range(len(encoded)), key=sort_key)
+    texts: list[list[int]] = [[] for _ in encoded]
+    bar = tqdm(total=len(encoded), desc=progress, disable=progress is None, unit="picture")
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         with torch.inference_mode():
@@ -113,14 +156,11 @@ def generate_texts(
                 max_new_tokens=max_new_tokens,
                 **search,
                 do_sample=False,
-                eos_token_id=processor.end_of_turn_token_id,
+                eos_token_id=end,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
-        answers = generated[:, inputs["input_ids"].shape[1] :]
-        for index, text in zip(
-            chosen, processor.tokenizer.batch_decode(answers, skip_special_tokens=True), strict=True
-        ):
-            texts[index] = text.strip()
+        for index, ids in zip(chosen, generated[:, inputs["input_ids"].shape[1] :].tolist(), strict=True):
+            texts[index] = ids[: ids.index(end) + 1] if end in ids else ids
         bar.update(len(chosen))
     bar.close()
     return texts

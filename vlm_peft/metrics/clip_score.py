@@ -66,27 +66,11 @@ def clip_scores(
         OSError: if `clip` is not there, or has only pickled weights.
     """
     _check(pictures, captions, references)
-    revision = safetensors_revision(clip, revision)
-    model = _load(clip, revision).to(device)
-    image_processor = AutoImageProcessor.from_pretrained(clip, revision=revision)
-    tokenizer = AutoTokenizer.from_pretrained(clip, revision=revision)
-
-    seen = []
-    for start in range(0, len(pictures), batch_size):
-        pixels = image_processor(list(pictures[start : start + batch_size]), return_tensors="pt")["pixel_values"]
-        seen.append(model.get_image_features(pixel_values=pixels.to(device)).pooler_output)
-    texts = [f"{prefix}{text}" for text in [*captions, *(text for group in references or [] for text in group)]]
-    tokens, cut = _encode(tokenizer, texts, model.config.text_config.max_position_embeddings)
-    read = []
-    for start in range(0, len(tokens), batch_size):
-        batch = tokenizer.pad(
-            {"input_ids": tokens[start : start + batch_size]}, padding_side="right", return_tensors="pt"
-        ).to(device)
-        read.append(model.get_text_features(**batch).pooler_output)
-
-    image, text = (torch.nn.functional.normalize(torch.cat(each), dim=-1) for each in (seen, read))
+    scorer = ClipScorer(clip, prefix=prefix, revision=revision, batch_size=batch_size, device=device)
+    image = scorer.see(pictures)
+    text, cut = scorer.read([*captions, *(text for group in references or [] for text in group)])
     text, reference = text[: len(captions)], text[len(captions) :]
-    alone = WEIGHT * (image * text).sum(dim=-1).clamp(min=0)
+    alone = scorer.score(image, text)
     per_picture = {"CLIPScore": alone.tolist()}
     if references is not None:
         groups = reference.split([len(group) for group in references])
@@ -94,8 +78,63 @@ def clip_scores(
         # Where both are 0, so is their harmonic mean.
         per_picture["RefCLIPScore"] = (2 * alone * nearest / (alone + nearest).clamp(min=1e-12)).tolist()
     metrics = {name: sum(scores) / len(scores) for name, scores in per_picture.items()}
-    notes = [f"{cut} of {len(texts)} texts are longer than CLIP reads, and were cut."] if cut else []
+    count = len(text) + len(reference)
+    notes = [f"{cut} of {count} texts are longer than CLIP reads, and were cut."] if cut else []
     return ClipScores(metrics, per_picture, notes)
+
+
+class ClipScorer:
+    """A CLIP that is kept, for whoever scores again and again.
+
+    Args:
+        clip, prefix, revision, batch_size, device: See [`clip_scores`].
+
+    Raises:
+        ValueError, OSError: As there.
+    """
+
+    def __init__(
+        self,
+        clip: str | Path,
+        *,
+        prefix: str = "A photo depicts ",
+        revision: str | None = None,
+        batch_size: int = 32,
+        device: str | torch.device = "cpu",
+    ):
+        revision = safetensors_revision(clip, revision)
+        self._model = _load(clip, revision).to(device)
+        self._image_processor = AutoImageProcessor.from_pretrained(clip, revision=revision)
+        self._tokenizer = AutoTokenizer.from_pretrained(clip, revision=revision)
+        self._prefix, self._batch_size, self._device = prefix, batch_size, device
+
+    @torch.inference_mode()
+    def see(self, pictures: Sequence[Image.Image]) -> torch.Tensor:
+        """Pictures as vectors `(P, D)` of length 1."""
+        seen = []
+        for start in range(0, len(pictures), self._batch_size):
+            batch = self._image_processor(list(pictures[start : start + self._batch_size]), return_tensors="pt")
+            pixels = batch["pixel_values"].to(self._device)
+            seen.append(self._model.get_image_features(pixel_values=pixels).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(seen), dim=-1)
+
+    @torch.inference_mode()
+    def read(self, texts: Sequence[str]) -> tuple[torch.Tensor, int]:
+        """Texts as vectors `(T, D)` of length 1, and how many were longer than CLIP reads."""
+        length = self._model.config.text_config.max_position_embeddings
+        tokens, cut = _encode(self._tokenizer, [f"{self._prefix}{text}" for text in texts], length)
+        read = []
+        for start in range(0, len(tokens), self._batch_size):
+            batch = self._tokenizer.pad(
+                {"input_ids": tokens[start : start + self._batch_size]}, padding_side="right", return_tensors="pt"
+            ).to(self._device)
+            read.append(self._model.get_text_features(**batch).pooler_output)
+        return torch.nn.functional.normalize(torch.cat(read), dim=-1), cut
+
+    @staticmethod
+    def score(pictures: torch.Tensor, texts: torch.Tensor) -> torch.Tensor:
+        """CLIPScore of pairs of vectors, `(P, D)` and `(P, D)` -> `(P,)`, 0..2.5."""
+        return WEIGHT * (pictures * texts).sum(dim=-1).clamp(min=0)
 
 
 def _load(clip: str | Path, revision: str | None) -> Any:

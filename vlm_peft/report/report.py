@@ -262,6 +262,11 @@ def _curves(scores: Scores, log_history: Sequence[Mapping[str, Any]]) -> list[tu
     figures: list[tuple[Any, ...]] = []
     if losses:
         figures.append(("Loss by step, nats a token", step_chart("Loss", losses), tuple(losses)))
+    rewards = {"train": finite_points(log_history, "reward"), "held-out": finite_points(log_history, "eval_reward")}
+    rewards = {name: points for name, points in rewards.items() if points}
+    if rewards:
+        # Of advantages around their mean, the loss is always about 0.
+        figures = [("Reward by step, mean of the samples", step_chart("Reward", rewards), tuple(rewards))]
     for title, points in _scores_in_training(scores, log_history).items():
         figures.append((f"{title} by step, on held-out rows", step_chart(title, {"score": points})))
     return figures
@@ -346,8 +351,10 @@ def _gallery(
             images[str(row["id"])] = thumbnail(picture)
     if not images:
         return None
+    earlier = output_dir / "eval" / f"{split}-before" / "predictions.jsonl"
+    before = {str(row["id"]): row["prediction"] for row in read_predictions(earlier)} if earlier.is_file() else {}
     kinds = {
-        kind: [_card(row, images.get(str(row["id"])), metrics[0]) for row in chosen]
+        kind: [_card(row, images.get(str(row["id"])), metrics[0], before.get(str(row["id"]))) for row in chosen]
         for kind, chosen in (("best", best), ("worst", worst))
         if chosen
     }
@@ -360,7 +367,7 @@ def _gallery(
     }
 
 
-def _card(row: Row, picture: Thumbnail | None, metric: str) -> dict[str, Any]:
+def _card(row: Row, picture: Thumbnail | None, metric: str, before: str | None) -> dict[str, Any]:
     question, boxes = row.get("question"), true_boxes(row)
     drawn = None
     if picture is not None and boxes is not None:
@@ -372,6 +379,7 @@ def _card(row: Row, picture: Thumbnail | None, metric: str) -> dict[str, Any]:
         "score": f"{metric} {float(row[metric.lower()]):.2f}",
         "question": question if isinstance(question, str) else "",
         "prediction": row["prediction"],
+        "before": before if before != row["prediction"] else None,
         "references": references_of(row),
     }
 

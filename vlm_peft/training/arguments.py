@@ -175,7 +175,7 @@ _GPU_DEFAULTS = {
 """What is fastest on CUDA; a configuration file and the command line override each. What trains stays in float32."""
 
 
-_LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens")
+_LOGGED = ("loss", "entropy", "mean_token_accuracy", "num_tokens", "reward")
 """What every evaluation logs."""
 
 
@@ -262,6 +262,8 @@ def parse_arguments(
     program: str = "sft.py",
     description: str | None = None,
     entry: dict[str, Any] | None = None,
+    kinds: tuple[type, type] | None = None,
+    defaults: dict[str, Any] | None = None,
 ):
     """Command line and YAML file -> `(VisionArguments, SFTConfig, ModelConfig)`.
 
@@ -271,6 +273,8 @@ def parse_arguments(
         description (`str`, *optional*): First line of `--help`.
         entry (`dict`, *optional*): Options of one of the file's `stages`, which override all others. Without it, those
             of a file with stages are taken as they are, for [`~vlm_peft.training.stages.parse_stages`].
+        kinds (`tuple[type, type]`, *optional*): Of another recipe, a subclass of [`VisionArguments`] and TRL's options.
+        defaults (`dict`, *optional*): Of its options, where they are not those of the dataclasses.
 
     Raises:
         SystemExit: For an unknown key, naming the nearest known one, or a missing one, and for a value of another kind
@@ -279,16 +283,16 @@ def parse_arguments(
     """
     from trl import ModelConfig, SFTConfig, TrlParser
 
-    types: Any = (VisionArguments, SFTConfig, ModelConfig)
+    types: Any = (*(kinds or (VisionArguments, SFTConfig)), ModelConfig)
     # The usage that argparse makes of 250 options would push its message off the screen.
     usage = "%(prog)s [--config FILE.yaml] [--OPTION VALUE ...]  (--help lists the options)"
     given = list(arguments)
     config: dict[str, Any] = {}
 
-    def parse(**defaults) -> tuple:
+    def parse(**of_device) -> tuple:
         parser = TrlParser(types, prog=program, allow_abbrev=False, description=description, usage=usage)
         # TRL's own default, 0.05, costs time in every layer.
-        parser.set_defaults(lora_dropout=0.0, **defaults)
+        parser.set_defaults(lora_dropout=0.0, **(defaults or {}), **of_device)
         unknown = parser.set_defaults_with_config(**config)
         *found, others = parser.parse_args_into_dataclasses(args=given, return_remaining_strings=True)
         return *found, unknown + others

@@ -30,12 +30,15 @@ def log_line(logs: dict[str, Any], state: TrainerState) -> str:
             f"{logs['train_samples_per_second']:.1f} rows/s; mean loss {logs['train_loss']:.4f}"
         )
     parts = [f"step {state.global_step}/{state.max_steps}", f"epoch {state.epoch or 0:.2f}"]
-    names = {"loss": "loss", "eval_loss": "eval loss", "mean_token_accuracy": "token accuracy"}
+    names = {"loss": "loss", "eval_loss": "eval loss", "mean_token_accuracy": "token accuracy", "reward": "reward"}
+    if "reward" in logs:
+        # Of rewards that are compared with each other, the loss is always about 0.
+        names = {name: shown for name, shown in names.items() if name != "loss"} | {"entropy": "entropy", "kl": "KL"}
     parts += [f"{name} {logs[key]:.4f}" for key, name in names.items() if key in logs]
     parts += [
         f"{key.removeprefix('eval_')} {value:.4f}"
         for key, value in logs.items()
-        if key.startswith("eval_") and key not in names and not key.endswith(_NOT_SHOWN) and "[" not in key
+        if key.startswith("eval_") and key not in names and not key.endswith(_NOT_SHOWN) and not set("[/") & set(key)
     ]
     if "learning_rate" in logs:
         parts.append(f"rate {logs['learning_rate']:.1e}")

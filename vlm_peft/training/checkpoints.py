@@ -66,7 +66,7 @@ def run_record(
         `dict`: JSON values, without paths and names: what is equal elsewhere is the same.
     """
     found = {name: getattr(vision, name) for name in _VISION} | {name: getattr(model_args, name) for name in _MODEL}
-    found |= {"seed": training.seed, "max_length": training.max_length, "optim": str(training.optim)}
+    found |= {"seed": training.seed, "max_length": getattr(training, "max_length", None), "optim": str(training.optim)}
     # Their groups of weights are in the optimizer's state.
     for name in ("projector_learning_rate", "vision_learning_rate"):
         found[f"{name} given"] = getattr(vision, name) is not None

@@ -285,6 +285,25 @@ def _folder_name(split: str) -> str:
     return re.sub(r"[^\w.+-]+", "-", split).strip("-")
 
 
+def load_trained_on(vision: VisionArguments, model, processor, held_out: dict[str, Split]) -> list[Split]:
+    """The splits that are trained on, with their pictures encoded, checked against the held-out ones.
+
+    Raises:
+        ValueError: For pictures that are also held out.
+    """
+    splits = []
+    for part in parts(vision):
+        if part.is_held_out:
+            continue
+        split = part.load(processor)
+        for other in held_out.values():
+            said = check_overlap(split, other, allow=vision.allow_overlap)
+            if said is not None and PartialState().is_main_process:
+                print(f"Overlap allowed: {said}", flush=True)
+        splits.append(_with_pictures(vision, split, model, processor))
+    return splits
+
+
 def load_training(vision: VisionArguments, training, model, processor, held_out: dict[str, Split]) -> TrainingRows:
     """Training rows of all data sets, checked against the held-out pictures and encoded.
 
@@ -298,17 +317,7 @@ def load_training(vision: VisionArguments, training, model, processor, held_out:
         ValueError: for rows that cannot be used, or pictures that are also held out.
     """
     others = watched(held_out.values(), training)
-    splits: list[Split] = []
-    if not vision.streaming:
-        for part in parts(vision):
-            if part.is_held_out:
-                continue
-            split = part.load(processor)
-            for other in held_out.values():
-                said = check_overlap(split, other, allow=vision.allow_overlap)
-                if said is not None and PartialState().is_main_process:
-                    print(f"Overlap allowed: {said}", flush=True)
-            splits.append(_with_pictures(vision, split, model, processor))
+    splits = [] if vision.streaming else load_trained_on(vision, model, processor, held_out)
 
     fetch = fetch_from([*splits, *others])
     with PartialState().main_process_first():

@@ -403,13 +403,21 @@ def watch_after(run: Run, model, processor, watched: Watched, held_out: dict[str
         # Captions that are watched while digits are trained are longer than those.
         evaluate(run, model, processor, watched.splits, least_tokens=TaskSettings.max_new_tokens)
         nats = text_nats(model, processor, watched.paragraphs)
-    if not run.is_main:
-        return
+    if run.is_main:
+        show_changes(run, [*held_out, *watched.splits], [compared_text(watched.nats, nats, "text")] if nats else [])
+
+
+def show_changes(run: Run, names: Iterable[str], further: Iterable[dict[str, Any]] = ()) -> None:
+    """Writes and prints what training changed, by a paired test of the rows, on splits that were scored before, too.
+
+    Args:
+        names (`Iterable[str]`): Of splits.
+        further (`Iterable[dict]`): Rows of the table for what is no split.
+    """
     scored = run.output_dir / "eval"
-    names = [name for name in [*held_out, *watched.splits] if (scored / f"{name}-before" / "scores.json").is_file()]
+    names = [name for name in names if (scored / f"{name}-before" / "scores.json").is_file()]
     names = [name for name in names if (scored / name / "scores.json").is_file()]
-    rows = [compared(scored / f"{name}-before", scored / name, name) for name in names]
-    rows += [compared_text(watched.nats, nats, "text")] if nats else []
+    rows = [*(compared(scored / f"{name}-before", scored / name, name) for name in names), *further]
     write_text(run.output_dir / TRANSFER_FILE, json.dumps(rows, indent=2) + "\n")
     run.say(f"\nGained and lost:\n{table(transfer_lines(rows))}\n")
 

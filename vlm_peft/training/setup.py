@@ -258,6 +258,53 @@ def check_steps(rows: int, training: SFTConfig) -> int:
     return steps
 
 
+def adapted_model(
+    vision: VisionArguments, model_args: ModelConfig, model: VisionQwen, start: str | Path | None = None
+) -> tuple[Any, Any]:
+    """What the options' strategy trains.
+
+    Args:
+        vision, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
+        model ([`VisionQwen`]): Of [`load_model`].
+        start (`str` or `Path`, *optional*): Adapter folder of an earlier training, of which the adapter goes on.
+
+    Returns:
+        The model, and the `peft.LoraConfig` of the adapter that is to be put around it; `None` where it has one, or
+        trains itself.
+
+    Raises:
+        ValueError: When the options ask for LoRA that the model cannot have.
+    """
+    peft_config = apply_strategy(
+        model,
+        chosen_strategy(vision, model_args),
+        target_modules=model_args.lora_target_modules,
+        init_lora_weights=vision.init_lora_weights or True,
+        r=model_args.lora_r,
+        lora_alpha=model_args.lora_alpha,
+        lora_dropout=model_args.lora_dropout,
+        use_rslora=model_args.use_rslora,
+        use_dora=model_args.use_dora,
+        modules_to_save=model_args.lora_modules_to_save,
+    )
+    if peft_config is not None and start is not None:
+        return carry_on(model, peft_config, start), None
+    return model, peft_config
+
+
+def task_file(vision: VisionArguments) -> dict[str, str]:
+    """File name -> text of what an adapter's folder says of its task."""
+    first = data_sources(vision)[0]
+    settings = TaskSettings(
+        task=first.task,
+        instruction=first.instruction,
+        max_new_tokens=vision.max_new_tokens,
+        num_beams=vision.num_beams,
+        **task_options(first),
+    )
+    return {TASK_FILE: settings.to_json()}
+
+
 def build_trainer(
     vision: VisionArguments,
     training: SFTConfig,
@@ -288,29 +335,7 @@ def build_trainer(
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have.
     """
-    peft_config = apply_strategy(
-        model,
-        chosen_strategy(vision, model_args),
-        target_modules=model_args.lora_target_modules,
-        init_lora_weights=vision.init_lora_weights or True,
-        r=model_args.lora_r,
-        lora_alpha=model_args.lora_alpha,
-        lora_dropout=model_args.lora_dropout,
-        use_rslora=model_args.use_rslora,
-        use_dora=model_args.use_dora,
-        modules_to_save=model_args.lora_modules_to_save,
-    )
-    trained: Any = model
-    if peft_config is not None and start is not None:
-        trained, peft_config = carry_on(model, peft_config, start), None
-    first = data_sources(vision)[0]
-    settings = TaskSettings(
-        task=first.task,
-        instruction=first.instruction,
-        max_new_tokens=vision.max_new_tokens,
-        num_beams=vision.num_beams,
-        **task_options(first),
-    )
+    trained, peft_config = adapted_model(vision, model_args, model, start)
     sharing = probe(model).sharing
     is_cuda = training.device.type == "cuda" and sharing
     if is_cuda and model_args.attn_implementation is None and type(model.model.language_model)._supports_flex_attn:
@@ -334,7 +359,7 @@ def build_trainer(
         processing_class=processor,
         peft_config=peft_config,
         callbacks=list(callbacks),
-        extra_files={TASK_FILE: settings.to_json(), **(extra_files or {})},
+        extra_files=task_file(vision) | (extra_files or {}),
         projector_learning_rate=vision.projector_learning_rate,
         vision_learning_rate=vision.vision_learning_rate,
         layer_decay=vision.layer_decay,

@@ -145,11 +145,15 @@ def _train_once(model: Any) -> None:
     model.train = train
 
 
-def use_frozen_head(model: VisionQwen) -> None:
+def use_frozen_head(model: VisionQwen, temperature: float = 1.0) -> None:
     """Lets TRL's `model(..., fused_lm_head=True)` score `(1, L)` labels with [`FrozenHeadLogProbs`].
 
     Other layouts of labels, a head that trains, and devices that [`TILES`] lacks stay as they are. A head of which a
     few rows train counts as frozen; the rows get their gradient beside it.
+
+    Args:
+        model ([`VisionQwen`]): With TRL's fused head.
+        temperature (`float`, *optional*, defaults to 1.0): By which TRL divides the logits.
     """
     fused_forward = model.forward
 
@@ -167,6 +171,8 @@ def use_frozen_head(model: VisionQwen) -> None:
             kwargs.pop(name, None)
         kwargs["use_cache"] = False
         hidden_states = model.base_model(*args, **kwargs).last_hidden_state  # (1, L, D_t)
+        if temperature != 1:
+            hidden_states = hidden_states / temperature
         is_label = shift_labels != IGNORE_INDEX
         labels = shift_labels[0].clamp(min=0)
         scored, entropy, log_total, is_top1 = FrozenHeadLogProbs.apply(hidden_states[0], weight.detach(), labels)
