@@ -24,6 +24,11 @@ JUSTIFIED = {
     ("commands/caption.py", "caption"): "a key of what the command prints",
     ("report", "caption"): "reads files from before there were other tasks",
     ("__main__.py", "classify"): "the name of a command",
+    ("commands/web_demo.py", "classify"): "the address of a button",
+    **{
+        ("teacher", name): "what a teacher is asked for, and the columns of its answers"
+        for name in ("caption", "vqa", "chat", "grounding")
+    },
     ("contrastive", ".class_names"): "an option of contrastive training, too",
     ("commands/evaluate_clip.py", ".class_names"): "the same",
 }
