@@ -407,3 +407,14 @@ def test_the_recipes_options_reach_the_model(bases):
     assert make_config(pooled_grid=None).pooled_grid is None, "The parser changed the configuration's fields."
     with pytest.raises(ValueError, match=r"Stock Llava has no projector_type='average_pool' and no image_size=12"):
         check_llava(model.config)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("feature_size", 10**25), ("feature_size", True), ("grid", [8]), ("grid", 8), ("grid", [8, 0]), ("layers", None)],
+)
+def test_a_damaged_layout_is_named(name, value):
+    layout = make_config().vision_layout
+    layout = {key: each for key, each in layout.items() if key != name} | ({} if value is None else {name: value})
+    with pytest.raises(ValueError, match=rf"vision_layout\.{name}"):
+        make_config(vision_layout=layout)

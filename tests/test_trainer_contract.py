@@ -143,6 +143,12 @@ def test_trls_own_packing_is_refused(name, tmp_path):
         prepare_training_arguments(args)
 
 
+def test_another_template_is_refused(tmp_path):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, chat_template_path="auto")
+    with pytest.raises(ValueError, match="--chat_template_path auto: rows come rendered"):
+        prepare_training_arguments(args)
+
+
 def test_every_checkpoint_is_a_complete_adapter_folder(setup, tmp_path):
     run = setup(output_dir=str(tmp_path), save_strategy="steps", save_steps=1, max_steps=2)
     train(run)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Audio, ClassLabel, Dataset, Features, Image, List, Value
 from hub_client import environment
@@ -774,3 +775,15 @@ def test_archives_whose_samples_have_other_endings_are_refused_in_a_line(tmp_pat
             load(str(tmp_path), "train")
         assert "same types" in str(caught.value)
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [pa.binary(), pa.large_binary()])
+def test_text_that_a_parquet_file_holds_as_bytes_is_text(tmp_path, kind):
+    PILImage.new("RGB", (8, 8), "red").save(tmp_path / "a.png")
+    cells = {"file_name": ["a.png"], "captions": pa.array(["ein Gru\u00df".encode()], kind)}
+    pq.write_table(pa.table(cells), tmp_path / "metadata.parquet")
+    assert load_rows(str(tmp_path), "train")[0]["captions"] == "ein Gru\u00df"
+    cells["captions"] = pa.array([b"ein Gru\xdf"], kind)
+    pq.write_table(pa.table(cells), tmp_path / "metadata.parquet")
+    with pytest.raises(ValueError, match=r"row 1, column 'captions': expected text, found bytes .*0xdf"):
+        load_rows(str(tmp_path), "train")

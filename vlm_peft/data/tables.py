@@ -251,7 +251,15 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
         table = pq.read_table(path)
         features = Features.from_arrow_schema(table.schema)
         for number, row in enumerate(table.to_pylist(), 1):
-            yield f"row {number}", {name: class_names(cell, features[name]) for name, cell in row.items()}
+            for name, cell in row.items():
+                try:
+                    row[name] = _decoded(class_names(cell, features[name]))
+                except UnicodeDecodeError as error:
+                    raise ValueError(
+                        f"{path}, row {number}, column {name!r}: expected text, found bytes that are no UTF-8 "
+                        f"(0x{error.object[error.start]:02x}): save it as text, or leave the column out."
+                    ) from error
+            yield f"row {number}", row
         return
     encoded = path.read_bytes()
     if not encoded.strip():
@@ -276,6 +284,15 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
                 "again."
             ) from error
         yield place, row
+
+
+def _decoded(cell):
+    """A cell with text for bytes, in lists and dicts, too: their `str` would be Python's way of writing them."""
+    if isinstance(cell, bytes):
+        return cell.decode("utf-8")
+    if isinstance(cell, list):
+        return [_decoded(each) for each in cell]
+    return {name: _decoded(each) for name, each in cell.items()} if isinstance(cell, dict) else cell
 
 
 def class_names(cell, feature):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from .projector import ProjectorSettings, count_image_tokens
-from .vision_tower import measure, needs_interpolation, picture_size, resolve_layers, tower_config
+from .vision_tower import check_layout, measure, needs_interpolation, picture_size, resolve_layers, tower_config
 
 IGNORE_INDEX = -100
 """Label of positions that carry no loss."""
@@ -112,6 +112,8 @@ class VisionQwenConfig(ProjectorSettings, PreTrainedConfig):
         self.tie_word_embeddings = bool(self.text_config.tie_word_embeddings)
         if self.vision_layout is None:
             self.vision_layout = measure(self.vision_config, self.vision_feature_layer, self.image_size)
+        else:
+            check_layout(self.vision_layout)
         self.vision_feature_layer = self.vision_layout["layers"]
         count_image_tokens(self)
 

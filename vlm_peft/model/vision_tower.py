@@ -109,6 +109,34 @@ def as_tokens(state: torch.Tensor) -> torch.Tensor:
     return state.flatten(2).transpose(1, 2) if state.ndim == 4 else state
 
 
+_MOST = 1_000_000
+"""Of what an encoder may have of anything; larger numbers of a damaged file would be allocated."""
+
+
+def check_layout(layout: Any) -> None:
+    """Checks what a configuration's file says about an encoder.
+
+    Args:
+        layout (`dict`): As of [`measure`].
+
+    Raises:
+        ValueError: Naming the field, what it should be and what it is.
+    """
+    if not isinstance(layout, dict):
+        raise ValueError(f"vision_layout: expected fields, got {str(layout)[:60]}.")
+    for name in ("feature_size", "num_hidden_states", "num_prefix_tokens", "grid"):
+        value = layout.get(name)
+        values = value if name == "grid" and isinstance(value, list | tuple) and len(value) == 2 else [value]
+        least = 0 if name == "num_prefix_tokens" else 1
+        if not all(type(each) is int and least <= each <= _MOST for each in values) or (name == "grid") != (
+            len(values) == 2
+        ):
+            wanted = "rows and columns" if name == "grid" else f"a whole number from {least} to {_MOST:,}"
+            raise ValueError(f"vision_layout.{name}: expected {wanted}, got {str(value)[:60]}.")
+    if missing := [name for name in ("layers", "is_cut") if name not in layout]:
+        raise ValueError(f"vision_layout.{missing[0]} is missing.")
+
+
 def measure(vision_config: Any, layers: int | list[int] | None, image_size: int | None) -> dict[str, Any]:
     """Runs a tower without weights and tells which tokens it gives.
 

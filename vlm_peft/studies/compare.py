@@ -234,8 +234,9 @@ def _measured(study: StudyOptions, scores: dict[str, Any], cell: Cell) -> tuple[
     """Split and metric that stand for a study."""
     if not scores:
         raise ValueError(f"{cell.folder} has no scores: name eval_splits in the base.")
-    asked = cell.options.get("eval_splits")
-    first = asked[0] if isinstance(asked, list) and asked else asked
+    asked = cell.options.get("eval_splits") or []
+    first = next(iter([asked] if isinstance(asked, str) else asked), None)
+    # In a mixture each data set names its own.
     split = study.split or (first if first in scores else next(iter(scores)))
     if split not in scores:
         raise ValueError(f"{cell.folder} has no scores of the split {split!r}; it has {', '.join(scores)}.")

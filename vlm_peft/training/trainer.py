@@ -209,6 +209,11 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
     """
     if args.packing or args.padding_free:
         raise ValueError("packing and padding_free are TRL's and do not know branches: use --pack_rows instead.")
+    if args.chat_template_path is not None:
+        raise ValueError(
+            f"--chat_template_path {args.chat_template_path}: rows come rendered, by the template that is saved with "
+            "the model: leave it out."
+        )
     if args.router_aux_loss_coef:
         raise ValueError(
             "router_aux_loss_coef balances experts over all tokens of a batch, shared prefixes once, and the routers "
