@@ -438,6 +438,19 @@ def finish(run: Run, trainer, trained_on: Iterable[Split], held_out: dict[str, S
         run.say(f"pushed   {push_adapter(run.output_dir, card=card_for_others, **run.push)}")
 
 
+def _described(splits: Iterable[Split]) -> dict[str, dict[str, Any]]:
+    """Rows, pictures and content of each split, by a name of its own: data sets of a mixture may all have a `train`."""
+    found: dict[str, dict[str, Any]] = {}
+    for split in splits:
+        name = split.name if split.name not in found else f"{Path(str(split.data.dataset_name)).stem}-{split.name}"
+        found[name] = {
+            "rows": len(split.texts),
+            "pictures": len(split.pictures),
+            "content_hash": content_hash(split),
+        }
+    return found
+
+
 def write_summary(run: Run, trainer, splits: Iterable[Split]) -> None:
     """Writes run_summary.json and log_history.json."""
     config = base_model(trainer.model).config
@@ -455,14 +468,7 @@ def write_summary(run: Run, trainer, splits: Iterable[Split]) -> None:
         "dataset_revision": revisions if len(names) > 1 else revisions[0],
         "vision_revision": config.vision_revision,
         "text_revision": config.text_revision or run.model.model_revision,
-        "data": {
-            split.name: {
-                "rows": len(split.texts),
-                "pictures": len(split.pictures),
-                "content_hash": content_hash(split),
-            }
-            for split in splits
-        },
+        "data": _described(splits),
         "device": str(run.training.device),
         "seed": run.training.seed,
         "strategy": run.vision.strategy,
