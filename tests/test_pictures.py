@@ -72,6 +72,20 @@ def test_exif_orientation_is_followed():
     assert bottom[0] > 200 > 100 > bottom[2]
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_deflate", "tiff_lzw"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_files_orientation_is_followed_once(compression, mode, orientation):
+    exif = PILImage.Exif()
+    exif[0x0112] = orientation
+    picture = PILImage.fromarray((np.arange(50).reshape(10, 5) * 5).astype(np.uint8)).convert(mode)
+    encoded = encode(picture, "TIFF", exif=exif, compression=compression)
+    opened, as_png = open_picture(encoded), open_picture(encode(picture, "PNG", exif=exif))
+    assert np.array_equal(np.asarray(opened), np.asarray(as_png))
+    assert opened.size == ((5, 10) if orientation < 5 else (10, 5))
+    assert picture_size(encoded) == list(opened.size)
+
+
 def test_sixteen_bit_greys_keep_their_shades():
     levels = np.array([[0, 0x4000, 0x8000, 0xFFFF]], dtype=np.uint16)
     opened = open_picture(encode(PILImage.fromarray(levels)))

@@ -117,6 +117,14 @@ def choose_strategy(
             f"{'' if vision_layers is None else ' with --vision_layers'} saves or trains it in full: leave "
             "--lora_vision out; --vision_layers trains the encoder's last layers."
         )
+    if isinstance(target_modules, str):
+        try:
+            re.compile(target_modules)
+        except re.error as error:
+            raise ValueError(
+                f"--lora_target_modules {target_modules}: expected names of layers, or a regular expression over whole "
+                f"names; {error}."
+            ) from error
     if name == "attention_lora" and target_modules not in (None, "all-linear", ["all-linear"]):
         raise ValueError(
             f"--strategy attention_lora chooses LoRA's layers by itself, got --lora_target_modules {target_modules}: "

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
-from PIL import ExifTags, UnidentifiedImageError
+from PIL import ExifTags, TiffImagePlugin, UnidentifiedImageError
 from PIL import Image as PILImage
 
 MAX_PIXELS = 64 * 1024 * 1024
@@ -135,6 +135,9 @@ def _decode(picture: PILImage.Image) -> PILImage.Image:
 
 def _upright_size(picture: PILImage.Image) -> list[int]:
     width, height = picture.size
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        # Those that Pillow is going to turn have their size turned before.
+        width, height = picture.tag_v2[TiffImagePlugin.IMAGEWIDTH], picture.tag_v2[TiffImagePlugin.IMAGELENGTH]
     # Orientations 5 to 8 of EXIF are lying ones; there are no others.
     return [height, width] if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8) else [width, height]
 
@@ -225,6 +228,8 @@ def _halved(size: tuple[int, int]) -> tuple[int, int]:
 
 def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
     """RGB; upright; halved where it is large; transparency on white, as a page would show it."""
+    # Pillow turns TIFF files itself as it loads them, and then takes the orientation out.
+    picture.load()
     turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     convert = _conversion(picture)
     halved = _halved(picture.size)
