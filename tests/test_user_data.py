@@ -507,6 +507,7 @@ CELLS = "image,caption\r\n" + "".join(f"0.png,{text}\r\n" for text in TEXTS)
         ("rows.csv", b"image,caption,caption\n0.png,a,b\n", "two columns 'caption': rename one"),
         ("rows.csv", b"image,caption\n", "has no rows"),
         ("rows.csv", b"", "is empty: expected a table"),
+        ("rows.csv", b"\xef\xbb\xbf", "is empty: expected a table"),
         ("rows.json", b"  \n", "is empty: expected a table"),
         ("rows.json", b"[]", "has no rows"),
         ("rows.jsonl", b"{}\n{}\n", "has no columns"),

@@ -76,7 +76,7 @@ def find_task(files: Sequence[Path]) -> tuple[str, str | None]:
     for path in (file.with_name("scores.json") for file in files):
         try:
             task = json.loads(path.read_text(encoding="utf-8"))["task"]
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             continue  # Not a file of ours, or one that does not know.
         if task in list(METRICS):
             found.setdefault(task, path)

@@ -213,7 +213,7 @@ def read_zhou_split(path: str | Path) -> dict[str, list[tuple[str, int, str]]]:
             part: [(str(place), int(label), str(name)) for place, label, name in stored[part]]
             for part in ("train", "val", "test")
         }
-    except (TypeError, ValueError, KeyError) as error:
+    except (TypeError, ValueError, KeyError, RecursionError) as error:
         raise ValueError(
             f"{path}: expected a split file with train, val and test, each a list of [path, class, name] ({error})."
         ) from error

@@ -144,7 +144,7 @@ def _read_known(file: Path) -> dict[str, list]:
     """Path -> size, time and hash of an earlier look; nothing where the file is damaged, which costs one more look."""
     try:
         found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -274,6 +274,8 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
             f"{path}, line {line}: the byte 0x{encoded[error.start]:02x} is no UTF-8 text: save the file as UTF-8 "
             "(it may be in Windows-1252)."
         ) from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty: expected a table.")
     for place, row in _read_separated(path, text) if kind in _SEPARATORS else _read_json(path, text):
         try:
             json.dumps(row, ensure_ascii=False).encode()

@@ -232,6 +232,8 @@ def _json(text: str, where: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error.msg} at character {error.pos})") from error
+    except RecursionError as error:
+        raise ValueError(f"{where}: expected JSON, got too many objects in objects, {text[:60]!r}") from error
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, Any]]:

@@ -313,7 +313,7 @@ def _shown_pictures(card: str) -> list[str]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged, expected JSON ({error}).") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} is damaged, expected a JSON object, got {type(value).__name__}.")

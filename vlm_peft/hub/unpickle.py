@@ -51,7 +51,7 @@ def _read_index(file: Path) -> dict:
     try:
         index = json.loads(file.read_text(encoding="utf-8"))
         shards = set(index["weight_map"].values())
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
         raise NotTensorsError(f"{file.name} is damaged, expected an object with a weight_map ({error}).") from error
     for shard in shards:
         if not isinstance(shard, str) or Path(shard).name != shard or not (file.parent / shard).is_file():

@@ -158,7 +158,7 @@ def _read_found(name: str) -> dict[str, str]:
     """Revision -> commit with safetensors, of earlier look-ups."""
     try:
         return json.loads(_found_file(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
 
 

@@ -138,7 +138,7 @@ def _read_json(path: Path, kind: type) -> Any:
         return None
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: expected JSON ({error})") from error
     if not isinstance(value, kind):
         raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(value).__name__}")

@@ -55,7 +55,7 @@ class TaskSettings(TaskOptions):
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
             values = {name: stored[name] for name in _DEFAULTS if name in stored}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise ValueError(f"{path}: expected a JSON object with {', '.join(_DEFAULTS)} ({error}).") from error
         for name, value in values.items():
             for text in value if isinstance(value, list) else [value]:

@@ -79,7 +79,7 @@ class Journal:
                 whole += len(line)
                 try:
                     record = json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     record = None
                 if isinstance(record, dict) and {"picture", "sample", "text"} <= record.keys():
                     self.records.setdefault((record["picture"], record["sample"]), record)
