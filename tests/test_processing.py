@@ -224,3 +224,11 @@ def test_full_folder_loads_with_auto_model(saved):
     with torch.inference_mode():
         expected = model(input_ids=ids, pixel_values=pixel_values).logits
         assert torch.equal(loaded(input_ids=ids, pixel_values=pixel_values).logits, expected)
+
+
+def test_a_tokenizer_without_padding_is_refused():
+    processor = make_processor(make_config())
+    tokenizer = processor.tokenizer
+    tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="The tokenizer has no pad_token"):
+        type(processor)(processor.image_processor, tokenizer, num_image_tokens=processor.num_image_tokens)

@@ -143,9 +143,16 @@ def test_trls_own_packing_is_refused(name, tmp_path):
         prepare_training_arguments(args)
 
 
-def test_another_template_is_refused(tmp_path):
-    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, chat_template_path="auto")
-    with pytest.raises(ValueError, match="--chat_template_path auto: rows come rendered"):
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"chat_template_path": "auto"}, "--chat_template_path auto: rows come rendered"),
+        ({"eos_token": "{}"}, "--eos_token {}: texts end where"),
+    ],
+)
+def test_another_template_is_refused(tmp_path, given, message):
+    args = SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False, **given)
+    with pytest.raises(ValueError, match=message):
         prepare_training_arguments(args)
 
 

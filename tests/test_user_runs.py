@@ -77,6 +77,7 @@ def poison(part: str, with_value: float):
         (poison("linear_2.weight", -math.inf), r"1 of 256 weights of .*linear_2.weight are NaN or infinite"),
         (lambda name, value: value[:-1] if "linear_1.weight" in name else value, r"\(15, 16\), expected \(16, 16\)"),
         (lambda name, value: value.T if "down_proj.lora_A" in name else value, r"\(32, 4\), expected \(4, 32\)"),
+        (lambda name, value: value.int() if "v_proj.lora_B" in name else value, r"floating point, got .*torch\.int32"),
     ],
 )
 def test_an_adapter_with_other_tensors_than_it_should_have_is_refused(copied, change, expected):

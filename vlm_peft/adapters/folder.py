@@ -184,6 +184,8 @@ def _check_adapter_files(folder: Path) -> None:
         raise ValueError(
             f"{weights} holds no projector among its {len(names)} tensors: it was saved by another program."
         )
+    if others := [f"{name} ({value.dtype})" for name, value in state.items() if not value.is_floating_point()]:
+        raise ValueError(f"{weights} is damaged: expected weights in floating point, got {others[0]}.")
     check_finite(state.items(), str(weights))
 
 

@@ -74,6 +74,11 @@ class VisionQwenProcessor(ProcessorMixin):
                 f"The tokenizer has no {image_token!r}: build the processor with from_vision_text_pretrained, which "
                 "adds it."
             )
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                "The tokenizer has no pad_token, which batches are filled up with: give it one, or build the processor "
+                "with from_vision_text_pretrained, which does."
+            )
         template = chat_template if chat_template is not None else CHATML
         super().__init__(image_processor, tokenizer, chat_template=template)
 

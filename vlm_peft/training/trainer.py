@@ -214,6 +214,10 @@ def prepare_training_arguments(args: SFTConfig) -> SFTConfig:
             f"--chat_template_path {args.chat_template_path}: rows come rendered, by the template that is saved with "
             "the model: leave it out."
         )
+    if args.eos_token is not None:
+        raise ValueError(
+            f"--eos_token {args.eos_token}: texts end where the model's template ends a turn: leave it out."
+        )
     if args.router_aux_loss_coef:
         raise ValueError(
             "router_aux_loss_coef balances experts over all tokens of a batch, shared prefixes once, and the routers "
