@@ -9,6 +9,7 @@ from datasets import Dataset
 from peft import get_peft_model
 from PIL import Image
 from separate_samples import gradients, largest_difference
+from tiny_runs import QUIET
 from trl import GRPOConfig, GRPOTrainer
 
 from vlm_peft import VisionQwen
@@ -45,17 +46,8 @@ def arguments(folder, **settings):
         "steps_per_generation": 1,
         "max_completion_length": 20,
         "max_steps": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
     }
-    return GRPOConfig(**fixed | settings)
+    return GRPOConfig(**QUIET | fixed | settings)
 
 
 def build_model():

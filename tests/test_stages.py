@@ -10,7 +10,7 @@ import torch
 import yaml
 from conftest import ROOT
 from safetensors.torch import load_file
-from tiny_runs import load_bases, logits, make_trainer
+from tiny_runs import RECIPE, load_bases, logits, make_trainer
 from transformers import TrainerCallback
 
 from vlm_peft import VisionQwen
@@ -104,24 +104,7 @@ def test_ready_configurations_fit_together(tmp_path, monkeypatch):
 # --- runs ---
 
 
-OPTIONS = """
-stored_split: test
-split_column: split
-eval_splits: [test]
-vision_feature_layer: [-1]
-use_peft: true
-lora_r: 4
-use_cpu: true
-bf16: false
-gradient_checkpointing: false
-per_device_train_batch_size: 4
-learning_rate: 1.0e-2
-save_steps: 2
-max_new_tokens: 4
-report_to: none
-disable_tqdm: true
-score_before: true
-"""
+OPTIONS = f"{RECIPE}score_before: true\n"
 STAGES = """
 stages:
   - name: align

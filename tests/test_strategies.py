@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
-from tiny_runs import STEPS, load_bases, logits, losses, make_trainer
+from tiny_runs import RECIPE, STEPS, load_bases, logits, losses, make_trainer
 from transformers import LlavaForConditionalGeneration, TrainerCallback
 
 from vlm_peft import VisionQwen
@@ -280,24 +280,7 @@ def test_quantized_bases_may_have_their_encoder_trained():
 # --- the recipe ---
 
 
-OPTIONS = """
-stored_split: test
-split_column: split
-eval_splits: [test]
-vision_feature_layer: [-1]
-use_peft: true
-lora_r: 4
-use_cpu: true
-bf16: false
-gradient_checkpointing: false
-per_device_train_batch_size: 4
-learning_rate: 1.0e-2
-max_steps: 4
-save_steps: 2
-max_new_tokens: 4
-report_to: none
-disable_tqdm: true
-"""
+OPTIONS = f"{RECIPE}max_steps: 4\n"
 
 
 @pytest.fixture(scope="module")

@@ -39,21 +39,42 @@ def wide_config(**fields) -> Qwen3Config:
     return Qwen3Config(**text | fields)
 
 
+RECIPE = """
+stored_split: test
+split_column: split
+eval_splits: [test]
+vision_feature_layer: [-1]
+use_peft: true
+lora_r: 4
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+per_device_train_batch_size: 4
+learning_rate: 1.0e-2
+save_steps: 2
+max_new_tokens: 4
+report_to: none
+disable_tqdm: true
+"""
+"""The YAML file of a small run of the recipe on `save_flickr`'s rows, without its data set, bases and steps."""
+
+QUIET = {
+    "learning_rate": 1e-2,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+"""Of a run in fp32 on a CPU, which logs each step and saves nothing unless it is told to."""
+
+
 def quiet_config(output_dir: Path | str | None = None, **settings) -> SFTConfig:
     """Of a run of a few steps in fp32 on a CPU, which logs each of them and saves nothing unless it is told to."""
-    arguments = {
-        "per_device_train_batch_size": 2,
-        "learning_rate": 1e-2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "use_cpu": True,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-    }
-    return SFTConfig(output_dir and str(output_dir), **{**arguments, **settings})
+    return SFTConfig(output_dir and str(output_dir), **{"per_device_train_batch_size": 2, **QUIET, **settings})
 
 
 def load_bases(bases: tuple[Path, Path], **arguments) -> VisionQwen:

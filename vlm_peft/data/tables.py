@@ -262,8 +262,6 @@ def read_table(path: Path) -> Iterator[tuple[str, dict]]:
             yield f"row {number}", row
         return
     encoded = path.read_bytes()
-    if not encoded.strip():
-        raise ValueError(f"{path} is empty: expected a table.")
     if encoded.startswith(_BYTE_ORDER_MARKS):
         raise ValueError(f"{path} is text in UTF-16: save it as UTF-8.")
     try:

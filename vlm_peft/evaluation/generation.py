@@ -59,12 +59,12 @@ def generate_texts(
         ValueError: When beams are to be drawn, the temperature is not above 0, or a prompt is too long.
     """
     # Most tasks ask of every picture the same.
-    distinct = {repr(prompt): prompt for prompt in prompts}
-    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in distinct.items()}
+    keys = list(map(repr, prompts))
+    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
     generated = generate_ids(
         model,
         processor,
-        [ids_of[repr(prompt)] for prompt in prompts],
+        [ids_of[key] for key in keys],
         image_ids,
         fetch_images,
         batch_size=batch_size,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from ..adapters.fused_lora import fuse_lora
@@ -255,7 +255,6 @@ def make_trainer(
             "device": training.device,
         },
     )
-    patience = vision.early_stopping_patience
     trainer = VisionGRPOTrainer(
         trained,
         rewards,
@@ -264,7 +263,7 @@ def make_trainer(
         eval_dataset=questions.eval_dataset,
         processing_class=processor,
         peft_config=peft_config,
-        callbacks=[*callbacks, *([] if patience is None else [EarlyStoppingCallback(patience)])],
+        callbacks=[*callbacks, *phases.early_stopping(run)],
         asked=questions.asked,
         collator=collator,
         baseline=vision.baseline,

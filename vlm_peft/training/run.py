@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
 
 from .. import __version__
 from ..adapters.folder import is_adapter_folder
@@ -165,6 +165,12 @@ def begin_results(run: Run) -> None:
         for folder in checkpoints_in(run.output_dir) if run.checkpoint is None else ():
             shutil.rmtree(folder)
     PartialState().wait_for_everyone()
+
+
+def early_stopping(run: Run) -> list[TrainerCallback]:
+    """What ends a run whose score no longer rises, where that is asked for."""
+    patience = run.vision.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(patience)]
 
 
 def make_scorer(run: Run, processor, held_out: dict[str, Split]) -> Callable[[Any], dict[str, float]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import TrainerCallback
 
 from ..adapters.loading import load_trained
 from ..data.probe import probe
@@ -50,7 +50,6 @@ def make_trainer(
     Raises:
         ValueError: When the options ask for LoRA that the model cannot have, or something else trains than they say.
     """
-    patience = run.vision.early_stopping_patience
     trainer = build_trainer(
         run.vision,
         run.training,
@@ -60,7 +59,7 @@ def make_trainer(
         data.dataset,
         data.fetch_images,
         eval_dataset=data.eval_dataset,
-        callbacks=[*callbacks, *([] if patience is None else [EarlyStoppingCallback(patience)])],
+        callbacks=[*callbacks, *phases.early_stopping(run)],
         score=phases.make_scorer(run, processor, held_out) if run.vision.eval_samples else None,
         extra_files={RUN_FILE: json.dumps(record, indent=2) + "\n"},
         start=start,
