@@ -1,6 +1,7 @@
 """Choices: how probable a model finds each of several texts as its answer; nothing is generated.
 
-Stage: trained model -> `(Q, C)` log-probabilities, in the place of `generation` for tasks with a list of answers.
+Stage: trained model -> `(Q, C)` log-probabilities, in the place of `generation` for tasks with a list of answers; and
+those of the tokens of answers that are there already, after it.
 
 The texts are branches of one prompt, so that its pictures are read once, however many texts there are. A text's score
 is the sum of the log-probabilities of its tokens, the end of the turn included: the probability that the model answers
@@ -8,7 +9,7 @@ this and nothing else. Without the end, "cat" would be given what belongs to "ca
 tokens, scores would not be probabilities, which calibration needs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,10 @@ from ..data.rows import check_places
 from ..model.configuration_vision_qwen import IGNORE_INDEX
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
+from ..model.shared_prefix import lay_out
 from ..tasks import Example
 from ..tasks.example import picture_turn
-from .generation import check_length
+from .generation import check_length, common_prefix
 
 _BRANCHES = 1024
 """Tokens of the choices in one pass at most, unless one alone has more: attention grows with their square."""
@@ -62,7 +64,6 @@ def choice_log_probs(
     Raises:
         ValueError: When a prompt has another number of pictures than places, or is too long for the decoder.
     """
-    sharing, base = probe(model).sharing, base_model(model)
     layouts: dict[str, list[dict]] = {}
     units: list[tuple[int, int, dict]] = []
     for question, (prompt, images) in enumerate(zip(prompts, image_ids, strict=True)):
@@ -76,6 +77,72 @@ def choice_log_probs(
             first += layout["num_branches"]
     scores = torch.zeros(len(prompts), len(choices))
     bar = tqdm(total=len(prompts), desc=progress, disable=progress is None, unit="picture")
+    found = _passes(model, processor, [layout for _, _, layout in units], fetch_images, batch_size)
+    for (question, first, layout), nats in zip(units, found, strict=True):
+        own = torch.zeros(layout["num_branches"]).index_add_(0, torch.tensor(_owners(layout)), nats)
+        scores[question, first : first + len(own)] = own
+        bar.update(first == 0)
+    bar.close()
+    return scores
+
+
+def answer_log_probs(
+    model: VisionQwen | PeftModel,
+    processor: VisionQwenProcessor,
+    encoded: list[list[int]],
+    image_ids: list[list[int]],
+    fetch_images: Callable[[list[int]], dict[str, torch.Tensor]],
+    answers: list[list[int]],
+    *,
+    batch_size: int = 64,
+) -> list[list[float]]:
+    """The log-probability of each token of an answer, given the prompt and the tokens before it: one pass, no search.
+
+    Answers about the same pictures are branches of one row, which reads the pictures once.
+
+    Args:
+        model, processor, encoded, image_ids, fetch_images, batch_size: See
+            [`~vlm_peft.evaluation.generation.generate_ids`].
+        answers (`list[list[int]]`): Tokens of each answer, for example of `generate_ids`; at least one.
+
+    Returns:
+        `list[list[float]]`: Nats, one for each token.
+    """
+    about: dict[tuple[int, ...], list[int]] = {}
+    for index, images in enumerate(image_ids):
+        about.setdefault(tuple(images), []).append(index)
+    groups: list[list[int]] = []
+    for members in about.values():
+        prefix, room = len(common_prefix([encoded[index] for index in members])), 0
+        for index in members:
+            # What differs between prompts is in the branches, too.
+            length = len(encoded[index]) - prefix + len(answers[index])
+            if length > room:
+                groups.append([])
+                room = max(_BRANCHES, length)
+            groups[-1].append(index)
+            room -= length
+    layouts = []
+    for members in groups:
+        branches = [
+            (encoded[index] + answers[index], [IGNORE_INDEX] * len(encoded[index]) + answers[index])
+            for index in members
+        ]
+        own = {"image_ids": image_ids[members[0]], "num_branches": len(members)}
+        layouts.append(vars(lay_out(branches)) | own)
+    found: list[list[float]] = [[] for _ in answers]
+    passes = _passes(model, processor, layouts, fetch_images, batch_size)
+    for members, layout, nats in zip(groups, layouts, passes, strict=True):
+        for branch, value in zip(_owners(layout), nats.tolist(), strict=True):
+            found[members[branch]].append(value)
+    return found
+
+
+def _passes(
+    model: VisionQwen | PeftModel, processor: VisionQwenProcessor, layouts: list[dict], fetch_images, batch_size: int
+) -> Iterator[torch.Tensor]:
+    """Log-probabilities of the labels of each laid-out row, on the CPU."""
+    sharing, base = probe(model).sharing, base_model(model)
 
     def fetch(ids: list[int]) -> dict[str, torch.Tensor]:
         distinct = list(dict.fromkeys(ids))
@@ -87,18 +154,12 @@ def choice_log_probs(
 
     pad: Any = processor.tokenizer.pad_token_id
     collator = SharedPrefixCollator(pad, fetch, image_token_id=base.config.image_token_id, sharing=sharing)
-    while units:
-        size = _batch_size([unit[2] for unit in units[:batch_size]], sharing)
-        chosen, units = units[:size], units[size:]
+    while layouts:
+        size = _batch_size(layouts[:batch_size], sharing)
+        chosen, layouts = layouts[:size], layouts[size:]
         with torch.inference_mode():
-            found = _score(base, collator, [layout for _, _, layout in chosen]).cpu()
-        for (question, first, _), own in zip(
-            chosen, found.split([layout["num_branches"] for _, _, layout in chosen]), strict=True
-        ):
-            scores[question, first : first + len(own)] = own
-        bar.update(len({question for question, first, _ in chosen if first == 0}))
-    bar.close()
-    return scores
+            found = _label_nats(base, collator, chosen).cpu()
+        yield from found.split([len(_owners(layout)) for layout in chosen])
 
 
 def _lay_out(model, processor, prompt: list[dict], images: list[int], choices: Sequence[str]) -> list[dict]:
@@ -130,8 +191,8 @@ def _batch_size(layouts: list[dict], sharing: bool) -> int:
     return len(layouts)
 
 
-def _score(base: VisionQwen, collator: SharedPrefixCollator, layouts: list[dict]) -> torch.Tensor:
-    """Log-probability of each branch, `(sum of num_branches,)`."""
+def _label_nats(base: VisionQwen, collator: SharedPrefixCollator, layouts: list[dict]) -> torch.Tensor:
+    """Log-probability of each label, `(L,)`, row by row and branch by branch."""
     batch = collator(layouts)
     batch = {key: value.to(base.device) for key, value in batch.items() if key != "labels"}
     targets = batch.pop("shift_labels")[0]  # (L,)
@@ -140,13 +201,13 @@ def _score(base: VisionQwen, collator: SharedPrefixCollator, layouts: list[dict]
         -nn.functional.cross_entropy(base.lm_head(part).float(), target, reduction="none")
         for part, target in zip(hidden.split(_HEAD), targets.split(_HEAD), strict=True)
     ]
-    owners, first = [], -1
-    for layout in layouts:
-        labelled = zip(layout["branch_ids"], layout["shift_labels"], strict=True)
-        owners += [first + branch for branch, label in labelled if label != IGNORE_INDEX]
-        first += layout["num_branches"]
-    sums = torch.zeros(first + 1, device=hidden.device)
-    return sums.index_add_(0, torch.tensor(owners, device=hidden.device), torch.cat(nats))
+    return torch.cat(nats)
+
+
+def _owners(layout: dict) -> list[int]:
+    """For each label of a laid-out row its branch, counted from 0."""
+    labelled = zip(layout["branch_ids"], layout["shift_labels"], strict=True)
+    return [branch - 1 for branch, label in labelled if label != IGNORE_INDEX]
 
 
 def picture_class_probabilities(

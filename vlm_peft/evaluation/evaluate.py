@@ -17,6 +17,7 @@ from ..data.splits import Question, Split
 from ..metrics.clip_score import clip_scores
 from ..tasks import Task, find_kind
 from .choices import choice_log_probs
+from .confidence import generate_with_confidences
 from .generation import generate_texts
 from .records import Row, score_summary, write_predictions, write_text
 from .task_scores import Scores, score_rows
@@ -177,7 +178,8 @@ def generate_rows(
 
     Args:
         model, processor, batch_size, max_new_tokens, num_beams: See `evaluate_split`.
-        task: Of the questions; one with choices has each of them scored, and its rows have `probabilities`.
+        task: Of the questions; one with choices has each of them scored, and its rows have `probabilities`. One whose
+            texts hold boxes has them scored, and its rows have `confidences`.
         blind: Swaps the pictures, see the module's text; those of solved examples stay.
         questions: Of `Split.questions`.
         fetch_images: Of the split.
@@ -195,6 +197,13 @@ def generate_rows(
     prompts = [questions[index].prompt for index in mine]
     shown = [image_ids[index] for index in mine]
     bar = progress if state.is_main_process else None
+    decoding: dict[str, Any] = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "num_beams": num_beams,
+        "progress": bar,
+    }
+    spans = None if task is None else find_kind(task.name).spans
     said: list[dict[str, Any]]
     if task is not None and task.choices:
         log_probs = choice_log_probs(
@@ -206,18 +215,11 @@ def generate_rows(
         ]
         for each in said:
             each["probabilities"] = dict(zip(task.choices, each["probabilities"], strict=True))
+    elif spans is not None:
+        answers = generate_with_confidences(model, processor, prompts, shown, fetch_images, spans, **decoding)
+        said = [{"prediction": text, "confidences": confidences} for text, confidences in answers]
     else:
-        texts = generate_texts(
-            model,
-            processor,
-            prompts,
-            shown,
-            fetch_images,
-            batch_size=batch_size,
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            progress=bar,
-        )
+        texts = generate_texts(model, processor, prompts, shown, fetch_images, **decoding)
         said = [{"prediction": text} for text in texts]
     gathered = dict(gather_object(list(zip(mine, said, strict=True))))
     return [

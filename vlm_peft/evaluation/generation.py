@@ -58,13 +58,10 @@ def generate_texts(
     Raises:
         ValueError: When beams are to be drawn, the temperature is not above 0, or a prompt is too long.
     """
-    # Most tasks ask of every picture the same.
-    keys = list(map(repr, prompts))
-    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
     generated = generate_ids(
         model,
         processor,
-        [ids_of[key] for key in keys],
+        encode_prompts(processor, prompts),
         image_ids,
         fetch_images,
         batch_size=batch_size,
@@ -73,9 +70,20 @@ def generate_texts(
         temperature=temperature,
         progress=progress,
     )
+    return [text.strip() for text in decode_answers(processor, generated)]
+
+
+def encode_prompts(processor: VisionQwenProcessor, prompts: list[list[dict]]) -> list[list[int]]:
+    """Token ids of prompts, equal ones encoded once: most tasks ask of every picture the same."""
+    keys = list(map(repr, prompts))
+    ids_of = {key: processor.encode_prompt(prompt) for key, prompt in dict(zip(keys, prompts, strict=True)).items()}
+    return [ids_of[key] for key in keys]
+
+
+def decode_answers(processor: VisionQwenProcessor, generated: list[list[int]]) -> list[str]:
+    """Texts of generated tokens without special ones."""
     # Of no text at all the tokenizer would make an empty one.
-    texts = processor.tokenizer.batch_decode(generated, skip_special_tokens=True) if generated else []
-    return [text.strip() for text in texts]
+    return processor.tokenizer.batch_decode(generated, skip_special_tokens=True) if generated else []
 
 
 def generate_ids(

@@ -144,11 +144,12 @@ def score_summary(
     """Return what scores.json holds; what is not known is null.
 
     `n` is the number of rows, `primary` the metric that stands for the task, `condition` one of `CONDITIONS`;
-    `intervals` has the 95 % bootstrap intervals `[low, high]` of the metrics that each row has, unless there is one row
-    only, and `breakdowns` the scores of kinds of rows: `{"vqa_accuracy": {"answer_type": {"number": 0.5}}}`.
+    `intervals` has the 95 % bootstrap intervals `[low, high]` of the metrics that each row has, or that more than one
+    row has a value for, and `breakdowns` the scores of kinds of rows: `{"vqa_accuracy": {"answer_type": {"number": 0.5}}}`.
     """
     n = len(scores.per_row[scores.primary])
-    intervals = {name: list(bootstrap_interval(values)) for name, values in scores.per_row.items()} if n > 1 else {}
+    samples = scores.per_row | scores.per_some
+    intervals = {name: list(bootstrap_interval(values)) for name, values in samples.items() if len(values) > 1}
     return {
         "n": n,
         "task": task,

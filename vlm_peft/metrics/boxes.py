@@ -5,13 +5,14 @@ on a grid of 0..999 over the picture's width and height. Both corners belong to 
 grid, and so a box has an area and overlaps itself wholly however small it becomes by rounding to the grid. Labels are
 the same if they are the same in lower case without outer spaces.
 
-Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by pycocotools' COCOeval.
+Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by pycocotools' COCOeval. What is right for a
+name that is not in the picture: the no-target accuracy (N-acc) of Liu et al., GRES, arXiv 2306.00968.
 """
 
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,18 +58,49 @@ def parse_boxes(text: str) -> tuple[list[LabelledBox], list[str]]:
         corners the wrong way round, an entry cut short.
     """
     boxes, malformed = [], []
-    for entry in filter(None, (" ".join(part.split()) for part in _SEPARATOR.split(text))):
+    for start, end in _entries(text):
+        entry = " ".join(text[start:end].split())
         if entry.lower().rstrip(".") == "none":
             continue
-        match = _ENTRY.fullmatch(entry)
-        try:
-            if match is None:
-                raise ValueError("not of the form label [x1, y1, x2, y2]")
-            x1, y1, x2, y2 = map(int, match.groups()[1:])
-            boxes.append(LabelledBox(match[1], (x1, y1, x2, y2)))
-        except ValueError:
+        box = _read(entry)
+        if box is not None:
+            boxes.append(box)
+        else:
             malformed.append(entry)
     return boxes, malformed
+
+
+def box_spans(text: str) -> list[tuple[int, int, int]]:
+    """Return where the boxes that `parse_boxes` reads are: places where an entry begins, its bracket opens, it ends.
+
+    An entry begins where the one before it ends, so that what divides them is the later one's.
+    """
+    spans, before = [], 0
+    for start, end in _entries(text):
+        if _read(" ".join(text[start:end].split())) is not None:
+            spans.append((before, text.index("[", start), end))
+        before = end
+    return spans
+
+
+def _entries(text: str) -> Iterator[tuple[int, int]]:
+    """Yield where entries begin and end, empty ones left out."""
+    start = 0
+    for end, after in [*(match.span() for match in _SEPARATOR.finditer(text)), (len(text), 0)]:
+        if text[start:end].strip():
+            yield start, end
+        start = after
+
+
+def _read(entry: str) -> LabelledBox | None:
+    match = _ENTRY.fullmatch(entry)
+    try:
+        if match is None:
+            return None
+        x1, y1, x2, y2 = map(int, match.groups()[1:])
+        return LabelledBox(match[1], (x1, y1, x2, y2))
+    except ValueError:
+        return None
 
 
 @dataclass
@@ -76,33 +108,46 @@ class DetectionScores:
     """What `score_boxes` found."""
 
     metrics: dict[str, float]
-    """AP50, AP, precision50, recall50, f1_50 and mean_iou, each 0..1; those of true boxes only if there are any."""
+    """AP50, AP, precision50, recall50, f1_50, mean_iou and no_target_accuracy, each 0..1; those of true boxes, or of
+    names that are not there, only if there are any."""
     f1_50: list[float]
     """F1 of each picture at IoU 0.5, in input order; its mean is `metrics["f1_50"]`."""
+    no_target: list[float] = field(default_factory=list)
+    """No-target accuracy of each picture that was asked for something it does not have, in input order."""
     skipped: dict[str, str] = field(default_factory=dict)
     """Metrics that could not be computed, each with its reason in one line."""
     notes: list[str] = field(default_factory=list)
     """What a reader of the numbers must know, one sentence each."""
 
 
-def score_boxes(predictions: Sequence[str], truths: Sequence[Sequence[LabelledBox]]) -> DetectionScores:
+def score_boxes(
+    predictions: Sequence[str],
+    truths: Sequence[Sequence[LabelledBox]],
+    confidences: Sequence[Sequence[float]] | None = None,
+    asked: Sequence[Sequence[str]] | None = None,
+) -> DetectionScores:
     """Score the boxes of each picture's text against its true ones.
 
-    - `AP50`, `AP`: COCO's, at IoU 0.5 and over 0.50:0.05:0.95, mean over the labels of the true boxes. Text has no
-      confidence, so every box has the score 1.0 and COCOeval ranks by order: of the pictures, and in a text. Its value
-      therefore depends on the order of the pictures, and boxes with a label that no true box has do not lower it.
+    - `AP50`, `AP`: COCO's, at IoU 0.5 and over 0.50:0.05:0.95, mean over the labels of the true boxes, boxes ranked by
+      confidence. Without confidences every box has the score 1.0 and COCOeval ranks by order: of the pictures, and in
+      a text; the value then depends on the order of the pictures. Boxes with a label that no true box has do not
+      lower it.
     - `precision50`, `recall50`, over all boxes: a predicted and a true box of one label match if their IoU is at least
       0.5; the pairs with the largest IoU are matched first, each box once, whatever its place in the text. What cannot
       be read as a box counts as one that matches nothing, so that nonsense is not taken for "none".
     - `f1_50`: the mean over pictures of 2 x matches / (predicted + true), 1 for rightly no box.
     - `mean_iou`: over true boxes, the IoU of the predicted box of the same label that fits best, 0 without any.
+    - `no_target_accuracy`: of the names asked for that no true box of the picture has, the share that no predicted box
+      has, either; the mean over pictures with such names. A text with an entry that is no box has none of them right.
 
     Args:
         predictions: A text for each picture.
         truths: The true boxes of each picture, in the same order; may be none.
+        confidences: 0..1, for each picture those of the boxes that `parse_boxes` reads, in its order.
+        asked: The names that each picture was asked for.
 
     Raises:
-        ValueError: if there is nothing to score, or the two differ in length.
+        ValueError: if there is nothing to score, or the numbers of texts, true boxes, confidences and names differ.
     """
     if len(predictions) != len(truths) or not predictions:
         raise ValueError(
@@ -121,13 +166,20 @@ def score_boxes(predictions: Sequence[str], truths: Sequence[Sequence[LabelledBo
     scores = DetectionScores({}, f1_50)
     nothing = "no picture has a true box"
     if best_ious:
-        scores.metrics |= average_precision([boxes for boxes, _ in parsed], truths)
+        scores.metrics |= average_precision([boxes for boxes, _ in parsed], truths, confidences)
         scores.metrics["recall50"] = matches / len(best_ious)
         scores.metrics["mean_iou"] = sum(best_ious) / len(best_ious)
     else:
         scores.skipped |= dict.fromkeys(["AP50", "AP", "recall50", "mean_iou"], nothing)
     scores.metrics["precision50"] = matches / predicted if predicted else float(not best_ious)
     scores.metrics["f1_50"] = sum(f1_50) / len(f1_50)
+    for names, (boxes, malformed), truth in zip(asked or (), parsed, truths, strict=asked is not None):
+        absent = {name.strip().lower() for name in names} - {box.label for box in truth}
+        if absent:
+            found = absent if malformed else absent & {box.label for box in boxes}
+            scores.no_target.append(1 - len(found) / len(absent))
+    if scores.no_target:
+        scores.metrics["no_target_accuracy"] = sum(scores.no_target) / len(scores.no_target)
 
     unread = [entries for _, entries in parsed if entries]
     if unread:
@@ -151,14 +203,19 @@ def overlap_f1(prediction: str, truth: Sequence[LabelledBox]) -> float:
 
 
 def average_precision(
-    predictions: Sequence[Sequence[LabelledBox]], truths: Sequence[Sequence[LabelledBox]]
+    predictions: Sequence[Sequence[LabelledBox]],
+    truths: Sequence[Sequence[LabelledBox]],
+    confidences: Sequence[Sequence[float]] | None = None,
 ) -> dict[str, float]:
-    """Return `AP50` and `AP`, 0..1, of boxes in the order of their rank; see `score_boxes`.
+    """Return `AP50` and `AP`, 0..1, of boxes ranked by confidence, equal ones by their order; see `score_boxes`.
 
     Raises:
-        ValueError: if no picture has a true box.
+        ValueError: if no picture has a true box, or a picture has not as many confidences as predicted boxes.
     """
-    predicted, true = _by_label(predictions), _by_label(truths)
+    if confidences is None:
+        confidences = [[1.0] * len(boxes) for boxes in predictions]
+    predicted = _by_label(predictions, confidences)
+    true = _by_label(truths, [[1.0] * len(boxes) for boxes in truths])
     if not true:
         raise ValueError("expected at least one true box, got none")
     # COCOeval goes through every picture for every label. One label at a time, with its own pictures, gives the same
@@ -167,18 +224,22 @@ def average_precision(
     return {"AP50": float(curves[:, 0].mean()), "AP": float(curves.mean())}
 
 
-def _by_label(pictures: Sequence[Sequence[LabelledBox]]) -> dict[str, list[tuple[int, LabelledBox]]]:
-    grouped: dict[str, list[tuple[int, LabelledBox]]] = {}
-    for picture, boxes in enumerate(pictures):
-        for box in boxes:
-            grouped.setdefault(box.label, []).append((picture, box))
+_Located = tuple[int, LabelledBox, float]
+"""A box with its picture before it and its confidence after it."""
+
+
+def _by_label(
+    pictures: Sequence[Sequence[LabelledBox]], confidences: Sequence[Sequence[float]]
+) -> dict[str, list[_Located]]:
+    grouped: dict[str, list[_Located]] = {}
+    for picture, (boxes, scores) in enumerate(zip(pictures, confidences, strict=True)):
+        for box, score in zip(boxes, scores, strict=True):
+            grouped.setdefault(box.label, []).append((picture, box, score))
     return grouped
 
 
-def _precision_curves(
-    predictions: Sequence[tuple[int, LabelledBox]], truths: Sequence[tuple[int, LabelledBox]]
-) -> np.ndarray:
-    """Return the precision at 10 IoU thresholds (rows) and 101 recalls of boxes of one label, each with its picture."""
+def _precision_curves(predictions: Sequence[_Located], truths: Sequence[_Located]) -> np.ndarray:
+    """Return the precision at 10 IoU thresholds (rows) and 101 recalls of boxes of one label."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -191,9 +252,9 @@ def _precision_curves(
     return evaluation.eval["precision"][:, :, 0, 0, -1]
 
 
-def _coco(coco, boxes: Sequence[tuple[int, LabelledBox]]):
+def _coco(coco, boxes: Sequence[_Located]):
     annotations: list[dict[str, Any]] = []
-    for number, (picture, each) in enumerate(boxes, 1):  # COCOeval takes the id 0 for "matches nothing".
+    for number, (picture, each, score) in enumerate(boxes, 1):  # COCOeval takes the id 0 for "matches nothing".
         x1, y1, x2, y2 = each.box
         width, height = x2 - x1 + 1, y2 - y1 + 1
         annotations.append(
@@ -204,7 +265,7 @@ def _coco(coco, boxes: Sequence[tuple[int, LabelledBox]]):
                 "bbox": [x1, y1, width, height],
                 "area": width * height,
                 "iscrowd": 0,
-                "score": 1.0,
+                "score": score,
             }
         )
     pictures = sorted({annotation["image_id"] for annotation in annotations})

@@ -12,8 +12,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..metrics.boxes import GRID, LabelledBox, overlap_f1, score_boxes
-from .example import Example, Task, answered, picture_turn, require_columns, to_number
+from ..metrics.boxes import GRID, LabelledBox, box_spans, overlap_f1, parse_boxes, score_boxes
+from .example import Example, Task, answered, check_text, picture_turn, require_columns, to_number
 from .scoring import Metric, Row, Scores, TaskKind, is_list_of, row_error
 
 NOTHING = "none"
@@ -161,6 +161,41 @@ def grid_box(box: object, size: list[int]) -> list[int]:
     return [x1, y1, x2, y2]
 
 
+def pixel_box(box: Sequence[int], size: Sequence[int]) -> list[int]:
+    """A box of the grid in whole pixels, at least one each way; undoes [`grid_box`] as far as the grid is fine enough.
+
+    Args:
+        box (`Sequence[int]`): [x1, y1, x2, y2], the first and the last cell, each 0..999.
+        size (`Sequence[int]`): Width and height of the picture in pixels.
+
+    Returns:
+        `list[int]`: [x1, y1, x2, y2]: the first pixel, and the one after the last, counted from the upper left corner.
+    """
+    starts, ends = [], []
+    for first, last, side in zip(box[:2], box[2:], size, strict=True):
+        starts.append(min(round(first * side / GRID), side - 1))
+        ends.append(max(starts[-1] + 1, round((last + 1) * side / GRID)))
+    return starts + ends
+
+
+def names_question(text: str, instruction: str | None = None) -> str:
+    """The names of `dog; red ball` as a model was asked for them in training.
+
+    Args:
+        text (`str`): Names with semicolons between them; the instruction may stand before them already.
+        instruction (`str`, *optional*): Of the training; "detect:" by default.
+
+    Raises:
+        ValueError: When no name is left, or one is no text.
+    """
+    said = INSTRUCTION if instruction is None else instruction
+    names = check_text(text, "The text of names").strip().removeprefix(said).split(";")
+    found = list(dict.fromkeys(filter(None, map(_clean, names))))
+    if not found:
+        raise ValueError(f'Expected names of what to look for, as "dog; red ball", got {text!r}.')
+    return f"{said} {'; '.join(found)}".strip()
+
+
 def choose_absent(rows: list[tuple[str, list[str]]]) -> list[list[str]]:
     """For each row a question for something that its picture does not have.
 
@@ -202,7 +237,8 @@ def _example(questions: list[list[str]], found: list[list[tuple[str, list[int]]]
         question = f"{instruction} {'; '.join(names)}".strip()
         asked.append([{"role": "user", "content": question}])
         answers.append("; ".join(f"{label} {box}" for label, box in boxes) or NOTHING)
-        details.append({"question": question, "boxes": [{"label": label, "box": box} for label, box in boxes]})
+        true = [{"label": label, "box": box} for label, box in boxes]
+        details.append({"question": question, "asked": names, "boxes": true})
     return Example(picture_turn(), answered(asked, answers), [[answer] for answer in answers], asked, details)
 
 
@@ -265,13 +301,44 @@ def _picture_name(name: object) -> str:
 
 
 def _score(rows: Sequence[Row], options: dict[str, Any]) -> Scores:
-    """Rows have `boxes`, `{"label", "box": [x1, y1, x2, y2]}` each.
+    """Rows have `boxes`, `{"label", "box": [x1, y1, x2, y2]}` each, and may have `confidences` of the predicted ones
+    and the names that were `asked`.
 
-    Primary is f1_50: an average precision belongs to the whole set, and depends on an order that text does not have.
+    Primary is f1_50: an average precision belongs to the whole set, and has no value for a row.
     """
     truths = [_true_boxes(row, index) for index, row in enumerate(rows)]
-    scored = score_boxes([row["prediction"] for row in rows], truths)
-    return Scores(scored.metrics, {"f1_50": scored.f1_50}, "f1_50", scored.notes, scored.skipped)
+    confidences = [_confidences(row, index) for index, row in enumerate(rows)]
+    known = [each for each in confidences if each is not None]
+    asked = [_asked(row, index) for index, row in enumerate(rows)]
+    ranked = known if len(known) == len(rows) else None
+    scored = score_boxes([row["prediction"] for row in rows], truths, ranked, asked)
+    if known and ranked is None:
+        scored.notes.append(
+            f"{len(rows) - len(known)} of {len(rows)} rows have no confidences, so AP ranks all boxes by their order."
+        )
+    some = {"no_target_accuracy": scored.no_target} if scored.no_target else {}
+    return Scores(scored.metrics, {"f1_50": scored.f1_50}, "f1_50", scored.notes, scored.skipped, per_some=some)
+
+
+def _confidences(row: Row, index: int) -> list[float] | None:
+    """Of the boxes of a row's text; predictions of others, and old ones, have none."""
+    if "confidences" not in row:
+        return None
+    given, count = row["confidences"], len(parse_boxes(row["prediction"])[0])
+    if not is_list_of(int | float, given) or len(given) != count or not all(0 <= each <= 1 for each in given):
+        raise row_error(index, row, "confidences", f"a number in 0..1 for each of the text's {count} boxes")
+    return list(given)
+
+
+def _asked(row: Row, index: int) -> list[str]:
+    """Names that a row asks for: those it lists, or, in records that do not, those of its question."""
+    if "asked" not in row:
+        question = row.get("question")
+        is_ours = isinstance(question, str) and question.startswith(INSTRUCTION)
+        return [name for name in question.removeprefix(INSTRUCTION).split(";") if name.strip()] if is_ours else []
+    if not is_list_of(str, row["asked"]):
+        raise row_error(index, row, "asked", "a list of names")
+    return row["asked"]
 
 
 def _true_boxes(row: Row, index: int = 0) -> list[LabelledBox]:
@@ -291,16 +358,18 @@ GROUNDING = TaskKind(
             "f1_50",
             "share of boxes, predicted and true, that match one of the other kind: same label, overlap of a half",
         ),
-        Metric("AP50", "COCO's average precision where an overlap of half is a match"),
+        Metric("AP50", "COCO's average precision where an overlap of half is a match, boxes ranked by confidence"),
         Metric("AP", "COCO's average precision, mean over matches from an overlap of 0.5 to 0.95"),
         Metric("precision50", "share of the predicted boxes that match a true one"),
         Metric("recall50", "share of the true boxes that a predicted one matches"),
         Metric("mean_iou", "overlap of true boxes with the best predicted one: area shared by area covered"),
+        Metric("no_target_accuracy", "share of the names asked for and not in the picture that get no box (N-acc)"),
     ),
     primary="f1_50",
     score=_score,
     # Overlaps count by their size, so that a box that is nearly right earns more than one that is wrong.
     reward=lambda rows: lambda text, row: overlap_f1(text, _true_boxes(row)),
     ask=lambda question, instruction: f"{instruction} {question}",
+    spans=box_spans,
     truth="boxes",
 )

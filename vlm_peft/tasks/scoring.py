@@ -60,6 +60,8 @@ class Scores:
     """The tokenizer of the caption metrics."""
     breakdowns: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     """A metric's value for each kind of rows, where there are too many of them for `metrics`."""
+    per_some: dict[str, list[float]] = field(default_factory=dict)
+    """Values of metrics that only some rows have one for; the metrics are their means, their intervals come of them."""
 
     def add(self, per_row: dict[str, list[float]]) -> None:
         """Adds metrics that each row has, and their means."""
@@ -104,6 +106,9 @@ class TaskKind:
         question (`str`, *optional*): What is asked without an instruction, where rows have no questions of their own.
         ask (`Callable[[str, str], str]`): Where they have, a question and the training's instruction -> what is said.
         hint (`str`, *optional*): What a person should know who asks such a model something else.
+        spans (`Callable[[str], list[tuple[int, int, int]]]`, *optional*): Where a text says the things that get a
+            confidence each: where one begins, where what it is ends and where it is begins, where it ends. None without
+            it.
         counts_words (`bool`): References without a word cannot be scored.
         truth (`str`): What a row's score needs beside `prediction`.
         from_rows (`tuple[str, ...]`): Options that `settle` and `calibrate` decide.
@@ -126,6 +131,7 @@ class TaskKind:
     question: str | None = None
     ask: Callable[[str, str], str] = ask_with
     hint: str | None = None
+    spans: Callable[[str], list[tuple[int, int, int]]] | None = None
     counts_words: bool = False
     truth: str = "references"
     from_rows: tuple[str, ...] = ()
