@@ -9,6 +9,7 @@ import difflib
 import importlib.util
 import inspect
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -61,6 +62,16 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
     add("--question", help="ask this about each picture instead of describing it")
     add("--instruction", help="what the user says (default: as in training)")
+    add("--batch_size", type=_count, default=16, metavar="B", help="pictures at a time (default: 16)")
+    add("--num_beams", type=_count, metavar="K", help="1 is greedy (default: as after training)")
+    _add_model_options(add)
+
+    add = command(detect, "boxes of named things in pictures; JSON lines").add_argument
+    add("model", help=f"{MODEL_HELP}, of the grounding task")
+    add("images", nargs="+", metavar="image", help="picture, folder of pictures, or - for paths on standard input")
+    add("names", help="what to look for: 'dog; red ball'")
+    add("--draw", type=Path, metavar="FOLDER", help="also write copies of the pictures there, with their boxes")
+    add("--instruction", help="what the user says before the names (default: as in training)")
     add("--batch_size", type=_count, default=16, metavar="B", help="pictures at a time (default: 16)")
     add("--num_beams", type=_count, metavar="K", help="1 is greedy (default: as after training)")
     _add_model_options(add)
@@ -303,6 +314,60 @@ def caption(options: argparse.Namespace) -> int:
     # Without a terminal, disable=None draws no bar.
     for record in tqdm(records, total=total, unit="picture", disable=None):
         # ASCII only: a file name may be no text, and some readers take U+2028 for the end of a line.
+        print(json.dumps(record), flush=True)
+        status |= "error" in record
+    return status
+
+
+def detect(options: argparse.Namespace) -> int:
+    """Finds named things in pictures, by a model of the grounding task: one JSON object a line, in order.
+
+    {"image": "a.jpg", "boxes": [{"label": "dog", "box": [12, 40, 300, 512], "confidence": 0.93}]}
+    {"image": "b.jpg", "boxes": []}         nothing that was asked for is there
+    {"image": "c.jpg", "error": "..."}      for a picture that cannot be read; the exit status is then 1
+
+    A box is [x1, y1, x2, y2] in pixels of the picture as it is seen, turned as its EXIF data say: x1, y1 is its first
+    pixel, x2, y2 the one after its last. Its confidence, 0 to 1, is the model's probability of the label times the
+    mean (geometric) of those of the four numbers.
+
+    vlm-peft detect outputs/demo_grounding pictures "dog; red ball" --draw found
+    """
+    from .adapters.loading import find_model
+    from .commands.caption import find_pictures
+    from .commands.detect import detect_pictures
+    from .tasks import TASK_FILE, TaskSettings, find_kind
+    from .tasks.grounding import names_question
+
+    # A folder's name may well be that of a thing.
+    if os.path.isfile(options.names):
+        raise ValueError(f'Expected names after the pictures, as "dog; red ball", got the file {options.names}.')
+    paths = find_pictures(options.images, sys.stdin.buffer)
+    stored = TaskSettings.read(find_model(options.model))
+    # Who removed the file asks for what it was trained to do.
+    if stored is not None and find_kind(stored.task).spans is None:
+        raise ValueError(
+            f"{options.model} answers no boxes: its {TASK_FILE} says that it was trained for the task {stored.task}."
+        )
+    question = names_question(options.names, options.instruction or (stored.instruction if stored else None))
+    _, model, processor, settings = _load(options)
+
+    from tqdm.auto import tqdm
+
+    status = 0
+    records = detect_pictures(
+        model,
+        processor,
+        paths,
+        question,
+        batch_size=options.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=options.num_beams or settings.num_beams,
+        draw=options.draw,
+    )
+    total = len(paths) if isinstance(paths, list) else None
+    # Without a terminal, disable=None draws no bar.
+    for record in tqdm(records, total=total, unit="picture", disable=None):
+        # ASCII only: a file name may be no text.
         print(json.dumps(record), flush=True)
         status |= "error" in record
     return status

@@ -114,19 +114,7 @@ def caption_pictures(
         `dict`: `{"image": path, "caption": text}`, with the `probabilities` of the classes where there are some; or
             `{"image": path, "error": reason}` for a picture that cannot be read.
     """
-    waiting = iter(paths)
-    while paths := list(islice(waiting, batch_size)):
-        records: list[dict[str, Any]] = [{"image": path} for path in paths]
-        pixels, readable = [], []
-        for record in records:
-            try:
-                # Scaled at once: opened pictures of a whole batch may not fit into memory.
-                picture = open_picture(Path(record["image"]))
-                pixels.append(processor.image_processor(picture, return_tensors="pt")["pixel_values"])
-                readable.append(record)
-            except UnreadablePictureError as error:
-                record["error"] = str(error)
-        pixel_values = torch.cat(pixels) if pixels else None
+    for records, readable, pixel_values in read_batches(processor, paths, batch_size):
         if pixel_values is not None and choices:
             found = picture_class_probabilities(
                 model, processor, pixel_values, choices, text, temperature=temperature, batch_size=batch_size
@@ -140,7 +128,7 @@ def caption_pictures(
                 processor,
                 [picture_turn(text)] * len(readable),
                 [[index] for index in range(len(readable))],
-                partial(_select, pixel_values),
+                partial(select_pixels, pixel_values),
                 batch_size=batch_size,
                 max_new_tokens=max_new_tokens,
                 num_beams=num_beams,
@@ -150,5 +138,35 @@ def caption_pictures(
         yield from records
 
 
-def _select(pixel_values: torch.Tensor, ids: list[int]) -> dict[str, torch.Tensor]:
+def read_batches(
+    processor, paths: Iterable[str], batch_size: int
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]], torch.Tensor | None]]:
+    """Pictures as a model reads them, some at a time.
+
+    Args:
+        processor ([`~vlm_peft.model.processing_vision_qwen.VisionQwenProcessor`]): Of the model.
+        paths (`Iterable[str]`): Picture files.
+        batch_size (`int`): Pictures at a time.
+
+    Yields:
+        `tuple`: A record for each picture, `{"image": path}`, with the `error` of one that cannot be read; those of
+            the records that can; and their `pixel_values` `(I, 3, H, W)`, `None` for no picture.
+    """
+    waiting = iter(paths)
+    while batch := list(islice(waiting, batch_size)):
+        records: list[dict[str, Any]] = [{"image": path} for path in batch]
+        pixels, readable = [], []
+        for record in records:
+            try:
+                # Scaled at once: opened pictures of a whole batch may not fit into memory.
+                picture = open_picture(Path(record["image"]))
+                pixels.append(processor.image_processor(picture, return_tensors="pt")["pixel_values"])
+                readable.append(record)
+            except UnreadablePictureError as error:
+                record["error"] = str(error)
+        yield records, readable, torch.cat(pixels) if pixels else None
+
+
+def select_pixels(pixel_values: torch.Tensor, ids: list[int]) -> dict[str, torch.Tensor]:
+    """Those of some pictures, as generation fetches them."""
     return {"pixel_values": pixel_values[ids]}

@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -23,6 +23,7 @@ import gradio
 import torch
 from gradio.data_classes import ImageData
 from peft import PeftModel
+from PIL.Image import Image
 
 from ..contrastive.encoder import DualEncoder, check_labels
 from ..contrastive.search import PictureIndex
@@ -30,16 +31,24 @@ from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
 from ..model.modeling_vision_qwen import VisionQwen, base_model
+from ..metrics.boxes import LabelledBox
 from ..model.processing_vision_qwen import VisionQwenProcessor
+from ..report.charts import box_overlay
+from ..report.gallery import Thumbnail, thumbnail
+from ..report.pages import render
 from ..tasks import TaskSettings, find_kind
 from ..tasks.example import picture_turn
+from ..tasks.grounding import names_question
 from .caption import ask
 from .classify import TEMPLATE, by_captioner, by_clip
+from .detect import Found, detect
 from .search import result_cards, search_text
 
 MAX_EXAMPLES = 12
 MOST_CLASSES = 5
 MOST_FOUND = 24
+SHOWN_PIXELS = 768
+"""Longest side of a picture under boxes."""
 
 MAX_UPLOAD = 50_000_000
 """Bytes of a picture's file; larger uploads are refused while they arrive."""
@@ -67,6 +76,11 @@ class PictureAnswers:
         return isinstance(self._model, PeftModel)
 
     @property
+    def has_boxes(self) -> bool:
+        """Whether the model was trained to answer boxes."""
+        return find_kind(self.settings.task).spans is not None
+
+    @property
     def parts(self) -> str:
         """What the model was made of, without the folders of this machine."""
         config = self._model.config
@@ -87,10 +101,7 @@ class PictureAnswers:
         Raises:
             UnreadablePictureError: When the picture cannot be read.
         """
-        image_processor = self._processor.image_processor
-        pixel_values = image_processor(open_picture(Path(picture)), return_tensors="pt")["pixel_values"]
-        with torch.inference_mode():
-            features = base_model(self._model).model.get_vision_features(pixel_values.to(self._model.device))
+        features = self._see(open_picture(Path(picture)))
         after = self._generate(features, question)
         yield after, ""
         if isinstance(self._model, PeftModel):
@@ -113,9 +124,51 @@ class PictureAnswers:
             found = by_captioner(self._model, self._processor, self.settings, labels)([shown])[0]
         return dict(zip(labels, found.tolist(), strict=True))
 
+    def detect(self, picture: str | Path, names: str) -> Iterator[tuple[str, str]]:
+        """Looks for named things.
+
+        Args:
+            picture (`str` or `Path`): File.
+            names (`str`): With semicolons between them.
+
+        Yields:
+            `(after, before)`: The picture with its boxes, as HTML; first with an empty `before`, then with both.
+
+        Raises:
+            UnreadablePictureError: When the picture cannot be read.
+            ValueError: For a text without names.
+        """
+        question = names_question(names, self.settings.instruction)
+        opened = open_picture(Path(picture))
+        features, shown = self._see(opened), thumbnail(opened, SHOWN_PIXELS)
+        after = _boxes_page(shown, self._detect(features, question))
+        yield after, ""
+        if self.has_before:
+            yield after, _boxes_page(shown, self._detect(features, question, is_before=True))
+
+    def _see(self, picture: Image) -> torch.Tensor:
+        """Vision features `(1, N_v, D_v)`."""
+        pixel_values = self._processor.image_processor(picture, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            return base_model(self._model).model.get_vision_features(pixel_values.to(self._model.device))
+
+    def _alone(self, is_before: bool) -> ExitStack:
+        """The model for this thread alone, with its adapter or without."""
+        with ExitStack() as held:
+            held.enter_context(self._lock)
+            if is_before and isinstance(self._model, PeftModel):
+                held.enter_context(self._model.disable_adapter())
+            return held.pop_all()
+
+    def _detect(self, features: torch.Tensor, question: str, is_before: bool = False) -> Found:
+        decoding = {"max_new_tokens": self.settings.max_new_tokens, "num_beams": self.settings.num_beams}
+        with self._alone(is_before):
+            fetch = {"image_features": features}
+            return detect(self._model, self._processor, question, lambda _: fetch, 1, **decoding)[0]
+
     def _generate(self, features: torch.Tensor, question: str, is_before: bool = False) -> str:
         model = self._model
-        with self._lock, model.disable_adapter() if is_before and isinstance(model, PeftModel) else nullcontext():
+        with self._alone(is_before):
             if self.settings.choices and not question.strip():
                 return self._choose(features)
             return generate_texts(
@@ -199,6 +252,17 @@ class FolderSearch:
         return result_cards(search_text(self._encoder, self._index, text, MOST_FOUND), self._folder)
 
 
+def _boxes_page(shown: Thumbnail, found: Found) -> str:
+    """A picture with what was found in it, as HTML."""
+    named = [LabelledBox(f"{box.label} {confidence:.2f}", box.box) for box, confidence in found.boxes]
+    said = "; ".join(f"{box.label} {confidence:.2f}" for box, confidence in found.boxes) or "Nothing was found."
+    if found.unread:
+        said += f" No boxes, but written: {'; '.join(found.unread)}"
+    # Of boxes that lie on each other, the surest is drawn last.
+    drawn = box_overlay(named[::-1], [], shown.width, shown.height)
+    return render("boxes.html.jinja", picture=shown, said=said, drawn=drawn)
+
+
 def typed_labels(text: str) -> list[str]:
     """Labels as they are typed in: one a line, or on one line with commas between.
 
@@ -260,6 +324,9 @@ def make_page(
     with gradio.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as page:
         gradio.Markdown(f"# {title}\n{answers.parts}")
         with gradio.Tabs():
+            if isinstance(answers, PictureAnswers) and answers.has_boxes:
+                with gradio.Tab("Detect"):
+                    _detect_tab(answers, examples)
             if isinstance(answers, PictureAnswers):
                 with gradio.Tab("Describe"):
                     _describe_tab(answers, examples)
@@ -308,6 +375,35 @@ def _describe_tab(answers: PictureAnswers, examples: list[tuple[str, str, str]])
         gradio.Examples(
             [list(example) for example in examples],
             [picture, question, references],
+            label="Held-out pictures of the training run",
+            examples_per_page=MAX_EXAMPLES,
+            visible_columns=[0],
+        )
+
+
+def _detect_tab(answers: PictureAnswers, examples: list[tuple[str, str, str]]) -> None:
+    """A picture and names of things; the API's `/detect`."""
+
+    def detect(picture: str | None, names: str):
+        yield from _answered(lambda: answers.detect(_chosen(picture), names))
+
+    with gradio.Row():
+        with gradio.Column():
+            picture = _picture_field()
+            names = gradio.Textbox(label="Names", info="With semicolons between them.", placeholder="dog; red ball")
+            detecting = gradio.Button("Detect", variant="primary")
+        with gradio.Column():
+            after = gradio.HTML(label="After fine-tuning", show_label=True)
+            before = gradio.HTML(label="Before fine-tuning", show_label=True, visible=answers.has_before)
+    outputs = [after, before]
+    detecting.click(detect, [picture, names], outputs, api_name="detect")
+    names.submit(detect, [picture, names], outputs, api_visibility="private")
+    # Boxes of another picture must not stay.
+    picture.change(js="() => ['', '']", outputs=outputs, api_visibility="private")
+    if examples:
+        gradio.Examples(
+            [list(example[:2]) for example in examples],
+            [picture, names],
             label="Held-out pictures of the training run",
             examples_per_page=MAX_EXAMPLES,
             visible_columns=[0],

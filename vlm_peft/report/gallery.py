@@ -132,24 +132,28 @@ def save_gallery_pictures(output_dir: Path | str, split: str, pictures: Mapping[
     return paths
 
 
-def thumbnail(picture: Picture) -> Thumbnail:
+def thumbnail(picture: Picture, pixels: int = THUMBNAIL_PIXELS) -> Thumbnail:
     """Return a picture for the page; it is decoded and encoded anew, so nothing else gets in.
+
+    Args:
+        picture: To be shown.
+        pixels: Its longest side at most.
 
     Raises:
         OSError: if the picture cannot be read.
     """
-    encoded, (width, height) = _encoded(picture)
+    encoded, (width, height) = _encoded(picture, pixels)
     return Thumbnail("data:image/webp;base64," + base64.b64encode(encoded).decode("ascii"), width, height)
 
 
-def _encoded(picture: Picture) -> tuple[bytes, tuple[int, int]]:
+def _encoded(picture: Picture, pixels: int = THUMBNAIL_PIXELS) -> tuple[bytes, tuple[int, int]]:
     if isinstance(picture, Image.Image):
         image = picture.convert("RGB")
     else:
         with Image.open(picture) as opened:
-            opened.draft("RGB", (THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+            opened.draft("RGB", (pixels, pixels))
             image = opened.convert("RGB")
-    image.thumbnail((THUMBNAIL_PIXELS, THUMBNAIL_PIXELS))
+    image.thumbnail((pixels, pixels))
     buffer = io.BytesIO()
     image.save(buffer, "WEBP", quality=85)
     return buffer.getvalue(), image.size
