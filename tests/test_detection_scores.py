@@ -8,7 +8,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from vlm_peft.metrics.boxes import LabelledBox, average_precision, parse_boxes, score_boxes
+from vlm_peft.metrics.boxes import LabelledBox, average_precision, box_spans, parse_boxes, score_boxes
 
 
 def text_of(boxes: list[LabelledBox]) -> str:
@@ -134,7 +134,18 @@ def test_average_precision_ranks_by_order_and_ignores_labels_without_a_true_box(
     assert average_precision([[LabelledBox("dog", (0, 0, 79, 99))]], [[DOG]]) == pytest.approx({"AP50": 1, "AP": 0.7})
 
 
-def test_average_precision_equals_one_run_of_cocoeval_over_all_labels():
+def test_average_precision_ranks_by_confidence_where_there_is_one():
+    wrong = LabelledBox("dog", (800, 800, 999, 999))
+    texts, truths = [text_of([wrong]), text_of([DOG])], [[], [DOG]]
+    assert score_boxes(texts, truths).metrics["AP50"] == pytest.approx(0.5)
+    assert score_boxes(texts, truths, [[0.1], [0.9]]).metrics["AP50"] == pytest.approx(1.0)
+    assert score_boxes(texts, truths, [[0.9], [0.1]]).metrics["AP50"] == pytest.approx(0.5)
+    with pytest.raises(ValueError):
+        score_boxes(texts, truths, [[], [0.5]])
+
+
+@pytest.mark.parametrize("is_ranked", [False, True])
+def test_average_precision_equals_one_run_of_cocoeval_over_all_labels(is_ranked):
     source = random.Random(0)
 
     def box() -> tuple[int, int, int, int]:
@@ -149,15 +160,18 @@ def test_average_precision_equals_one_run_of_cocoeval_over_all_labels():
     predictions = [[*map(near, boxes), LabelledBox(source.choice("abc"), box())] for boxes in truths]
     for boxes in predictions:
         source.shuffle(boxes)
+    # Some are equal.
+    confidences = [[source.randint(0, 20) / 20 for _ in boxes] for boxes in predictions] if is_ranked else None
 
-    def coco(sets: list[list[LabelledBox]]) -> COCO:
+    def coco(sets: list[list[LabelledBox]], scores=None) -> COCO:
         annotations = []
         for picture, boxes in enumerate(sets):
-            for each in boxes:
+            for place, each in enumerate(boxes):
                 x1, y1, x2, y2 = each.box
                 size = [x2 - x1 + 1, y2 - y1 + 1]
+                score = scores[picture][place] if scores else 1.0
                 annotations.append(
-                    {"id": len(annotations) + 1, "image_id": picture, "category_id": ord(each.label), "score": 1.0}
+                    {"id": len(annotations) + 1, "image_id": picture, "category_id": ord(each.label), "score": score}
                     | {"bbox": [x1, y1, *size], "area": size[0] * size[1], "iscrowd": 0}
                 )
         made = COCO()
@@ -167,12 +181,15 @@ def test_average_precision_equals_one_run_of_cocoeval_over_all_labels():
         return made
 
     with contextlib.redirect_stdout(io.StringIO()):
-        whole = COCOeval(coco(truths), coco(predictions), "bbox")
+        whole = COCOeval(coco(truths), coco(predictions, confidences), "bbox")
         whole.evaluate()
         whole.accumulate()
         whole.summarize()
     assert 0.1 < whole.stats[0] < whole.stats[1] < 0.9
-    assert average_precision(predictions, truths) == pytest.approx({"AP": whole.stats[0], "AP50": whole.stats[1]})
+    found = average_precision(predictions, truths, confidences)
+    assert found == pytest.approx({"AP": whole.stats[0], "AP50": whole.stats[1]})
+    # The ranking matters on these boxes.
+    assert (found == average_precision(predictions, truths)) == (not is_ranked)
 
 
 def test_without_true_boxes_only_what_is_defined_is_scored():
@@ -182,6 +199,37 @@ def test_without_true_boxes_only_what_is_defined_is_scored():
     assert score_boxes(["none"], [[]]).metrics == {"precision50": 1.0, "f1_50": 1.0}
     with pytest.raises(ValueError, match="expected at least one true box"):
         average_precision([[DOG]], [[]])
+
+
+@pytest.mark.parametrize(
+    ("prediction", "right"),
+    [
+        ("none", [1.0, 1.0]),
+        ("", [1.0, 1.0]),
+        ("dog [0, 0, 99, 99]", [1.0, 1.0]),
+        (" CAT [0, 0, 99, 99]", [0.5, 0.0]),
+        ("cat [0, 0, 99, 99]; cat [0, 0, 9, 9]; ant [1, 1, 2, 2]", [0.0, 0.0]),
+        # Nonsense is no "none".
+        ("there is no cat here", [0.0, 0.0]),
+    ],
+)
+def test_names_that_are_not_there_are_right_without_a_box(prediction, right):
+    asked = [["dog", "Cat", "ant"], ["dog"], ["cat"]]
+    scores = score_boxes([prediction, "none", prediction], [[DOG], [DOG], []], asked=asked)
+    assert scores.no_target == right
+    assert scores.metrics["no_target_accuracy"] == pytest.approx(sum(right) / 2)
+    assert "no_target_accuracy" not in score_boxes(["none"], [[DOG]], asked=[["dog"]]).metrics
+    assert "no_target_accuracy" not in score_boxes(["none"], [[DOG]]).metrics
+
+
+def test_spans_are_those_of_the_boxes_that_are_read():
+    text = " dog [0, 0, 99, 99]; nonsense;  Cat[1, 1, 2, 2],none\n\u00e9l\u00e9phant  [3, 3, 4, 4]."
+    boxes, _ = parse_boxes(text)
+    spans = box_spans(text)
+    assert [text[bracket:end] for _, bracket, end in spans] == ["[0, 0, 99, 99]", "[1, 1, 2, 2]", "[3, 3, 4, 4]."]
+    assert [text[begin:bracket] for begin, bracket, _ in spans] == [" dog ", ";  Cat", "\n\u00e9l\u00e9phant  "]
+    assert [box.label for box in boxes] == ["dog", "cat", "\u00e9l\u00e9phant"]
+    assert box_spans("none") == box_spans("") == []
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from vlm_peft.data.splits import Question
 from vlm_peft.evaluation import evaluate as evaluation
 from vlm_peft.evaluation import records
 from vlm_peft.evaluation.task_scores import score_rows
-from vlm_peft.metrics.boxes import LabelledBox, overlap_f1
+from vlm_peft.metrics.boxes import LabelledBox, overlap_f1, parse_boxes
 from vlm_peft.metrics.captions import Cider
 from vlm_peft.tasks import TASK_FILE, TASKS, TaskOptions, TaskSettings, make_reward, make_task
 
@@ -47,7 +47,8 @@ ROWS = {
     "chat": [{"references": ["a red car in a street"]}, {"references": ["no"]}],
     "grounding": [
         {"references": ["dog [0, 0, 99, 99]; cat [500, 500, 599, 599]"], "boxes": [DOG, CAT]},
-        {"references": ["none"], "boxes": []},
+        {"references": ["none"], "boxes": [], "asked": ["bird"]},
+        {"references": ["none"], "boxes": [], "question": "detect: dog"},
     ],
     "digits": [{"references": ["0417"]}, {"references": ["12"]}],
     "classify": [{"references": ["polar bear"]}, {"references": ["tiger"]}],
@@ -250,6 +251,8 @@ def evaluate(monkeypatch, tmp_path, task, rows, texts, **options):
         questions=lambda: questions,
     )
     monkeypatch.setattr(evaluation, "generate_texts", lambda *_, **__: texts)
+    sure = [(text, [0.5] * len(parse_boxes(text)[0])) for text in texts]
+    monkeypatch.setattr(evaluation, "generate_with_confidences", lambda *_, **__: sure)
     return evaluation.evaluate_split(None, None, split, tmp_path, **options)
 
 

@@ -45,6 +45,7 @@ from ..data.probe import probe
 from ..data.rows import encode_rows
 from ..data.splits import Split, leave_out, row_name
 from ..data.streaming import stack_pixels
+from ..evaluation.blind import asked_rows, prior_scores
 from ..evaluation.evaluate import generate_rows
 from ..model.modeling_vision_qwen import VisionQwen
 from ..training.arguments import VisionArguments, chosen_strategy, keeps_features, parse_arguments
@@ -73,6 +74,9 @@ TRIAL_STEPS = 40
 
 TRIAL_SECONDS = 20.0
 """Trial steps end after so long, once there are enough of them."""
+
+HIGH_PRIOR = 0.6
+"""Score of the questions' wording alone from which on the blind control is asked for."""
 
 WARM_UP = 3  # steps, the heaviest batch among them
 _ENOUGH = 4  # measured steps
@@ -162,6 +166,7 @@ class Doctor:
         self.check_data()
         rows = self.encode_training_rows() if self.processor is not None else None
         self.check_overlaps()
+        self.tell_priors()
         if self.processor is not None:
             _title("Model")
             with self.catching():
@@ -375,6 +380,28 @@ class Doctor:
             _say(f"  Overlap allowed: {said}")
         if self.train and self.held_out and not allowed and len(self.problems) == before:
             _say("  No training picture is among those that are scored.")
+
+    def tell_priors(self) -> None:
+        """What the questions of each held-out split score without a picture, by the training's answers to their words."""
+        for split in self.held_out:
+            train = [row for each in self.train if each.task.name == split.task.name for row in asked_rows(each)]
+            questions = asked_rows(split)
+            if not train or not questions:
+                continue
+            with self.catching():
+                scores = prior_scores(split.task.name, train, questions)
+                own = {name: value for name, value in scores.metrics.items() if name.startswith(scores.primary)}
+                high = {name: value for name, value in own.items() if value >= HIGH_PRIOR}
+                _say(
+                    "  Without any picture, the commonest training answer to questions that begin alike scores "
+                    f"{scores.primary} {own[scores.primary]:.3f} on {split.name} ({len(questions):,} questions)."
+                )
+                if high and not split.is_blind:
+                    said = ", ".join(f"{name} {value:.3f}" for name, value in high.items())
+                    _say(
+                        f"  WARNING: a model may learn its words and never look ({said}). Score the blind control, "
+                        f"too: --blind_splits {split.stored_name}."
+                    )
 
     def check_placeholders(self, rows: Dataset | IterableDataset | None) -> None:
         """Runs the encoder and the projector on the pictures of a real row of each data set."""

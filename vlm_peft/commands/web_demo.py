@@ -30,8 +30,8 @@ from ..contrastive.search import PictureIndex
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
-from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..metrics.boxes import LabelledBox
+from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..report.charts import box_overlay
 from ..report.gallery import Thumbnail, thumbnail

@@ -4,11 +4,12 @@ Stage: beside `generation`, for tasks that say where in a text these things are 
 of `generation`, to the byte; one further pass over prompt and text has the probability of every token, whatever search
 found it.
 
-A detector's confidence is the probability that a thing is there, times the quality of its place (FCOS, arXiv 1904.01355,
-section 3.3). Of a box as text, `; dog [12, 40, 300, 512]`, the tokens up to the bracket decide whether there is one more
-box and what it is, against `none`, another name or the end; their probabilities are multiplied. Those of the box say
-how sharply the model sees where it is; they, too, are multiplied, and the fourth root is taken, the geometric mean of
-its four numbers: it does not depend on how many tokens a number takes, and leaves both parts of one size.
+A detector's confidence is the probability that a thing is there, times the quality of its place (FCOS, arXiv
+1904.01355, section 3.3). Of a box as text, `; dog [12, 40, 300, 512]`, the tokens up to the bracket decide whether
+there is one more box and what it is, against `none`, another name or the end; their probabilities are multiplied. Those
+of the box say how sharply the model sees where it is; they, too, are multiplied, and the fourth root is taken, the
+geometric mean of its four numbers: it does not depend on how many tokens a number takes, and leaves both parts of one
+size.
 """
 
 import math

@@ -144,8 +144,9 @@ def score_summary(
     """Return what scores.json holds; what is not known is null.
 
     `n` is the number of rows, `primary` the metric that stands for the task, `condition` one of `CONDITIONS`;
-    `intervals` has the 95 % bootstrap intervals `[low, high]` of the metrics that each row has, or that more than one
-    row has a value for, and `breakdowns` the scores of kinds of rows: `{"vqa_accuracy": {"answer_type": {"number": 0.5}}}`.
+    `intervals` has the 95 % bootstrap intervals `[low, high]` of the metrics that each row has, or some of them, where
+    more than one has a value, and `breakdowns` the scores of kinds of rows:
+    `{"vqa_accuracy": {"answer_type": {"number": 0.5}}}`.
     """
     n = len(scores.per_row[scores.primary])
     samples = scores.per_row | scores.per_some

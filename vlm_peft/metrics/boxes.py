@@ -5,8 +5,8 @@ on a grid of 0..999 over the picture's width and height. Both corners belong to 
 grid, and so a box has an area and overlaps itself wholly however small it becomes by rounding to the grid. Labels are
 the same if they are the same in lower case without outer spaces.
 
-Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by pycocotools' COCOeval. What is right for a
-name that is not in the picture: the no-target accuracy (N-acc) of Liu et al., GRES, arXiv 2306.00968.
+Sources: average precision, Lin et al., Microsoft COCO, ECCV 2014, computed by pycocotools' COCOeval; no-target accuracy
+(N-acc), Liu et al., GRES, arXiv 2306.00968.
 """
 
 import contextlib

@@ -21,6 +21,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from yaml import YAMLError
 
+from ..evaluation.blind import blind_lines
 from ..evaluation.records import CONDITIONS, read_all_scores, read_predictions, write_text
 from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
@@ -158,7 +159,8 @@ def _card_of(folder: Path, summary: Mapping[str, Any], published: Published | No
         licences.append(("data", name, stated_licence(name, revision=revision, repo_type="dataset")))
     adapter = str(summary.get("adapter") or folder.resolve().name)
     scores = read_all_scores(folder)
-    return model_card(summary, scores, _samples(folder, scores), licences, bases=bases, adapter=adapter)
+    samples, blind = _samples(folder, scores), blind_lines(folder)
+    return model_card(summary, scores, samples, licences, bases=bases, adapter=adapter, blind=blind)
 
 
 def model_card(
@@ -169,6 +171,7 @@ def model_card(
     *,
     bases: Sequence[str],
     adapter: str,
+    blind: Sequence[str] = (),
 ) -> str:
     """Return the card: metadata and Markdown in which all that comes from a run or a data set is text.
 
@@ -180,6 +183,7 @@ def model_card(
         licences: What cards state.
         bases: Ids on the Hub of the decoder and the encoder, as far as there are any.
         adapter: What to pass to `from_adapter`.
+        blind: Of `blind_lines`.
     """
     datasets = _datasets(summary)
     is_adapter = loads_with(summary) == "from_adapter"
@@ -210,6 +214,7 @@ def model_card(
         trained=summary["trainable_parameters"],
         adapter=Markdown(json.dumps(visible(adapter), ensure_ascii=False)),
         rows=[row for split, conditions in scores.items() for row in score_rows(split, conditions)],
+        blind=blind,
         made_by=scored_how(scores),
         samples=samples,
         data={split: _facts(facts) for split, facts in (summary.get("data") or {}).items()},

@@ -25,6 +25,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from ..evaluation.blind import blind_lines
 from ..evaluation.records import CONDITIONS, Row, read_all_scores, read_predictions, write_text
 from ..evaluation.transfer import TRANSFER_FILE, transfer_lines
 from ..metrics.boxes import parse_boxes
@@ -95,6 +96,7 @@ def build_report(output_dir: Path | str, pictures: Mapping[tuple[str, Any], Pict
         title=str(summary.get("title") or output_dir.resolve().name),
         facts=_facts(summary),
         lead=_lead(scores),
+        blind=blind_lines(output_dir),
         tasks=[_task(name, splits) for name, splits in by_task(scores).items()],
         made_by=_made_by(scores),
         figures=[*_bars(scores), *_curves(scores, log_history), *_confusions(output_dir, scores)],

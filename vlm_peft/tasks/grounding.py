@@ -333,9 +333,9 @@ def _confidences(row: Row, index: int) -> list[float] | None:
 def _asked(row: Row, index: int) -> list[str]:
     """Names that a row asks for: those it lists, or, in records that do not, those of its question."""
     if "asked" not in row:
-        question = row.get("question")
-        is_ours = isinstance(question, str) and question.startswith(INSTRUCTION)
-        return [name for name in question.removeprefix(INSTRUCTION).split(";") if name.strip()] if is_ours else []
+        question = str(row.get("question"))
+        names = question.removeprefix(INSTRUCTION).split(";") if question.startswith(INSTRUCTION) else []
+        return [name for name in names if name.strip()]
     if not is_list_of(str, row["asked"]):
         raise row_error(index, row, "asked", "a list of names")
     return row["asked"]

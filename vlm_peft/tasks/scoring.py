@@ -6,6 +6,7 @@ tasks more.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any
 
 from .example import Task
@@ -186,7 +187,7 @@ def by_references(function: Callable[[str, Sequence[str]], float]):
     return lambda rows: lambda text, row: function(text, row["references"])
 
 
-def is_list_of(kind: type, value: object) -> bool:
+def is_list_of(kind: type | UnionType, value: object) -> bool:
     """Whether a value is a list of that kind; true and false are no numbers."""
     return isinstance(value, list) and all(isinstance(each, kind) and not isinstance(each, bool) for each in value)
 

@@ -26,6 +26,7 @@ from ..adapters.pissa import is_pissa
 from ..console import quiet_progress, show_messages, table
 from ..data.splits import Split, bind_task, content_hash, first_of_each
 from ..drafts import draft_of, sweep
+from ..evaluation.blind import blind_lines
 from ..evaluation.evaluate import evaluate_split, generate_rows, sample_table
 from ..evaluation.perplexity import text_nats
 from ..evaluation.records import write_text
@@ -436,6 +437,8 @@ def finish(run: Run, trainer, trained_on: Iterable[Split], held_out: dict[str, S
     write_summary(run, trainer, [*trained_on, *held_out.values()])
     report = write_report(run, held_out)
     what = "adapter" if is_adapter_folder(run.output_dir) else "model"
+    for said in blind_lines(run.output_dir):
+        run.say(said)
     run.say(
         f"\n{what:<9}{run.output_dir}\nscores   {run.output_dir / 'eval'}\nreport   {report}\n"
         f"time     {run.seconds['total']:.0f} s, of which training {run.seconds['train']:.0f} s"
