@@ -140,7 +140,7 @@ def test_average_precision_ranks_by_confidence_where_there_is_one():
     assert score_boxes(texts, truths).metrics["AP50"] == pytest.approx(0.5)
     assert score_boxes(texts, truths, [[0.1], [0.9]]).metrics["AP50"] == pytest.approx(1.0)
     assert score_boxes(texts, truths, [[0.9], [0.1]]).metrics["AP50"] == pytest.approx(0.5)
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="shorter"):
         score_boxes(texts, truths, [[], [0.5]])
 
 

@@ -382,7 +382,7 @@ class Doctor:
             _say("  No training picture is among those that are scored.")
 
     def tell_priors(self) -> None:
-        """What the questions of each held-out split score without a picture, by the training's answers to their words."""
+        """What held-out questions score without a picture, by the training's answers to the same words."""
         for split in self.held_out:
             train = [row for each in self.train if each.task.name == split.task.name for row in asked_rows(each)]
             questions = asked_rows(split)

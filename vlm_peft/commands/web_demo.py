@@ -393,8 +393,10 @@ def _detect_tab(answers: PictureAnswers, examples: list[tuple[str, str, str]]) -
             names = gradio.Textbox(label="Names", info="With semicolons between them.", placeholder="dog; red ball")
             detecting = gradio.Button("Detect", variant="primary")
         with gradio.Column():
-            after = gradio.HTML(label="After fine-tuning", show_label=True)
-            before = gradio.HTML(label="Before fine-tuning", show_label=True, visible=answers.has_before)
+            after = gradio.HTML(label="After fine-tuning", show_label=True, container=True)
+            before = gradio.HTML(
+                label="Before fine-tuning", show_label=True, container=True, visible=answers.has_before
+            )
     outputs = [after, before]
     detecting.click(detect, [picture, names], outputs, api_name="detect")
     names.submit(detect, [picture, names], outputs, api_visibility="private")
