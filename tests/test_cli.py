@@ -34,7 +34,7 @@ from vlm_peft.report.model_card import card_for_others
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 from vlm_peft.tasks.example import picture_turn
 
-COMMANDS = ("caption", "chat", "convert", "demo", "export", "push")
+COMMANDS = ("caption", "chat", "convert", "demo", "detect", "export", "push")
 SCRIPT = Path(sysconfig.get_path("scripts"), "vlm-peft")
 
 

@@ -86,7 +86,7 @@ def say(monkeypatch, processor, text: str):
     return ids
 
 
-def test_a_box_is_as_sure_as_its_label_and_the_mean_of_its_numbers(world, monkeypatch):
+def test_a_box_is_as_sure_as_its_label_and_the_mean_of_its_tokens(world, monkeypatch):
     model, processor, fetch = world
     ids = say(monkeypatch, processor, f"  {TEXT}")
     nats = [-0.001 * (place + 1) for place in range(len(ids))]
@@ -109,8 +109,8 @@ def test_a_box_is_as_sure_as_its_label_and_the_mean_of_its_numbers(world, monkey
         own = [value * (1 + index) for value in nats]
         assert confidences == pytest.approx(
             [
-                math.exp(sum(own[:first]) + sum(own[first : ends[0]]) / 4),
-                math.exp(sum(own[ends[0] : second]) + sum(own[second : ends[1]]) / 4),
+                math.exp(sum(own[:first]) + sum(own[first : ends[0]]) / (ends[0] - first)),
+                math.exp(sum(own[ends[0] : second]) + sum(own[second : ends[1]]) / (ends[1] - second)),
             ],
             abs=1e-6,
         )

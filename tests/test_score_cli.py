@@ -264,7 +264,8 @@ def test_task_is_that_of_the_scores_beside_the_file(tmp_path, capsys):
 def test_each_task_has_its_metrics(tmp_path, capsys):
     box = {"label": "dog", "box": [0, 0, 99, 99]}
     rows = [{"id": i, "prediction": f"{i} (page 3)", "references": ["1"], "evidence_pages": [3]} for i in range(2)]
-    grounded = [{"id": i, "prediction": "dog [0, 0, 99, 99]", "boxes": [box]} for i in range(2)]
+    asked = {"question": "detect: dog; cat", "boxes": [box]}
+    grounded = [{"id": i, "prediction": "dog [0, 0, 99, 99]", **asked} for i in range(2)]
     classes = [
         {"id": i, "prediction": "1", "references": ["1"], "probabilities": dict.fromkeys("123456", 0.1)} for i in (0, 1)
     ]
@@ -276,7 +277,7 @@ def test_each_task_has_its_metrics(tmp_path, capsys):
         assert found.primary in names
     path = write_rows(tmp_path / "boxes.jsonl", grounded)
     assert score.main([path, "--task", "grounding"]) == 0
-    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["2", *["1.0000"] * 6]
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["2", *["1.0000"] * 7]
     moved = write_rows(tmp_path / "m.jsonl", [grounded[0], {**grounded[1], "boxes": []}])
     assert "row '1' has other boxes" in failure([path, moved, "--task", "grounding"], capsys)
     message = failure([path, "--task", "digits", "--metrics", "CIDEr"], capsys)

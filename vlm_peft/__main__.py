@@ -328,7 +328,7 @@ def detect(options: argparse.Namespace) -> int:
 
     A box is [x1, y1, x2, y2] in pixels of the picture as it is seen, turned as its EXIF data say: x1, y1 is its first
     pixel, x2, y2 the one after its last. Its confidence, 0 to 1, is the model's probability of the label times the
-    mean (geometric) of those of the four numbers.
+    mean (geometric) of those of the tokens of its box.
 
     vlm-peft detect outputs/demo_grounding pictures "dog; red ball" --draw found
     """

@@ -7,9 +7,8 @@ found it.
 A detector's confidence is the probability that a thing is there, times the quality of its place (FCOS, arXiv
 1904.01355, section 3.3). Of a box as text, `; dog [12, 40, 300, 512]`, the tokens up to the bracket decide whether
 there is one more box and what it is, against `none`, another name or the end; their probabilities are multiplied. Those
-of the box say how sharply the model sees where it is; they, too, are multiplied, and the fourth root is taken, the
-geometric mean of its four numbers: it does not depend on how many tokens a number takes, and leaves both parts of one
-size.
+of the box say how sharply the model sees where it is; of them the geometric mean is taken, since the product of a
+dozen digits, each right to a thousandth of the picture, would say little of whether anything is there.
 """
 
 import math
@@ -22,9 +21,6 @@ from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from .choices import answer_log_probs
 from .generation import decode_answers, encode_prompts, generate_ids
-
-_NUMBERS = 4
-"""Of a box."""
 
 
 def generate_with_confidences(
@@ -87,8 +83,9 @@ def generate_with_confidences(
 def _confidence(starts: list[int], nats: list[float], begin: int, bracket: int, end: int) -> float:
     """Of the box in `text[begin:end]`, from where each token starts in the text."""
     what = sum(value for start, value in zip(starts, nats, strict=True) if begin <= start < bracket)
-    where = sum(value for start, value in zip(starts, nats, strict=True) if bracket <= start < end)
-    return round(math.exp(what + where / _NUMBERS), 6)
+    where = [value for start, value in zip(starts, nats, strict=True) if bracket <= start < end]
+    # One token may hold the end of the label and the whole bracket.
+    return round(math.exp(what + sum(where) / max(1, len(where))), 6)
 
 
 def _starts(processor: VisionQwenProcessor, ids: list[int]) -> list[int]:
