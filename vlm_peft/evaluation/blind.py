@@ -50,7 +50,7 @@ def blind_lines(output_dir: Path | str) -> list[str]:
         if not {"after", "blind"} <= conditions.keys() or not all(file.is_file() for file in files):
             continue
         metric = str(conditions["after"].get("primary") or "CIDEr")
-        pairs = _pairs(*map(read_predictions, files), metric.lower())
+        pairs = _pairs(read_predictions(files[0]), read_predictions(files[1]), metric.lower())
         if not pairs:
             continue
         if said := _not_told(f"On {split}, {metric}", [values for _, values in pairs]):
@@ -125,7 +125,7 @@ def prior_scores(task: str, train: Sequence[Row], held_out: Sequence[Row]) -> Sc
     """
     counts: dict[tuple[str, ...], Counter[str]] = {}
     for row in train:
-        answer = Counter(row["references"]).most_common(1)[0][0]
+        answer: str = Counter(row["references"]).most_common(1)[0][0]
         for beginning in _beginnings(row):
             counts.setdefault(beginning, Counter())[answer] += 1
     said = []
