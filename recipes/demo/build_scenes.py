@@ -1,4 +1,4 @@
-"""Compose the demo's data set: small scenes of vendors' emoji art, with captions, questions and boxes that are exact.
+"""Compose the demo's data set: scenes of vendors' emoji art, with exact captions, questions, conversations and boxes.
 
     python recipes/demo/build_scenes.py --art DIR --output recipes/demo/scenes
 
@@ -21,6 +21,16 @@ from typing import TYPE_CHECKING
 import numpy as np
 from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, Concept, Vendor, fit, jittered_background
 from PIL import Image
+from scene_questions import (
+    CLEARLY_LARGER_AREA,
+    CLEARLY_LONGER,
+    TYPES,
+    Balance,
+    absent_concepts,
+    conversation,
+    question_table,
+    questions,
+)
 
 if TYPE_CHECKING:
     import datasets
@@ -91,34 +101,18 @@ def article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
 
 
-def questions(scene: Scene, held_out: set[frozenset[str]], rng: np.random.Generator) -> list[dict[str, str]]:
-    """Three questions with short answers; types color, position, count and presence (half of them "no")."""
-    colour = {"question": "What color is the background?", "answer": scene.background, "type": "color"}
-    count = {"question": "How many objects are there?", "answer": str(len(scene.concepts)), "type": "count"}
-    present = {c.noun for c in scene.concepts}
+def pass_over(scene: Scene, held_out: set[frozenset[str]], rng: np.random.Generator) -> None:
+    """Draw what the first edition's questions drew between two pictures, so that every picture stays what it was."""
+    number = len(scene.concepts)
     if rng.random() < 0.5:
-        asked, answer = scene.concepts[rng.integers(len(scene.concepts))], "yes"
+        rng.integers(number)
     else:
-        # A question must not put a held-out pair side by side either.
-        absent = [
-            c for c in CONCEPTS
-            if c.noun not in present and not any(frozenset((c.noun, p)) in held_out for p in present)
-        ]  # fmt: skip
-        asked, answer = absent[rng.integers(len(absent))], "no"
-    presence = {"question": f"Is there {asked.phrase}?", "answer": answer, "type": "presence"}
-    if len(scene.concepts) == 1:
-        return [colour, count, presence]
-    # Of two neighbours; with three objects always about the middle one, whose neighbours are unique.
-    at = int(rng.integers(len(scene.concepts) - 1))
-    ask_for_first = at == 0 if len(scene.concepts) == 3 else rng.random() < 0.5
-    first, second = scene.concepts[at], scene.concepts[at + 1]
-    if ask_for_first:
-        wanted, known, where = first, second, "to the left of" if scene.horizontal else "above"
-    else:
-        wanted, known, where = second, first, "to the right of" if scene.horizontal else "below"
-    position = {"question": f"What is {where} the {known.bare}?", "answer": wanted.noun, "type": "position"}
-    left_out = int(rng.choice([0, 1, 3], p=[0.4, 0.4, 0.2]))
-    return [q for i, q in enumerate((colour, count, position, presence)) if i != left_out]
+        rng.integers(len(absent_concepts([c.noun for c in scene.concepts], held_out)))
+    if number > 1:
+        rng.integers(number - 1)
+        if number == 2:
+            rng.random()
+        rng.choice(3, p=[0.4, 0.4, 0.2])
 
 
 def layout(sizes: list[tuple[int, int]], horizontal: bool, rng: np.random.Generator) -> list[list[int]] | None:
@@ -233,6 +227,7 @@ def build_split(
 ) -> list[dict]:
     """The rows of one split; ``seen`` collects the pixels of all splits, so that no picture occurs twice."""
     colours = itertools.cycle(BACKGROUNDS)
+    asked, told = Balance(), Balance()
     rows = []
     for number, concepts in enumerate(lists):
         made = None
@@ -243,11 +238,16 @@ def build_split(
             made, tries = compose(concepts, art, colour, rng), tries + 1
         picture, scene = made
         seen.add(picture.tobytes())
+        pass_over(scene, held_out, rng)
+        row_id = f"{name}-{number:05d}"
+        own = np.random.default_rng(list(row_id.encode()))
+        about, missing = questions(scene, held_out, asked, own)
         rows.append({
-            "id": f"{name}-{number:05d}",
+            "id": row_id,
             "image": {"bytes": encode(picture), "path": None},
             "captions": captions(scene),
-            "questions": questions(scene, held_out, rng),
+            "questions": about,
+            "messages": conversation(scene, held_out, missing, told, own),
             "objects": [{"name": c.noun, "box": b} for c, b in zip(scene.concepts, scene.boxes, strict=True)],
             "background": scene.background,
         })  # fmt: skip
@@ -304,17 +304,33 @@ def features() -> datasets.Features:
         "image": Image(),
         "captions": List(text),
         "questions": List({"question": text, "answer": text, "type": text}),
+        "messages": List({"role": text, "content": text}),
         "objects": List({"name": text, "box": List(Value("int32"))}),
         "background": text,
     })  # fmt: skip
 
 
-def dataset_card(reports: dict[str, dict[str, float]], held_out: int, every: int, args: argparse.Namespace) -> str:
+def asked_cell(figures: dict[str, float]) -> str:
+    """What the card says of one type of questions in one split."""
+    yes = f", yes {figures['yes']:.3f}" if figures["yes"] else ""
+    return f"{figures['questions']}{yes}, guess {figures['prior']:.3f}"
+
+
+def dataset_card(
+    reports: dict[str, dict[str, float]],
+    asked: dict[str, dict[str, dict[str, float]]],
+    held_out: int,
+    every: int,
+    args: argparse.Namespace,
+) -> str:
     """The data set's README.md, with measured figures only."""
     files = "\n".join(f"      - split: {n}\n        path: data/{n}-*.parquet" for n in reports)
     columns = ("pictures", "objects", "oracle", "leave_one_out", "constant", "shuffled")
     table = "\n".join(f"| `{n}` | " + " | ".join(str(r.get(c, "")) for c in columns) + " |" for n, r in reports.items())
     colours = ", ".join(BACKGROUNDS)
+    kinds = "\n".join(
+        f"| {kind} | " + " | ".join(asked_cell(by[kind]) for by in asked.values()) + " |" for kind in TYPES
+    )
     return f"""---
 license: other
 license_name: cc-by-4.0-and-others
@@ -330,8 +346,9 @@ configs:
 # Emoji scenes
 
 Pictures of {SIDE}x{SIDE} pixels, composed from vendors' emoji art: one to three of {len(CONCEPTS)} everyday objects on
-a plain background, with five captions, three questions and the objects' boxes, all exact because they come from the
-scene. Built by `recipes/demo/build_scenes.py` (seed {args.seed}); licences and authors of the art: `../NOTICE.md`.
+a plain background, with five captions, four to seven questions, a conversation and the objects' boxes. All of it is
+exact, because it comes from the scene. Built by `recipes/demo/build_scenes.py` (seed {args.seed}); licences and authors
+of the art: `../NOTICE.md`.
 
 | split | pictures | objects | CIDEr: perfect | a reference left out | a constant caption | shuffled |
 |---|---|---|---|---|---|---|
@@ -342,9 +359,23 @@ scene. Built by `recipes/demo/build_scenes.py` (seed {args.seed}); licences and 
   no other split (`held_out_pairs.json`).
 - `test_style`: art of {" and ".join(args.style_vendors)} only, which no other split shows; pairs that occur in `train`.
 
-Columns: `id`; `image` (lossless WebP); `captions` (five, no two alike); `questions` (three of `question`, `answer`,
-`type`, which is `color`, `count`, `position` or `presence`); `objects` (`name` and `box` = x, y, width, height in
-pixels, in order from left to right or top to bottom); `background` ({colours}).
+Columns: `id`; `image` (lossless WebP); `captions` (five, no two alike); `questions` (`question`, `answer`, `type`);
+`messages` (`role`, `content`: two to four questions with their answers, later ones about earlier ones); `objects`
+(`name` and `box` = x, y, width, height in pixels, in order from left to right or top to bottom); `background`
+({colours}).
+
+Questions of each type, the share of "yes", and what the best guess from the text alone scores, the answer that the
+exact question has most often in `train`:
+
+| type | {" | ".join(f"`{name}`" for name in asked)} |
+|---|{"---|" * len(asked)}
+{kinds}
+
+Yes and no take turns for each text, so that no wording has a majority worth learning. `relation`: "Is the dog to the
+left of the cat?", in `test_pairs` of the held-out pair. `comparison`: which of two is larger, where one has
+{CLEARLY_LARGER_AREA} times the area and a {CLEARLY_LONGER} times longer side, and how many objects there are. A
+conversation ends with a question (`last turn`, by F1) for an object or a colour that no earlier turn says. No question
+and no conversation of `train` holds a held-out pair.
 
 The CIDEr columns say what a score means: of the first caption against all five, against the other four, of the best of
 some constant captions, and of captions of another picture (pycocoevalcap, lower-case words without commas and full
@@ -392,7 +423,7 @@ def main() -> None:
     }
     (args.output / "held_out_pairs.json").write_text(json.dumps(pairs, indent=0) + "\n")
     seen: set[bytes] = set()
-    shown, reports = allowed, {}
+    shown, reports, asked = allowed, {}, {}
     for name in ("train", "test", "test_pairs", "test_style"):
         lists = concept_lists(
             args.train if name == "train" else args.test,
@@ -400,6 +431,7 @@ def main() -> None:
         )  # fmt: skip
         rows = build_split(name, lists, style_art if name == "test_style" else main_art, held_out, seen, rng)
         if name == "train":
+            train = rows
             # "Seen pairs" means seen: the held-out splits use only pairs that training really showed.
             met = {frozenset(p) for r in rows for p in itertools.combinations([o["name"] for o in r["objects"]], 2)}
             shown = [p for p in allowed if frozenset(c.noun for c in p) in met]
@@ -416,8 +448,11 @@ def main() -> None:
         if name != "train":
             report |= {k: round(v, 3) for k, v in statistics(rows, rng).items()}
         reports[name] = report
+        asked[name] = question_table(train, rows)
         print(name, json.dumps(report), flush=True)
-    (args.output / "README.md").write_text(dataset_card(reports, len(closed), len(every), args))
+        for kind, figures in asked[name].items():
+            print(f"  {kind:<11}", " ".join(f"{column} {value:.4g}" for column, value in figures.items()))
+    (args.output / "README.md").write_text(dataset_card(reports, asked, len(closed), len(every), args))
 
 
 if __name__ == "__main__":
