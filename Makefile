@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 CORES := $(shell $(PYTHON) -c "import os; print(os.cpu_count())")
 READY := $(VENV)/.ready
 
-.PHONY: demo study test check format clean
+.PHONY: demo demo-all study test check format clean
 
 # torch is installed by its exact version first: another package's open range would take the newest CUDA build.
 $(READY): pyproject.toml constraints.txt
@@ -14,9 +14,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $(READY)
 
+TRAIN := $(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml \
+	--num_cpu_threads_per_process $(CORES) recipes/sft.py
+
 demo: $(READY)
-	$(BIN)/accelerate launch --quiet --config_file recipes/accelerate/cpu.yaml --num_cpu_threads_per_process $(CORES) \
-		recipes/sft.py
+	$(TRAIN)
+
+# All tasks of the demo one after the other, and one table of what they reach.
+demo-all: $(READY)
+	for name in demo demo_vqa demo_grounding digits demo_chat demo_slides; do \
+		$(TRAIN) --config recipes/configs/$$name.yaml --overwrite_output_dir true || exit 1; \
+	done
+	$(BIN)/python eval/demo_all.py
 
 # Runs that are finished are kept: the same command goes on.
 study: $(READY)
