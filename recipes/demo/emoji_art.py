@@ -28,6 +28,14 @@ PACK_VERSIONS = {
     "@iconify-json/fxemoji": "1.2.2",
     "@iconify-json/streamline-emojis": "1.2.4",
     "@iconify-json/noto": "1.2.9",
+    "@iconify-json/fluent-emoji-high-contrast": "1.2.6",
+    "@iconify-json/icon-park": "1.2.4",
+    "@iconify-json/streamline-color": "1.2.2",
+    "@iconify-json/streamline-cyber-color": "1.2.2",
+    "@iconify-json/streamline-freehand-color": "1.2.2",
+    "@iconify-json/streamline-kameleon-color": "1.2.2",
+    "@iconify-json/streamline-plump-color": "1.2.2",
+    "@iconify-json/streamline-ultimate-color": "1.2.2",
     "emojibase-data": "17.0.0",
 }
 
@@ -178,7 +186,7 @@ class Vendor:
         names: dict[str, list[str]] = {}
         every = set(self._icons) | set(self._aliases)
         for icon in sorted(every):
-            plain = re.sub(r"-\d$", "", icon) if self.name == "streamline-emojis" else icon
+            plain = re.sub(r"(-flat)?(-\d+)?$", "", icon) if self.name.startswith("streamline") else icon
             # FxEmoji calls the face "dog" and the whole animal "dogside".
             if self.name == "fxemoji":
                 plain = (

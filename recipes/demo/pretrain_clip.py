@@ -1,9 +1,11 @@
 """Pre-train the demo's small CLIP: image-text and region-text contrast on canvases of several vendors' emoji.
 
-    python recipes/demo/pretrain_clip.py --art DIR --output recipes/demo/clip --minutes 80
+    python recipes/demo/pretrain_clip.py --art DIR --output recipes/demo/clip --steps 10000
 
 The region-text loss (as in RegionCLIP, arXiv 2112.09106) asks every patch that shows an object for that object's name,
 so that a patch token says what it is part of; the image-text loss is CLIP's own, on the names of a canvas's objects.
+Both would let a patch forget where it is: they ask for the same at every place. So a linear head, which is thrown away
+afterwards, must find each patch's row and column, and the four edges of the object that it shows, in its last state.
 """
 
 from __future__ import annotations
@@ -19,14 +21,32 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from canvases import COLOURS, DEMO_SHARE, GRID, IGNORED, PATCH, SIDE, CanvasBatches, CanvasMaker, Entry, load_entries
+from canvases import (
+    COLOURS,
+    DEMO_SHARE,
+    DIGITS_SHARE,
+    GRID,
+    IGNORED,
+    PAGE_SHARE,
+    PATCH,
+    SIDE,
+    TEXT_SHARE,
+    CanvasBatches,
+    CanvasMaker,
+    Entry,
+    load_entries,
+)
 from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-VENDORS = ["twemoji", "fluent-emoji-flat", "fluent-emoji", "emojione", "fxemoji", "streamline-emojis"]
+VENDORS = [
+    "twemoji", "fluent-emoji-flat", "fluent-emoji", "emojione", "fxemoji", "streamline-emojis",
+    "fluent-emoji-high-contrast", "icon-park", "streamline-color", "streamline-cyber-color", "streamline-plump-color",
+]  # fmt: skip
+EDGE_BINS = 28
+WEIGHTS = {"region": 1.0, "image_text": 0.2, "place": 0.1, "edges": 0.2}
 CONTEXT = 32
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 END = "<|im_end|>"
@@ -68,18 +88,56 @@ class TextTower:
         return normalize(model.text_projection(pooled).float(), dim=-1)
 
 
-def embed_pictures(
-    model: CLIPModel, pixels: torch.Tensor, tower: Callable | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unit embeddings of pictures (B, 192) and of their patches (B, 64, 192) from uint8 pixels (B, 3, 112, 112).
-
-    ``tower`` stands in for the model's vision tower, for instance its compiled twin.
-    """
+def embed_pictures(model: CLIPModel, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From uint8 pixels (B, 3, 112, 112): unit embeddings of pictures (B, 192) and of their patches (B, 64, 192), and
+    the patches' last states (B, 64, 192)."""
     values = (pixels.float() / 255 - MEAN[0]) / STD[0]
-    out = (tower or model.vision_model)(pixel_values=values)
-    patches = model.vision_model.post_layernorm(out.last_hidden_state[:, 1:])
-    whole, parts = model.visual_projection(out.pooler_output), model.visual_projection(patches)
-    return normalize(whole.float(), dim=-1), normalize(parts.float(), dim=-1)
+    out = model.vision_model(pixel_values=values)
+    states = out.last_hidden_state[:, 1:]
+    whole = model.visual_projection(out.pooler_output)
+    parts = model.visual_projection(model.vision_model.post_layernorm(states))
+    return normalize(whole.float(), dim=-1), normalize(parts.float(), dim=-1), states
+
+
+class PlaceHead(torch.nn.Module):
+    """Reads from patches' last states (B, 64, 192) where they are and where the object ends that they show.
+
+    Linear, as the projector of a captioner may be: what it finds, that finds, too.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(width)
+        self.places = torch.nn.Linear(width, 2 * GRID)
+        self.edges = torch.nn.Linear(width, 4 * EDGE_BINS)
+        rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
+        self.register_buffer("truth", torch.stack((rows.flatten(), columns.flatten())), persistent=False)
+
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of rows and columns (B, 64, 2, 8) and of the four edges' bins (B, 64, 4, EDGE_BINS)."""
+        states = self.norm(states)
+        return self.places(states).unflatten(-1, (2, GRID)), self.edges(states).unflatten(-1, (4, EDGE_BINS))
+
+    def losses(
+        self, states: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cross-entropies in nats of all patches' places, and of the edges of objects: boxes (B, 64, 4) in pixels.
+
+        An edge's target is a bell over the bins, one bin wide, so that near misses cost little.
+        """
+        places, edges = self(states)
+        truth = self.truth.T.expand(len(states), -1, -1)
+        place = cross_entropy(places.float().flatten(0, 2), truth.flatten())
+        shown = labels >= 0
+        middles = (torch.arange(EDGE_BINS) + 0.5) * SIDE / EDGE_BINS
+        bell = torch.softmax(-0.5 * ((boxes[shown][..., None] - middles) * EDGE_BINS / SIDE) ** 2, -1)
+        return place, -(bell * edges[shown].float().log_softmax(-1)).sum(-1).mean()
+
+    @torch.no_grad()
+    def read_boxes(self, states: torch.Tensor) -> torch.Tensor:
+        """Boxes (B, 64, 4) in pixels: the means over the bins."""
+        middles = (torch.arange(EDGE_BINS) + 0.5) * SIDE / EDGE_BINS
+        return self(states)[1].float().softmax(-1) @ middles
 
 
 def region_loss(patches: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -105,14 +163,17 @@ class Batcher:
     def __call__(self, labels: torch.Tensor, grounds: torch.Tensor) -> tuple[torch.Tensor, list[str], list[str]]:
         """Labels (B, 64) into the n texts, the texts, and one text for each picture."""
         present = sorted(set(labels.unique().tolist()) - {IGNORED})
-        number = {label: i for i, label in enumerate(present)}
-        texts = []
+        number: dict[int, int] = {}
+        places: dict[str, int] = {}
         for label in present:
             if label < 0:
-                texts.append(self._ground(IGNORED - 1 - label))
+                text = self._ground(IGNORED - 1 - label)
             else:
                 names = self._entries[label].texts
-                texts.append(self._random.choice(names[:4] if self._random.random() < 0.7 else names))
+                text = self._random.choice(names[:4] if self._random.random() < 0.7 else names)
+            # The word "horse" and a horse may have one text, and are no negatives of each other then.
+            number[label] = places.setdefault(text, len(places))
+        texts = list(places)
         table = torch.full((len(self._entries) + len(COLOURS) + 1,), IGNORED)
         for label, i in number.items():
             table[label] = i
@@ -128,16 +189,32 @@ class Batcher:
         return self._random.choice((f"{COLOURS[colour]} background", COLOURS[colour]))
 
 
+def overlaps(boxes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
+    """Intersection over union of boxes (n, 4), x1, y1, x2, y2."""
+    low, high = torch.maximum(boxes[:, :2], truth[:, :2]), torch.minimum(boxes[:, 2:], truth[:, 2:])
+    shared = (high - low).clamp(min=0).prod(-1)
+    areas = [(each[:, 2:] - each[:, :2]).clamp(min=0).prod(-1) for each in (boxes, truth)]
+    return shared / (areas[0] + areas[1] - shared)
+
+
 @torch.no_grad()
-def accuracies(model: CLIPModel, towers: TextTower, batches: list, entries: list[Entry]) -> dict[str, float]:
-    """Of plain canvases: shares of patches whose nearest text is right, among the demo's names and among all names."""
+def accuracies(
+    model: CLIPModel, head: PlaceHead, towers: TextTower, batches: list, entries: list[Entry]
+) -> dict[str, float]:
+    """Of plain canvases: shares of patches whose nearest text is right, among the demo's names and among all names, of
+    those whose row and column are found, and of objects' patches whose box overlaps the true one by half."""
     demo = [i for i, e in enumerate(entries) if e.demo]
     every = torch.cat([towers(model, [e.texts[0] for e in entries[i : i + 128]]) for i in range(0, len(entries), 128)])
     colours = towers(model, [f"{c} background" for c in COLOURS])
-    right: dict[str, list[torch.Tensor]] = {"patch_64": [], "patch_all": [], "background": []}
-    for pixels, labels, _ in batches:
-        patches = embed_pictures(model, pixels)[1]
+    right: dict[str, list[torch.Tensor]] = {
+        each: [] for each in ("patch_64", "patch_all", "background", "place", "box_50")
+    }
+    for pixels, labels, boxes, _ in batches:
+        _, patches, states = embed_pictures(model, pixels)
         shown = labels >= 0
+        places = head(states)[0].argmax(-1) == head.truth.T
+        right["place"].append(places.all(-1).flatten())
+        right["box_50"].append(overlaps(head.read_boxes(states)[shown], boxes[shown]) >= 0.5)
         near = (patches[shown] @ every.T).argmax(-1) == labels[shown]
         right["patch_all"].append(near)
         known = shown & (labels < len(demo))
@@ -168,104 +245,88 @@ def scene_accuracy(model: CLIPModel, towers: TextTower, scenes: Path, split: str
     return float(np.mean(right))
 
 
-def load_checkpoint(
-    path: Path | None, model: CLIPModel, average: CLIPModel, optimizer: torch.optim.Optimizer
-) -> tuple[int, float]:
+def load_checkpoint(path: Path | None, parts: dict[str, torch.nn.Module | torch.optim.Optimizer]) -> tuple[int, float]:
     """Put back what an interrupted run saved; its number of steps and minutes, or zeros without a checkpoint."""
     if path is None or not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
-    average.load_state_dict(state["average"])
-    optimizer.load_state_dict(state["optimizer"])
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
     return state["step"], state["minutes"]
-
-
-def average_gradients(model: CLIPModel, share: float) -> float:
-    """Average all processes' gradients in place; returns the first one's ``share`` of the time, so all stop at once."""
-    if not dist.is_initialized():
-        return share
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients] + [torch.tensor([share if dist.get_rank() == 0 else 0.0])])
-    dist.all_reduce(flat)
-    size = dist.get_world_size()
-    for gradient, mean in zip(gradients, flat[:-1].split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient) / size)
-    return float(flat[-1])
 
 
 def train(
     model: CLIPModel, towers: TextTower, entries: list[Entry], pairs: set[frozenset[str]], options: argparse.Namespace,
     export: Callable[[CLIPModel, dict], None],
 ) -> None:  # fmt: skip
-    """Train for ``options.minutes``, a cosine schedule over the elapsed time; ``export`` an average of the weights."""
-    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    plain = iter(CanvasBatches(CanvasMaker(entries, pairs, options.seed + 99, augment=False), 64))
+    """Train for ``options.steps`` with a cosine schedule; ``export`` an average of the weights."""
+    maker = CanvasMaker(entries, pairs, options.seed + 99, options.art, augment=False)
+    plain = iter(CanvasBatches(maker, 64))
     threads = torch.get_num_threads()
     checks = [next(plain) for _ in range(8)]
     torch.set_num_threads(threads)
+    head = PlaceHead(model.config.vision_config.hidden_size)
+    parameters = [*model.parameters(), *head.parameters()]
     groups = [
-        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.05},
-        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
-    average, batcher = copy.deepcopy(model).requires_grad_(False), Batcher(entries, options.seed + rank)
-    tower = torch.compile(model.vision_model, dynamic=False) if options.compile else None
-    first, before = load_checkpoint(options.checkpoint, model, average, optimizer)
-    # Each process draws its own canvases, and a continued run others than those it has seen.
-    seed = 1000 * (options.seed + 1) + first * size + options.pictures_before + rank
+    average, average_head = (copy.deepcopy(each).requires_grad_(False) for each in (model, head))
+    averaged = [*average.parameters(), *average_head.parameters()]
+    batcher = Batcher(entries, options.seed)
+    parts: dict = {
+        "model": model, "head": head, "average": average, "average_head": average_head, "optimizer": optimizer
+    }  # fmt: skip
+    first, before = load_checkpoint(options.checkpoint, parts)
+    # A continued run draws other canvases than those it has seen.
+    maker = CanvasMaker(entries, pairs, 1000 * (options.seed + 1) + first + options.pictures_before, options.art)
     loader = torch.utils.data.DataLoader(
-        CanvasBatches(CanvasMaker(entries, pairs, seed), options.batch), batch_size=None, num_workers=1,
-        prefetch_factor=8,
-    )  # fmt: skip
-    start, share, next_export = time.monotonic(), before / options.minutes, before + options.export_minutes
+        CanvasBatches(maker, options.batch), batch_size=None, num_workers=1, prefetch_factor=8
+    )
+    start = time.monotonic()
     running: dict[str, float] = {}
-    for step, (pixels, labels, grounds) in enumerate(loader, start=first):
-        warm = min(1.0, (step + 1) / 300)
-        rate = options.rate * warm * (0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * share)))
+    for step, (pixels, labels, boxes, grounds) in zip(range(first, options.steps), loader, strict=False):
+        rate = options.rate * min(1.0, (step + 1) / 300)
+        rate *= 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         wanted, texts, whole_texts = batcher(labels, grounds)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            whole, patches = embed_pictures(model, pixels, tower)
+            whole, patches, states = embed_pictures(model, pixels)
             names, sentences = towers(model, texts), towers(model, whole_texts)
+            place, edges = head.losses(states, labels, boxes)
         scale = model.logit_scale.exp()
-        region = region_loss(patches, wanted, names, scale)
+        losses = {"region": region_loss(patches, wanted, names, scale), "place": place, "edges": edges}
         logits, target = scale * whole @ sentences.T, torch.arange(len(whole))
-        image_text = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
-        (region + 0.2 * image_text).backward()
-        share = average_gradients(model, (before + (time.monotonic() - start) / 60) / options.minutes)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        losses["image_text"] = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
+        sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             model.logit_scale.clamp_(max=float(np.log(60)))
             # Early averages must forget the random start.
             keep = min(0.998, (1 + step) / (10 + step))
-            torch._foreach_lerp_(list(average.parameters()), list(model.parameters()), 1 - keep)
-        pictures = (step + 1) * options.batch * size
-        elapsed = before + (time.monotonic() - start) / 60
-        for key, value in (("region", region.item()), ("image_text", image_text.item())):
-            running[key] = value if key not in running else 0.98 * running[key] + 0.02 * value
-        if step % 100 == 99 and rank == 0:
-            losses = " ".join(f"{k} {v:.3f}" for k, v in running.items())
-            speed = f"{pictures / elapsed / 60:.0f}/s"
-            print(f"step {step + 1} {losses} lr {rate:.1e} {speed} {share:.0%}", flush=True)
-        if (share >= 1.0 or elapsed >= next_export) and rank == 0:
-            next_export = elapsed + options.export_minutes
+            torch._foreach_lerp_(averaged, parameters, 1 - keep)
+        pictures, elapsed = (step + 1) * options.batch, before + (time.monotonic() - start) / 60
+        for key, value in losses.items():
+            running[key] = value.item() if key not in running else 0.98 * running[key] + 0.02 * value.item()
+        if step % 100 == 99:
+            shown = " ".join(f"{k} {v:.3f}" for k, v in running.items())
+            speed = options.batch * (step + 1 - first) / (time.monotonic() - start)
+            print(f"step {step + 1} {shown} lr {rate:.1e} {speed:.0f}/s", flush=True)
+        if step + 1 == options.steps or step % options.export_steps == options.export_steps - 1:
             average.eval()
-            figures = {"pictures": pictures, "minutes": elapsed, "planned_minutes": options.minutes}
-            figures |= accuracies(average, towers, checks, entries)
-            for split in ("test", "test_pairs"):
+            figures = {"pictures": pictures, "steps": step + 1, "planned_steps": options.steps, "minutes": elapsed}
+            figures |= accuracies(average, average_head, towers, checks, entries)
+            for split in ("train[:300]", *(("test", "test_pairs") if step + 1 == options.steps else ())):
                 figures[f"objects_{split}"] = scene_accuracy(average, towers, options.scenes, split)
             print(json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
             export(average, figures)
             if options.checkpoint:
-                parts = {"model": model, "average": average, "optimizer": optimizer}
                 state = {k: v.state_dict() for k, v in parts.items()} | {"step": step + 1, "minutes": elapsed}
                 torch.save(state, options.checkpoint)
-        if share >= 1.0:
-            return
 
 
 def save(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, card: str, output: Path) -> None:
@@ -291,13 +352,18 @@ def model_card(model: CLIPModel, entries: list[Entry], figures: dict[str, float]
     """The model card, with measured figures only."""
     vision = sum(p.numel() for p in model.vision_model.parameters())
     every = sum(p.numel() for p in model.parameters())
-    unfinished = figures["minutes"] < figures["planned_minutes"]
-    note = f" (an export before the end of the planned {figures['planned_minutes']:.0f} minutes)" if unfinished else ""
-    ran_before = figures["pictures_before"]
+    emoji = sum(bool(each.sprites) for each in entries)
+    unfinished = figures["steps"] < figures["planned_steps"]
+    note = f" (an export before the end of {figures['planned_steps']:,} steps)" if unfinished else ""
     earlier = (
-        f", {ran_before:,} of the canvases in an earlier run of {figures['minutes_before']:.0f} minutes"
-        if ran_before
-        else ""
+        f"on from an earlier version, which had seen {figures['pictures_before']:,} canvases of emoji without the heads"
+        if figures["pictures_before"]
+        else "from random weights"
+    )
+    shares = "\n".join(
+        f"| objects of `{split}` (mean over the box), nearest name among {len(CONCEPTS)} | {value:.3f} |"
+        for split in ("test", "test_pairs")
+        if (value := figures.get(f"objects_{split}")) is not None
     )
     return f"""---
 license: other
@@ -309,36 +375,52 @@ pipeline_tag: zero-shot-image-classification
 A `CLIPModel` of {every:,} parameters, {vision:,} of them in the vision tower (6 layers, hidden 192, {SIDE}x{SIDE}
 pixels, {GRID * GRID} patches of {PATCH}x{PATCH}). It exists so that the demo of `vlm_peft` runs without a network.
 
-Made by `recipes/demo/pretrain_clip.py` from random weights: {figures["pictures"]:,} canvases in
-{figures["minutes"]:.0f} minutes on two CPU cores{note}{earlier}.
-A canvas shows 1 to 5 of {len(entries):,} emoji concepts, {DEMO_SHARE:.0%} of them from the demo's {len(CONCEPTS)}, on
-backgrounds of {len(BACKGROUNDS)} named and of other colours. The art is drawn by
+Made by `recipes/demo/pretrain_clip.py` {earlier}: {figures["pictures"]:,} canvases,
+{figures["steps"]:,} steps{note}, {figures["minutes"]:.0f} minutes on one CPU core.
+A canvas shows 1 to 5 of {emoji:,} emoji concepts, {DEMO_SHARE:.0%} of them from the demo's {len(CONCEPTS)}, on
+backgrounds of {len(BACKGROUNDS)} named and of other colours, or words and numbers ({TEXT_SHARE:.0%}); {PAGE_SHARE:.0%} of
+the canvases are pages (a title and rows "word number"), {DIGITS_SHARE:.0%} rows of digits, set in fonts. The art is drawn by
 {", ".join(vendors)}
 and restyled at random (colour, light, outline, blur, rotation, size). Two contrastive losses: image-text (the names of
 a canvas) and region-text (each covered patch of the last hidden state, after `post_layernorm` and `visual_projection`,
-against the CLDR name or keywords of what it shows; plain patches against the name of their colour).
-Held out: all art of the vendor of `test_style`; no canvas holds a pair of objects of `scenes/held_out_pairs.json`.
+against the CLDR name or keywords of what it shows; plain patches against the name of their colour). Two more, of linear
+heads that are not kept: each patch's row and column, and the four edges of the object that it shows.
+Held out: all art of the vendor of `test_style`; no canvas holds a pair of objects of `scenes/held_out_pairs.json`; the
+digits of `digits/` are other people's handwriting.
 
 | measured on pictures not trained on | |
 |---|---|
 | patches of fresh canvases (same vendors), nearest name among the demo's {len(CONCEPTS)} | {figures["patch_64"]:.3f} |
 | likewise among all {len(entries):,} names | {figures["patch_all"]:.3f} |
 | background patches, nearest name among {len(BACKGROUNDS)} colours | {figures["background"]:.3f} |
-| objects of `test` (mean over the box), nearest name among {len(CONCEPTS)} | {figures["objects_test"]:.3f} |
-| objects of `test_pairs`, likewise | {figures["objects_test_pairs"]:.3f} |
+| row and column of a patch, read by a linear head | {figures["place"]:.3f} |
+| patches of objects whose box, read by a linear head, overlaps the true one by half | {figures["box_50"]:.3f} |
+{shares}
 
 Texts end with `{END}`, which is what the text tower pools; at most {CONTEXT} tokens.
 Sources and licences of the art: see `../NOTICE.md`.
 """
 
 
-def run(rank: int, options: argparse.Namespace) -> None:
-    """Train in one of the processes; the first one writes the folder, at intervals and at the end."""
-    if options.processes > 1:
-        # On few cores, one thread in each of several processes loses less than several threads in one.
-        torch.set_num_threads(1)
-        address = f"tcp://127.0.0.1:{options.port}"
-        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=options.processes)
+def main() -> None:
+    """Train and write the folder, at intervals and at the end."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--art", type=Path, default=DEFAULT_ART, help="folder of unpacked npm packs and fonts; filled")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "clip")
+    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parent / "qwen3")
+    parser.add_argument(
+        "--scenes", type=Path, default=Path(__file__).parent / "scenes", help="held-out pairs and checks"
+    )
+    parser.add_argument("--vendors", nargs="+", default=VENDORS, help="@iconify-json packs")
+    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--export_steps", type=int, default=1_000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--checkpoint", type=Path, help="file to continue from, written at every export")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start_from", type=Path, help="folder of an earlier export to go on from")
+    parser.add_argument("--pictures_before", type=int, default=0, help="canvases seen up to that export")
+    options = parser.parse_args()
     torch.manual_seed(options.seed)
     pairs = load_held_out_pairs(options.scenes / "held_out_pairs.json")
     entries = load_entries(options.art, options.vendors, HeldOutFilter(pairs))
@@ -349,42 +431,10 @@ def run(rank: int, options: argparse.Namespace) -> None:
     print(f"{len(entries)} concepts, {sum(len(e.sprites) for e in entries)} sprites", flush=True)
 
     def export(average: CLIPModel, figures: dict[str, float]) -> None:
-        figures |= {"pictures": figures["pictures"] + options.pictures_before}
-        figures |= {"minutes": figures["minutes"] + options.minutes_before}
-        figures |= {"planned_minutes": figures["planned_minutes"] + options.minutes_before}
-        figures |= {"pictures_before": options.pictures_before, "minutes_before": options.minutes_before}
+        figures = figures | {"pictures_before": options.pictures_before}
         save(average, tokenizer, model_card(average, entries, figures, options.vendors), options.output)
 
     train(model, TextTower(tokenizer), entries, pairs, options, export)
-
-
-def main() -> None:
-    """Start the processes."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--art", type=Path, default=DEFAULT_ART, help="folder of unpacked npm packs; filled")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "clip")
-    parser.add_argument("--tokenizer", type=Path, default=Path(__file__).parent / "qwen3")
-    parser.add_argument(
-        "--scenes", type=Path, default=Path(__file__).parent / "scenes", help="held-out pairs and checks"
-    )
-    parser.add_argument("--vendors", nargs="+", default=VENDORS, help="@iconify-json packs")
-    parser.add_argument("--minutes", type=float, default=80.0)
-    parser.add_argument("--export_minutes", type=float, default=10.0)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--compile", action="store_true", help="compile the vision tower (needs a C++ compiler)")
-    parser.add_argument("--checkpoint", type=Path, help="file to continue from, written at every export")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2, help="each takes one core and its own canvases")
-    parser.add_argument("--port", type=int, default=29511, help="on this machine, for the processes to meet")
-    parser.add_argument("--start_from", type=Path, help="folder of an earlier export to go on from")
-    parser.add_argument("--pictures_before", type=int, default=0, help="canvases seen up to that export")
-    parser.add_argument("--minutes_before", type=float, default=0.0, help="minutes up to that export")
-    options = parser.parse_args()
-    if options.processes == 1:
-        run(0, options)
-    else:
-        torch.multiprocessing.spawn(run, args=(options,), nprocs=options.processes)
 
 
 if __name__ == "__main__":
