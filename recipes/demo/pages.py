@@ -42,7 +42,7 @@ HANDWRITING_PACKAGES = {
 
 
 def fetch_fonts(art: Path, packages: dict[str, tuple[str, ...]]) -> list[Path]:
-    """The font files of Debian ``packages`` under ``art``; fetched with ``apt-get download`` when they are not there."""
+    """The font files of Debian ``packages`` under ``art``; fetched with ``apt-get download`` when not there."""
     paths = []
     for package, files in packages.items():
         folder = art / "fonts" / package
@@ -83,7 +83,7 @@ def draw_page(
         art: Folder with the fonts.
 
     Returns:
-        The RGB picture, and what stands where: ``text`` and ``box`` = x1, y1, x2, y2 in pixels, in the order of reading.
+        The RGB picture, and what stands where in the order of reading: ``text``, ``box`` = x1, y1, x2, y2 in pixels.
     """
     fonts = fetch_fonts(art, FONT_PACKAGES)
     path = fonts[rng.integers(len(fonts))]

@@ -378,8 +378,9 @@ pixels, {GRID * GRID} patches of {PATCH}x{PATCH}). It exists so that the demo of
 Made by `recipes/demo/pretrain_clip.py` {earlier}: {figures["pictures"]:,} canvases,
 {figures["steps"]:,} steps{note}, {figures["minutes"]:.0f} minutes on one CPU core.
 A canvas shows 1 to 5 of {emoji:,} emoji concepts, {DEMO_SHARE:.0%} of them from the demo's {len(CONCEPTS)}, on
-backgrounds of {len(BACKGROUNDS)} named and of other colours, or words and numbers ({TEXT_SHARE:.0%}); {PAGE_SHARE:.0%} of
-the canvases are pages (a title and rows "word number"), {DIGITS_SHARE:.0%} rows of digits, set in fonts. The art is drawn by
+backgrounds of {len(BACKGROUNDS)} named and of other colours, or words and numbers ({TEXT_SHARE:.0%});
+{PAGE_SHARE:.0%} of the canvases are pages (a title and rows "word number"), {DIGITS_SHARE:.0%} rows of digits, set in
+fonts. The art is drawn by
 {", ".join(vendors)}
 and restyled at random (colour, light, outline, blur, rotation, size). Two contrastive losses: image-text (the names of
 a canvas) and region-text (each covered patch of the last hidden state, after `post_layernorm` and `visual_projection`,
