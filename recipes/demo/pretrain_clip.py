@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import random
 import shutil
 import time
@@ -46,7 +47,7 @@ VENDORS = [
     "fluent-emoji-high-contrast", "icon-park", "streamline-color", "streamline-cyber-color", "streamline-plump-color",
 ]  # fmt: skip
 EDGE_BINS = 28
-WEIGHTS = {"region": 1.0, "image_text": 0.2, "place": 0.1, "edges": 0.2}
+WEIGHTS = {"region": 1.0, "image_text": 0.2, "place": 0.3, "edges": 0.6}
 CONTEXT = 32
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 END = "<|im_end|>"
@@ -288,7 +289,7 @@ def train(
     running: dict[str, float] = {}
     for step, (pixels, labels, boxes, grounds) in zip(range(first, options.steps), loader, strict=False):
         rate = options.rate * min(1.0, (step + 1) / 300)
-        rate *= 0.01 + 0.99 * 0.5 * (1 + np.cos(np.pi * step / options.steps))
+        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / options.steps))
         for group in optimizer.param_groups:
             group["lr"] = rate
         wanted, texts, whole_texts = batcher(labels, grounds)
