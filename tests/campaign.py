@@ -572,6 +572,8 @@ def picture_trial(draw: random.Random, folder: Path) -> Trial:
         exif = PILImage.Exif()
         way = draw.randint(0, 10)
         exif[274] = way
+        if kind == "TIFF" and not 1 <= way <= 8:
+            options["compression"] = None  # libtiff, which compresses, writes no such orientation.
         path.write_bytes(encode(made, kind, exif=exif, **options))
         turned = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1], 5: lambda a: a.swapaxes(0,
             1), 6: lambda a: a[::-1].swapaxes(0, 1), 7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: lambda a: a[:, ::-1].swapaxes(

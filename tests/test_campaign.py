@@ -1,5 +1,7 @@
 """A few of the trials of `campaign.py`, which a maintainer runs by the hundred."""
 
+import random
+
 import campaign
 import pytest
 
@@ -28,6 +30,14 @@ def test_killed_runs_leave_whole_folders_and_go_on_bit_for_bit(place):
 
 def test_hostile_texts_stay_texts(place):
     assert failures(campaign.try_texts, place, 11, 6) == []
+
+
+def test_a_turned_picture_of_any_format_can_be_drawn(tmp_path):
+    # A compressed TIFF with orientation 9.
+    trial = campaign.picture_trial(random.Random("14 253"), tmp_path)
+    assert trial.said.startswith("TIFF")
+    assert "turned 9" in trial.said
+    assert campaign.problem_of(trial) is None
 
 
 def test_a_stopped_campaign_goes_on_with_what_it_found(tmp_path):

@@ -421,6 +421,11 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "eval_limit: -5",
         "image_size: 0",
         "pooled_grid: [2, 0]",
+        "pooled_grid: ['-1']",
+        "pooled_grid: '-1'",
+        "pooled_grid: [2, null]",
+        "pooled_grid: [2, true]",
+        "vision_feature_layer: [-1, one]",
         "learning_rate: .inf",
         "learning_rate: -1.0e-3",
         "projector_learning_rate: .nan",
@@ -452,6 +457,8 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "max_steps: 2.5",
         "max_steps: true",
         "lora_r: [4]",
+        "max_new_tokens: null",
+        "accelerator_config: 7",
         "learning_rate: fast",
         "instruction: Yes",
         "text_column: 2024",
@@ -463,6 +470,8 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "mixture: {dataset_name: x}",
         "mixture:\n- {weight: much}",
         "mixture:\n- {eval_limit: 0}",
+        "mixture:\n- {eval_limit: '0'}",
+        "mixture:\n- {class_temperature: null}",
         "mixture:\n- {task: banana}",
         "train_split: null",
         "lora_r: 4\nlora_r: 8",
@@ -484,18 +493,21 @@ def test_an_option_that_cannot_be_is_named_before_anything_is_loaded(tmp_path, l
 
 
 def test_words_that_yaml_reads_otherwise_are_taken_as_meant(tmp_path):
-    from vlm_peft.training.arguments import parse_arguments
+    from vlm_peft.training.arguments import data_sources, parse_arguments
 
     config = tmp_path / "options.yaml"
     config.write_text(
         "dataset_name: data\nvision_model: clip\nmodel_name_or_path: qwen3\nuse_peft: true\nuse_cpu: true\n"
         "report_to: none\nsave_strategy: no\neval_strategy: no\neval_splits: val\nblind_splits: val\n"
         "vision_feature_layer: -2\nlearning_rate: 1e-4\nmax_steps: '2'\nlora_target_modules: q_proj\n"
+        "projector_type: average_pool\npooled_grid: ['2', '3']\nmixture:\n- {train_limit: '4', weight: '1e-1'}\n"
     )
     vision, training, _ = parse_arguments(["--config", str(config)])
     assert (training.save_strategy, training.eval_strategy, training.max_steps) == ("no", "no", 2)
     assert (vision.eval_splits, vision.blind_splits, vision.vision_feature_layer) == (["val"], ["val"], [-2])
-    assert training.learning_rate == 1e-4
+    assert (training.learning_rate, vision.pooled_grid) == (1e-4, [2, 3])
+    (source,) = data_sources(vision)
+    assert (source.train_limit, source.weight) == (4, 0.1)
     cleared, _, _ = parse_arguments(
         ["--config", str(config), "--eval_splits", "none", "--blind_splits", "none", "--vision_feature_layer", "-1"]
     )

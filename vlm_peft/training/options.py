@@ -7,13 +7,16 @@ import enum
 import math
 import re
 import types
+from argparse import ArgumentTypeError
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from accelerate.utils import DynamoBackend
+from transformers.hf_argparser import string_to_bool
 
 from ..model.projector import ProjectorSettings
 from ..tasks.example import check_text
@@ -171,8 +174,11 @@ def _typed(option: Field, hint: Any, value: Any) -> Any:
     name = option.name
     if value is None:
         # An empty list is what a list is without its words.
-        is_list = option.default is MISSING and option.default_factory is not MISSING and list in kinds
-        return [] if is_list else value
+        if option.default is MISSING and option.default_factory is not MISSING and list in kinds:
+            return []
+        if option.default not in (MISSING, None) and type(None) not in get_args(hint):
+            raise ValueError(f"{name}: expected {_said(kinds)}, got null: leave it out for {option.default!r}.")
+        return value
     if Any in kinds:
         return value
     if value is False and name.endswith("_strategy"):
@@ -180,21 +186,17 @@ def _typed(option: Field, hint: Any, value: Any) -> Any:
     if list in kinds and not isinstance(value, dict) and not (str in kinds and isinstance(value, str)):
         (element,) = next(get_args(member) or (str,) for member in members if (get_origin(member) or member) is list)
         given = value if isinstance(value, list) else [value]
-        return [_scalar(name, {get_origin(element) or element}, each) for each in given]
-    if isinstance(value, dict):
-        if dict not in kinds:
-            raise ValueError(f"{name}: expected {_said(kinds)}, got a mapping.")
-        return value
-    if isinstance(value, list):
-        raise ValueError(f"{name}: expected {_said(kinds)}, got a list.")
+        # Whoever reads the mappings of a list says which of them is none.
+        return given if element is dict else [_scalar(name, {get_origin(element) or element}, each) for each in given]
     return _scalar(name, kinds, value)
 
 
 def _scalar(name: str, kinds: set, value: Any) -> Any:
-    """One value; text that stands for a number is left to the parser of the command line."""
-    if dict in kinds:
-        return value
-    if isinstance(value, bool):
+    """One value; text that stands for a number or a yes is made one: the parser reads neither lists nor entries."""
+    if isinstance(value, dict):
+        if dict in kinds:
+            return value
+    elif isinstance(value, bool):
         if bool in kinds:
             return value
     elif isinstance(value, int):
@@ -204,19 +206,21 @@ def _scalar(name: str, kinds: set, value: Any) -> Any:
         if float in kinds or (int in kinds and value.is_integer()):
             return value if float in kinds else int(value)
     elif isinstance(value, str):
-        if str in kinds or bool in kinds or _is_number(value, kinds):
-            return value
+        found = value if str in kinds else _read(value, kinds)
+        if found is not None:
+            return found
     if str in kinds and isinstance(value, bool | int | float):
         raise ValueError(f"{name}: YAML reads this as {value!r}, and text is expected: put it into quotes.")
     raise ValueError(f"{name}: expected {_said(kinds)}, got {value!r}.")
 
 
-def _is_number(text: str, kinds: set) -> bool:
-    try:
-        int(text) if float not in kinds else float(text)
-    except ValueError:
-        return False
-    return int in kinds or float in kinds
+def _read(text: str, kinds: set) -> bool | int | float | None:
+    """What text says as a number or as yes or no; `None` when it says none of them."""
+    for kind, read in ((int, int), (float, float), (bool, string_to_bool)):
+        if kind in kinds:
+            with suppress(ValueError, ArgumentTypeError):
+                return read(text)
+    return None
 
 
 def _members(hint: Any) -> list[Any]:
@@ -227,7 +231,8 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _said(kinds: set) -> str:
-    words = {bool: "true or false", int: "a whole number", float: "a number", str: "text", list: "a list"}
+    words: dict[type, str] = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+    words |= {list: "a list", dict: "a mapping"}
     return " or ".join(words[kind] for kind in words if kind in kinds) or "something else"
 
 
