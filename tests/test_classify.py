@@ -159,6 +159,22 @@ def test_a_folder_a_class_is_read_class_by_turns(tmp_path, processor):
     assert 0 < sum(a == b for a, b in zip(said, others, strict=True)) < 12
 
 
+@pytest.mark.parametrize("is_elsewhere", [False, True])
+def test_a_class_that_is_a_link_is_neither_left_out_nor_learnt_twice(tmp_path, processor, is_elsewhere):
+    folder = save_folder(tmp_path / "data")
+    if is_elsewhere:
+        (folder / "train/green").rename(tmp_path / "green")
+    target = tmp_path / "green" if is_elsewhere else folder / "train/green"
+    link = folder / "train" / ("green" if is_elsewhere else "lime")
+    link.symlink_to(target)
+    with pytest.raises(ValueError, match=f"{link} is a link to the folder {target.resolve()}"):
+        load(folder, processor, "train")
+    # Not a class: hidden, or a picture that lies elsewhere.
+    link.rename(link.with_name(".kept"))
+    (folder / "train/blue/more.png").symlink_to(next(target.iterdir()))
+    assert len(load(folder, processor, "train").texts) == (9 if is_elsewhere else 13)
+
+
 def test_held_back_rows_are_not_trained_on(tmp_path, processor):
     split = load(save_folder(tmp_path), processor, "train", calibration_rows=5)
     rows = encode_split(split, processor, SFTConfig("", max_length=None, use_cpu=True, bf16=False)).dataset

@@ -10,6 +10,7 @@ PACKAGE = ROOT / "vlm_peft"
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
 ROOMS = (
     "drafts",
+    "json_files",
     "console",
     "hub",
     "metrics",

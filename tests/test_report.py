@@ -358,10 +358,10 @@ def test_bad_inputs_are_named(tmp_path, capsys):
     assert script.main([str(tmp_path)]) == 2
     assert "nothing to report" in capsys.readouterr().err
     (tmp_path / "run_summary.json").write_text("{")
-    with pytest.raises(ValueError, match=r"run_summary.json: expected JSON"):
+    with pytest.raises(ValueError, match=r"run_summary.json is damaged, expected JSON"):
         report.build_report(tmp_path)
     (tmp_path / "run_summary.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"run_summary.json: expected a JSON dict, got list"):
+    with pytest.raises(ValueError, match=r"run_summary.json is damaged, expected a JSON object, got a list"):
         report.build_report(tmp_path)
     assert not (tmp_path / "report.html").exists()
 

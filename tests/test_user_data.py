@@ -592,6 +592,23 @@ def test_metadata_that_does_not_fit_its_folder_is_read_or_said(tmp_path, caplog)
         load_rows(str(tmp_path / "column"), "train")
 
 
+@pytest.mark.parametrize("depth", [60, 120, 400, 3000])
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_json_that_libraries_cannot_follow_is_refused(tmp_path, kind, depth):
+    save_picture(tmp_path / "0.png")
+
+    def write(depth: int) -> Path:
+        path = tmp_path / f"rows.{kind}"
+        line = f'{{"image": "0.png", "caption": "a", "more": {"[" * depth}{"]" * depth}}}'
+        path.write_text(f"[{line}]" if kind == "json" else line)
+        return path
+
+    with pytest.raises(ValueError, match=rf"rows.{kind}, line 1.*too many lists and objects in each other"):
+        load_rows(str(write(depth)), "train")
+    texts, _, task = bind(write(45))
+    assert answers(texts, task) == [[["a"]]]
+
+
 def test_tables_are_preferred_to_the_pictures_beside_them(tmp_path):
     for number in range(3):
         save_picture(tmp_path / "pictures" / f"{number}.png", number)

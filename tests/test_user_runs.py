@@ -452,6 +452,9 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "lr_scheduler_type: banana",
         "save_strategy: sometimes",
         "optim: banana",
+        "optim_args: /dev/null",
+        "optim_args: alpha_init=0.9,scale\noptim: sgd",
+        "optim: lomo",
         "metric_for_best_model: eval_CIDEr\neval_strategy: epoch",
         # Of another type.
         "max_steps: 2.5",

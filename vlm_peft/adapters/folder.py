@@ -6,7 +6,6 @@ rows of turn tokens that were added to the decoder's vocabulary in one `adapter_
 nothing that would have to be unpickled.
 """
 
-import json
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from transformers import PreTrainedModel
 
 from ..hub.access import looks_local
 from ..hub.models import pull_model
+from ..json_files import read_json
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen
 from .lora import PROJECTOR, add_turn_rows
@@ -166,7 +166,7 @@ def _check_adapter_files(folder: Path) -> None:
         raise FileNotFoundError(
             f"{folder} is no adapter folder: {', '.join(missing)} missing; it holds {', '.join(found) or 'nothing'}."
         )
-    configs = {name: read_object(folder / name) for name in ("adapter_config.json", "config.json")}
+    configs = {name: read_json(folder / name) for name in ("adapter_config.json", "config.json")}
     model_type = configs["config.json"].get("model_type")
     if model_type != VisionQwenConfig.model_type:
         raise ValueError(f"{folder} is an adapter of a {model_type!r} model, expected {VisionQwenConfig.model_type!r}.")
@@ -210,21 +210,6 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} cannot be used, damaged or of another program ({type(error).__name__}: {said}): copy or download "
             "it again."
         ) from error
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ValueError: When it holds something else; names the file.
-    """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged ({error}): copy or download it again.") from error
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: expected a JSON object, got a {type(found).__name__}.")
-    return found
 
 
 def check_finite(tensors: Iterable[tuple[str, torch.Tensor]], where: str) -> None:

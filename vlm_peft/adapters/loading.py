@@ -14,11 +14,12 @@ from safetensors import SafetensorError
 
 from ..hub.access import looks_local
 from ..hub.models import HubError, pull_model
+from ..json_files import read_json
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
-from .folder import check_finite, is_adapter_folder, load_adapter, read_object, reading
+from .folder import check_finite, is_adapter_folder, load_adapter, reading
 
 _LONGEST_FRAME = 1_000_000  # characters
 
@@ -119,7 +120,7 @@ def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -
 
 def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
     config = folder / "config.json"
-    kind = read_object(config).get("model_type") if config.is_file() else None
+    kind = read_json(config).get("model_type") if config.is_file() else None
     if kind != VisionQwenConfig.model_type:
         held = sorted(path.name for path in folder.iterdir())
         shown = ", ".join(held[:10] + ["..."] * (len(held) > 10)) or "nothing"

@@ -14,6 +14,8 @@ from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 
+from ..json_files import read_json
+
 _LORA_MATRIX = re.compile(r"\.lora_[AB]\.")
 
 
@@ -43,7 +45,7 @@ def save_pissa_as_lora(folder: str | Path, start: dict[str, torch.Tensor]) -> No
     for name, value in start.items():
         is_a = ".lora_A." in name
         state[name] = torch.cat([state[name], value if is_a else -value], dim=0 if is_a else 1).contiguous()
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "adapter_config.json")
     # The scale alpha / r, or alpha / sqrt(r), stays what it was.
     config["lora_alpha"] *= math.sqrt(2) if config["use_rslora"] else 2
     config["r"] *= 2

@@ -12,11 +12,11 @@ import torch
 from PIL.Image import Image
 from transformers import AutoConfig
 
-from ..adapters.folder import read_object
 from ..contrastive.encoder import MODEL_TYPES, DualEncoder
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.choices import picture_class_probabilities
 from ..hub.access import looks_local
+from ..json_files import read_json
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..tasks import TaskSettings
 from .caption import ask
@@ -43,7 +43,7 @@ def _model_type(name: str) -> str | None:
     config = Path(name).expanduser() / "config.json"
     try:
         if config.is_file():
-            return read_object(config).get("model_type")
+            return read_json(config).get("model_type")
         if config.parent.exists() or looks_local(name):
             return None
         return AutoConfig.from_pretrained(name).model_type

@@ -22,6 +22,7 @@ from typing import Any
 
 from ..evaluation.records import Row, read_coco, read_predictions, read_references, score_summary, write_text
 from ..evaluation.task_scores import Scores, score_rows
+from ..json_files import read_json
 from ..metrics.significance import PairedDifference, paired_difference
 from ..tasks import DEFAULT_TASK, TASKS
 
@@ -75,8 +76,8 @@ def find_task(files: Sequence[Path]) -> tuple[str, str | None]:
     found: dict[str, Path] = {}
     for path in (file.with_name("scores.json") for file in files):
         try:
-            task = json.loads(path.read_text(encoding="utf-8"))["task"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            task = read_json(path)["task"]
+        except (OSError, ValueError, KeyError, TypeError):
             continue  # Not a file of ours, or one that does not know.
         if task in list(METRICS):
             found.setdefault(task, path)

@@ -7,7 +7,6 @@ Stage: trained model -> a Gradio page on this machine, with a tab for each thing
 # transformers declares sub-configurations as `dict | PreTrainedConfig | None`.
 # mypy: disable-error-code="union-attr"
 
-import json
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from ..contrastive.search import PictureIndex
 from ..data.pictures import UnreadablePictureError, open_picture
 from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
+from ..json_files import parse_json
 from ..metrics.boxes import LabelledBox
 from ..model.modeling_vision_qwen import VisionQwen, base_model
 from ..model.processing_vision_qwen import VisionQwenProcessor
@@ -294,7 +294,7 @@ def find_examples(folder: Path) -> list[tuple[str, str, str]]:
         predictions = pictures.with_name("predictions.jsonl")
         for line in predictions.read_text(encoding="utf-8").split("\n") if predictions.is_file() else ():
             if line.strip():
-                row = json.loads(line)
+                row = parse_json(line)
                 rows[str(row["id"])] = row
         found = []
         for file in sorted(pictures.glob("*.webp")):

@@ -8,7 +8,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from ..data.arguments import DataArguments
 from ..training.arguments import with_hints
-from ..training.options import check_ranges, name_choice, take_config
+from ..training.options import check_optimizer, check_ranges, name_choice, take_config
 from .adapt import TUNINGS, Tuning
 from .pairs import TEMPLATES
 from .trainer import LOSSES
@@ -149,6 +149,7 @@ def parse_arguments(
             setattr(options, each.name, [])
     try:
         check_ranges(options, training)
+        check_optimizer(training)
         for name in _AT_LEAST_ONE:
             value = getattr(options, name)
             if value is not None and value < 1:

@@ -13,6 +13,7 @@ from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
 from ..hub.markup import Markdown, one_line, visible
 from ..hub.models import Published
+from ..json_files import read_json
 from ..report.model_card import completed_card, eval_results, score_rows, scored_how
 from ..report.pages import render
 
@@ -45,7 +46,7 @@ def write_clip_card(folder: Path | str) -> Path:
         FileNotFoundError: When there is no run_summary.json.
     """
     folder = Path(folder)
-    summary = json.loads((folder / "run_summary.json").read_text(encoding="utf-8"))
+    summary = read_json(folder / "run_summary.json")
     target = folder / "README.md"
     write_text(target, _card_of(folder, summary, None))
     return target
@@ -61,7 +62,7 @@ def describe_merged(run: Path | str, merged: Path | str) -> None:
     run, merged = Path(run), Path(merged)
     if not (run / "run_summary.json").is_file():
         return
-    summary = json.loads((run / "run_summary.json").read_text(encoding="utf-8"))
+    summary = read_json(run / "run_summary.json")
     write_text(merged / "run_summary.json", json.dumps(summary | {"adapter": str(merged)}, indent=2) + "\n")
     for path in run.glob("eval/*/scores.json"):
         target = merged / path.relative_to(run)

@@ -5,7 +5,6 @@ that a user with 4 pictures a class would not have (arXiv 2312.12730): what must
 shots by the other, or has its paper's value.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..json_files import read_json
 from ..metrics.classification import classification_scores
 
 SHOTS = (1, 2, 4, 8, 16)
@@ -208,12 +208,12 @@ def read_zhou_split(path: str | Path) -> dict[str, list[tuple[str, int, str]]]:
         ValueError: When the file is something else.
     """
     try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
+        stored = read_json(path)
         found = {
             part: [(str(place), int(label), str(name)) for place, label, name in stored[part]]
             for part in ("train", "val", "test")
         }
-    except (TypeError, ValueError, KeyError, RecursionError) as error:
+    except (TypeError, ValueError, KeyError) as error:
         raise ValueError(
             f"{path}: expected a split file with train, val and test, each a list of [path, class, name] ({error})."
         ) from error

@@ -16,11 +16,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoProcessor
 from transformers.utils import find_adapter_config_file
 
-from ..adapters.folder import check_finite, is_adapter_folder, read_object, reading
+from ..adapters.folder import check_finite, is_adapter_folder, reading
 from ..drafts import draft_of, sweep
 from ..hub.access import looks_local
 from ..hub.models import pull_model
 from ..hub.weights import safetensors_revision
+from ..json_files import read_json
 from ..model.joining import fingerprint
 from .adapt import is_lora, trained_parameters
 from .encoder import MODEL_TYPES, DualEncoder
@@ -106,7 +107,7 @@ def _load_adapter(folder: Path, base: str | Path | None) -> tuple[Any, Any]:
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder} is no complete adapter folder: {', '.join(missing)} missing.")
-    stored, adapter = (read_object(folder / name) for name in ("config.json", "adapter_config.json"))
+    stored, adapter = (read_json(folder / name) for name in ("config.json", "adapter_config.json"))
     if stored.get("model_type") not in MODEL_TYPES or "base_fingerprint" not in stored:
         raise ValueError(
             f"{folder} is an adapter of a {stored.get('model_type')!r} model: expected one of a CLIP or SigLIP."

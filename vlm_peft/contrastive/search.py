@@ -17,6 +17,7 @@ import xxhash
 from ..data.pictures import UnreadablePictureError, encoded_bytes, picture_hash
 from ..drafts import draft_of
 from ..evaluation.records import write_text
+from ..json_files import read_json
 from .encoder import DualEncoder
 from .features import PictureVectors, encode_missing, open_vectors
 
@@ -143,10 +144,9 @@ def index_pictures(
 def _read_known(file: Path) -> dict[str, list]:
     """Path -> size, time and hash of an earlier look; nothing where the file is damaged, which costs one more look."""
     try:
-        found = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(file)
+    except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def export_vectors(index: PictureIndex, file: str | Path) -> None:

@@ -174,6 +174,8 @@ def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
         # the rows that a folder of that name had before.
         builder = load_dataset_builder(str(path))
         kind = type(builder).__module__.rpartition(".")[2]
+        if kind == "imagefolder":
+            _refuse_linked_folders(path.absolute())
         return kind, {str(part): list(paths) for part, paths in (builder.config.data_files or {}).items()}
     kind = max(tables, key=lambda kind: len(tables[kind]))
     if len(tables) > 1:
@@ -182,6 +184,16 @@ def _folder_files(path: Path) -> tuple[str, dict[str, list]]:
     for file in tables[kind] if kind == "parquet" else ():
         check_parquet(file)
     return kind, split_files(tables[kind], path.absolute())
+
+
+def _refuse_linked_folders(path: Path) -> None:
+    """A class or a split that is a link: versions of fsspec leave it out, or follow it and read a folder twice."""
+    for link in sorted(each for each in path.rglob("*") if each.is_symlink() and each.is_dir()):
+        if not link.name.startswith((".", "__")):
+            raise ValueError(
+                f"{link} is a link to the folder {link.resolve()}, and a folder that names a class or a split is no "
+                "link: put the folder itself there, or take the link out."
+            )
 
 
 def open_rows(name: str, split: str, revision: str | None = None, *, streaming: bool = False):

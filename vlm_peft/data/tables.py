@@ -31,6 +31,8 @@ from datasets import (
     concatenate_datasets,
 )
 
+from ..json_files import parse_json
+
 logger = logging.getLogger(__name__)
 
 TABLES = (".csv", ".tsv", ".json", ".jsonl")
@@ -421,10 +423,7 @@ def _whole_object(text: str) -> dict | None:
 
 def _parse(text: str) -> Any:
     """JSON with its numbers, true and false as they are written."""
-    try:
-        return _words(json.loads(text, parse_int=str, parse_float=str, parse_constant=str))
-    except RecursionError as error:
-        raise json.JSONDecodeError("too many lists in lists", text, 0) from error
+    return _words(parse_json(text, parse_int=str, parse_float=str, parse_constant=str))
 
 
 def _words(value):

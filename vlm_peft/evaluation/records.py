@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..drafts import draft_of, sweep
+from ..json_files import parse_json
 from ..metrics.significance import bootstrap_interval
 from .task_scores import Scores
 
@@ -231,11 +232,9 @@ def _text(path: Path | str) -> str:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: expected JSON, got {text[:60]!r} ({error.msg} at character {error.pos})") from error
-    except RecursionError as error:
-        raise ValueError(f"{where}: expected JSON, got too many objects in objects, {text[:60]!r}") from error
 
 
 def _lines(path: Path | str) -> Iterator[tuple[str, Any]]:

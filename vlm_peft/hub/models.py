@@ -16,6 +16,7 @@ from huggingface_hub import HfApi, get_token, snapshot_download
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from ..json_files import read_json
 from .access import (
     VOCABULARIES,
     Contents,
@@ -138,7 +139,7 @@ def push_adapter(
     folder = Path(folder)
     check_repo_id(repo_id)
     files = adapter_files(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     bases = base_ids(config, vision=vision, text=text)
     token = find_token(token, repo_id, private)
     api = HfApi(token=token, library_name="vlm_peft")
@@ -256,7 +257,7 @@ def is_clip_folder(folder: str | Path) -> bool:
         ValueError: When its config.json is damaged.
     """
     config = Path(folder) / "config.json"
-    return config.is_file() and _read_json(config).get("model_type") in CLIP_TYPES
+    return config.is_file() and read_json(config).get("model_type") in CLIP_TYPES
 
 
 def adapter_files(folder: str | Path) -> list[str]:
@@ -272,7 +273,7 @@ def adapter_files(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"The adapter folder {folder} is not there.")
-    is_merged = is_clip_folder(folder) and not _base_fields(_read_json(folder / "config.json"))
+    is_merged = is_clip_folder(folder) and not _base_fields(read_json(folder / "config.json"))
     weights = sorted(path.name for path in folder.glob("model*.safetensors")) if is_merged else [_WEIGHTS]
     needed = [name for name in NEEDED_FILES if not (is_merged and name.startswith("adapter_"))]
     missing = [name for name in (*needed, *(weights or ["model.safetensors"])) if not (folder / name).is_file()]
@@ -291,7 +292,7 @@ def adapter_files(folder: str | Path) -> list[str]:
         if not path.resolve().is_relative_to(folder.resolve()):
             raise ValueError(f"{path} leads out of the folder, to {path.resolve()}: put the file itself there.")
         if path.suffix == ".json":
-            _read_json(path)
+            read_json(path)
     for name in weights:
         try:
             with safe_open(folder / name, framework="numpy") as file:
@@ -310,23 +311,13 @@ def _shown_pictures(card: str) -> list[str]:
     return [path for path in paths if path.lower().endswith(_PICTURES)]
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged, expected JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} is damaged, expected a JSON object, got {type(value).__name__}.")
-    return value
-
-
 def _for_others(
     folder: Path, files: list[str], published: Published, card: Callable[[Path, Published], str]
 ) -> Contents:
     """The files to push: as they lie in the folder, or with ids in place of local names."""
-    config, bases = _read_json(folder / "config.json"), published.bases
+    config, bases = read_json(folder / "config.json"), published.bases
     fields = _base_fields(config)
-    summary = _read_json(folder / "run_summary.json") if "run_summary.json" in files else {}
+    summary = read_json(folder / "run_summary.json") if "run_summary.json" in files else {}
     own_names = {str(folder), str(folder.resolve()), folder.resolve().name, summary.get("adapter")}
     renamed = {config.get(f"{fields[part]}_name_or_path"): base for part, base in bases.items()}
     renamed |= {summary.get(f"{part}_model"): base for part, base in bases.items()}
@@ -339,7 +330,7 @@ def _for_others(
         if path.suffix != ".json" or name in VOCABULARIES:
             contents[name] = path
             continue
-        stored = _read_json(path)
+        stored = read_json(path)
         value = json.loads(json.dumps(stored))
         if name == "config.json":
             for part, base in bases.items():

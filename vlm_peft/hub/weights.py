@@ -16,6 +16,7 @@ from huggingface_hub import Discussion, HfApi, cached_assets_path, constants, ge
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.hf_api import ModelInfo
 
+from ..json_files import read_json
 from .access import HubError, is_hub_id, one_line_errors
 
 CONVERSION_BOT = "SFconvertbot"
@@ -157,8 +158,8 @@ def _found_file(name: str) -> Path:
 def _read_found(name: str) -> dict[str, str]:
     """Revision -> commit with safetensors, of earlier look-ups."""
     try:
-        return json.loads(_found_file(name).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(_found_file(name))
+    except (OSError, ValueError):
         return {}
 
 

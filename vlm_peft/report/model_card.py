@@ -27,6 +27,7 @@ from ..hub.access import is_hub_id
 from ..hub.licences import common_licence, licence_line, stated_licence
 from ..hub.markup import Markdown, code, markdown, one_line, visible
 from ..hub.models import Published
+from ..json_files import read_json
 from .explained import ranking
 from .gallery import best_and_worst, picture_path, references_of
 from .pages import loads_with, render
@@ -72,7 +73,7 @@ def write_model_card(output_dir: Path | str) -> Path:
     """
     output_dir = Path(output_dir)
     path = output_dir / "run_summary.json"
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = read_json(path)
     missing = [name for name in NEEDED if name not in summary]
     if missing:
         raise ValueError(f"{path}: {', '.join(missing)} missing, which the card shows")
@@ -118,7 +119,7 @@ def completed_card(
     """
     path, summary = folder / "README.md", folder / "run_summary.json"
     written = path.read_text(encoding="utf-8")
-    recorded = json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {}
+    recorded = read_json(summary) if summary.is_file() else {}
     here = there = ""
     if set(needed) <= recorded.keys():
         here, there = card_of(folder, recorded, None), card_of(folder, published.summary(recorded), published)

@@ -16,7 +16,6 @@ It reads what the run wrote, all of it optional; what is missing is named in the
 - `eval/<split>/pictures/*.webp`, the gallery's thumbnails, see gallery.save_gallery_pictures.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -28,6 +27,7 @@ from markupsafe import Markup
 from ..evaluation.blind import blind_lines
 from ..evaluation.records import CONDITIONS, Row, read_all_scores, read_predictions, write_text
 from ..evaluation.transfer import TRANSFER_FILE, transfer_lines
+from ..json_files import read_json
 from ..metrics.boxes import parse_boxes
 from .charts import Point, bar_chart, box_overlay, confusion_chart, finite_points, step_chart
 from .explained import METRICS, digits, ranking
@@ -136,15 +136,7 @@ def primary_of(conditions: Mapping[str, Summary]) -> str:
 
 
 def _read_json(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: expected JSON ({error})") from error
-    if not isinstance(value, kind):
-        raise ValueError(f"{path}: expected a JSON {kind.__name__}, got {type(value).__name__}")
-    return value
+    return read_json(path, kind) if path.is_file() else None
 
 
 def _facts(summary: Summary) -> dict[str, Any]:

@@ -26,6 +26,7 @@ import yaml
 from ..console import quiet_imports, run_script
 from ..data.arguments import DataArguments
 from ..evaluation.records import read_all_scores, read_predictions, write_text
+from ..json_files import read_json
 from ..tasks import TASKS
 from ..training.arguments import keeps_features, parse_arguments
 from ..training.options import read_config
@@ -401,8 +402,8 @@ def read_cell(cell: Cell) -> dict[str, Any]:
     """
     summary = cell.folder / "run_summary.json"
     return {
-        "summary": json.loads(summary.read_text(encoding="utf-8")) if summary.is_file() else {},
-        "outcome": json.loads((cell.folder / OUTCOME_FILE).read_text(encoding="utf-8")),
+        "summary": read_json(summary) if summary.is_file() else {},
+        "outcome": read_json(cell.folder / OUTCOME_FILE),
         "scores": read_all_scores(cell.folder),
     }
 

@@ -16,6 +16,7 @@ from statistics import fmean
 from typing import Any
 
 from ..evaluation.records import write_text
+from ..json_files import read_json
 from ..metrics.significance import bootstrap_interval, runs_mean
 from ..report.charts import SERIES, Measured, curve_chart
 from ..report.explained import digits
@@ -406,6 +407,6 @@ def main(arguments: Sequence[str], program: str = "compare.py") -> int:
     failures = run_cells(cells, jobs=options.jobs, say=lambda text: print(text, flush=True))
     rows, groups = make_table(study, places, failures)
     page = write_study(study, rows, groups)
-    print("\n" + "\n".join(json.loads((page.parent / "study.json").read_text(encoding="utf-8"))["advice"]))
+    print("\n" + "\n".join(read_json(page.parent / "study.json")["advice"]))
     print(f"\ntable    {page.with_suffix('.csv')}\npage     {page}", flush=True)
     return 1 if failures else 0

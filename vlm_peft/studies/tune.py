@@ -29,6 +29,7 @@ from transformers import TrainerCallback
 from ..console import quiet_imports, run_script, table
 from ..data.splits import drawn_shares
 from ..evaluation.records import write_text
+from ..json_files import read_json
 from ..metrics.significance import paired_difference
 from ..report.charts import Measured, curve_chart
 from ..report.explained import digits
@@ -591,7 +592,7 @@ def main(arguments: Sequence[str], program: str = "tune.py") -> int:
     scores = {name: each["after"] for name, each in read_cell(last)["scores"].items() if "after" in each}
     page = write_search(options, found, scores)
     print(table([("option", "importance"), *((name, f"{value:.2f}") for name, value in found["importance"].items())]))
-    shown = json.loads((folder / "tune.json").read_text(encoding="utf-8"))["test"]
+    shown = read_json(folder / "tune.json")["test"]
     print("\n" + "\n".join(describe(options, found, shown)))
     print(f"\noptions  {folder / 'best.yaml'}\nadapter  {last.folder}\npage     {page}", flush=True)
     return 0

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from uuid import uuid4
 
+from ..json_files import parse_json
+
 
 @dataclass(frozen=True)
 class Example:
@@ -131,8 +133,8 @@ def refuse_list(text: str) -> None:
     if not (text.lstrip().startswith("[") and text.rstrip().endswith("]")):
         return
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
+        found = parse_json(text)
+    except ValueError:
         return
     if any(isinstance(each, str | dict) for each in found):
         raise ValueError(f"Expected a text, or a column of lists, got a list as one text: {text[:60]}")

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from ..json_files import parse_json
 from .example import check_text
 from .kinds import DEFAULT_TASK, TaskOptions
 from .scoring import is_list_of
@@ -53,9 +54,9 @@ class TaskSettings(TaskOptions):
         if not path.is_file():
             return None
         try:
-            stored = json.loads(path.read_text(encoding="utf-8"))
+            stored = parse_json(path.read_text(encoding="utf-8"))
             values = {name: stored[name] for name in _DEFAULTS if name in stored}
-        except (TypeError, ValueError, RecursionError) as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{path}: expected a JSON object with {', '.join(_DEFAULTS)} ({error}).") from error
         for name, value in values.items():
             for text in value if isinstance(value, list) else [value]:

@@ -5,7 +5,6 @@ at its own speed. What goes wrong is named and counted; an answer that is not wh
 """
 
 import asyncio
-import json
 import logging
 import random
 import time
@@ -17,6 +16,7 @@ from typing import Any
 import httpx2
 
 from ..data.pictures import UnreadablePictureError
+from ..json_files import parse_json
 from .questions import Answer, Fail, Keep, Question, Sampling, TeacherError, data_address, sent_picture
 
 logger = logging.getLogger(__name__)
@@ -262,8 +262,8 @@ def _asked_wait(response: httpx2.Response) -> float:
 
 def _read(response: httpx2.Response, seconds: float) -> Answer:
     try:
-        found = json.loads(response.content)
-    except (ValueError, RecursionError):
+        found = parse_json(response.content)
+    except ValueError:
         raise _Trouble("an answer that is no JSON") from None
     try:
         choice = found["choices"][0]

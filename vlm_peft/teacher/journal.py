@@ -16,6 +16,8 @@ from typing import Any
 import xxhash
 from filelock import FileLock, Timeout
 
+from ..json_files import parse_json
+
 logger = logging.getLogger(__name__)
 
 Key = tuple[str, int]
@@ -78,8 +80,8 @@ class Journal:
                     break
                 whole += len(line)
                 try:
-                    record = json.loads(line)
-                except (ValueError, RecursionError):
+                    record = parse_json(line)
+                except ValueError:
                     record = None
                 if isinstance(record, dict) and {"picture", "sample", "text"} <= record.keys():
                     self.records.setdefault((record["picture"], record["sample"]), record)

@@ -4,7 +4,6 @@ Stage: name or file -> [`Prompt`]; text of an answer -> cells of a row. Answers 
 server was handed the schema.
 """
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 from datasets import Features, List, Value
 
+from ..json_files import parse_json
 from ..tasks.example import has_text
 
 FOLDER = Path(__file__).parent / "prompts"
@@ -128,8 +128,8 @@ def _items(answer: str, name: str, keys: tuple[str, ...]) -> list[dict[str, Any]
     """The list `name` of the JSON object that an answer is, with or without a fence around it, and nothing else."""
     fenced = _FENCED.fullmatch(answer.strip())
     try:
-        found = json.loads(fenced[1] if fenced else answer, parse_constant=_no_number)
-    except (ValueError, RecursionError) as error:
+        found = parse_json(fenced[1] if fenced else answer, parse_constant=_no_number)
+    except ValueError as error:
         raise AnswerError("no JSON") from error
     if not isinstance(found, dict) or set(found) != {name} or not isinstance(found[name], list) or not found[name]:
         raise AnswerError(f"no JSON object with the list {name!r} alone")

@@ -13,7 +13,7 @@ from typing import Any
 from ..adapters.strategies import STRATEGIES, Strategy, choose_strategy
 from ..data.arguments import DataArguments
 from ..model.projector import ProjectorSettings
-from .options import check_ranges, name_choice, take_config, typed
+from .options import check_optimizer, check_ranges, name_choice, take_config, typed
 
 
 @dataclass
@@ -327,6 +327,7 @@ def parse_arguments(
                 setattr(options, each.name, [])
     try:
         check_ranges(*parsed)
+        check_optimizer(parsed[1])
         if vision_args.stages is not None:
             return vision_args, training_args, model_args
         _check_strategy(*parsed)

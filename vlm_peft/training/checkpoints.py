@@ -14,8 +14,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..adapters.folder import is_adapter_folder, read_object
+from ..adapters.folder import is_adapter_folder
 from ..data.splits import Split, content_hash
+from ..json_files import read_json
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.projector import ProjectorSettings
 from ..tasks import DECIDED_BY_ROWS, TaskOptions
@@ -93,7 +94,7 @@ def check_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:
     if not path.is_file():
         logger.info("%s has no %s: whether its options are the same is not known.", checkpoint, RUN_FILE)
         return
-    saved, wanted = read_object(path), json.loads(json.dumps(record))
+    saved, wanted = read_json(path), json.loads(json.dumps(record))
     differing = [name for name in wanted if name in saved and saved[name] != wanted[name]]
     if differing:
         shown = "; ".join(f"{name}: {saved[name]} there, {wanted[name]} here" for name in differing)
@@ -109,7 +110,7 @@ def why_broken(folder: Path) -> str | None:
     if not (folder / STATE_FILE).is_file():
         return f"{STATE_FILE} is missing"
     try:
-        if not isinstance(read_object(folder / STATE_FILE).get("global_step"), int):
+        if not isinstance(read_json(folder / STATE_FILE).get("global_step"), int):
             return f"{STATE_FILE} names no global_step"
     except ValueError:
         return f"{STATE_FILE} is damaged"

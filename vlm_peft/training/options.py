@@ -288,6 +288,29 @@ def check_ranges(*options: Any) -> None:
                 _check(each, one)
 
 
+def check_optimizer(training: Any) -> None:
+    """Refuses an optimizer that is not installed, and `optim_args` that it cannot read.
+
+    Args:
+        training (`TrainingArguments`): With `optim` and `optim_args`.
+
+    Raises:
+        ValueError: With what the library says.
+    """
+    from transformers import Trainer
+
+    # Those that ask the model (GaLore, APOLLO) say before whether they are installed.
+    with suppress(AttributeError):
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(training)
+        except (ImportError, ValueError) as error:
+            name = getattr(training.optim, "value", training.optim)
+            raise ValueError(
+                f"optim {name} with optim_args {training.optim_args!r} cannot be used: expected an optimizer that is "
+                f"installed, and arguments such as 'rank=64,scale=0.5' ({error})."
+            ) from error
+
+
 def _check(option: Field, value: Any) -> None:
     name = option.name
     if isinstance(value, str):

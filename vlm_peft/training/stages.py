@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import PartialState
 
-from ..adapters.folder import read_object
 from ..adapters.pissa import is_pissa
 from ..console import table
 from ..evaluation.records import read_all_scores, write_text
 from ..evaluation.transfer import TRANSFER_FILE, compared, transfer_lines
+from ..json_files import read_json
 from ..model.configuration_vision_qwen import JOINT_FIELDS
 from ..model.projector import ProjectorSettings
 from ..report.pages import render
@@ -247,8 +247,8 @@ def _transfer(stages: list[Stage]) -> list[dict[str, Any]]:
 
 
 def _record(stage: Stage) -> dict[str, Any]:
-    summary = read_object(stage.folder / _SUMMARY)
-    history = json.loads((stage.folder / "log_history.json").read_text(encoding="utf-8"))
+    summary = read_json(stage.folder / _SUMMARY)
+    history = read_json(stage.folder / "log_history.json", list)
     scores = {}
     for split, conditions in read_all_scores(stage.folder).items():
         metric = primary_of(conditions)

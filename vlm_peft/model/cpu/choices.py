@@ -17,6 +17,8 @@ import torch
 import xxhash
 from datasets.config import HF_DATASETS_CACHE
 
+from ...json_files import read_json
+
 _FILE = "vlm_peft_cpu_choices.json"
 _SECONDS = 0.8
 """For all candidates together, if none takes longer than that for two runs."""
@@ -86,10 +88,9 @@ def _path() -> Path:
 def _read() -> dict[str, str]:
     """Choices on disk; none where the file is missing or damaged."""
     try:
-        known = json.loads(_path().read_text(encoding="utf-8"))
+        return read_json(_path())
     except (OSError, ValueError):
         return {}
-    return known if isinstance(known, dict) else {}
 
 
 def _write(known: dict[str, str]) -> None:
