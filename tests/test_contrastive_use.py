@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,9 @@ from tiny_clips import COLORS, SIDE, save_tiny
 from vlm_peft import VisionQwen
 from vlm_peft.__main__ import main
 from vlm_peft.adapters.loading import load_model
+from vlm_peft.commands import classify
 from vlm_peft.commands.evaluate_clip import main as evaluate_clip
-from vlm_peft.contrastive import search
+from vlm_peft.contrastive import features, search
 from vlm_peft.contrastive.adapt import Tuning, adapt
 from vlm_peft.contrastive.arguments import parse_arguments
 from vlm_peft.contrastive.card import NEEDED, write_clip_card
@@ -38,6 +40,7 @@ from vlm_peft.data.pictures import open_picture
 from vlm_peft.evaluation.choices import picture_class_probabilities
 from vlm_peft.metrics.classification import classification_scores
 from vlm_peft.metrics.retrieval import retrieval_ranks, retrieval_scores
+from vlm_peft.tasks import TaskSettings
 
 
 def unit(*shape, seed=0):
@@ -236,6 +239,57 @@ def test_an_index_encodes_what_is_new_and_nothing_twice(clip, album, tmp_path):
     np.testing.assert_allclose(index.vectors().astype(np.float32), expected, atol=1e-3)
     (album / "red.png").unlink()
     assert len(build()[0]) == 8
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Pictures that were opened; no two are open at a time but the last one and the one that comes."""
+    found = []
+
+    def opens(value):
+        assert sum(each() is not None for each in found) <= 1
+        picture = open_picture(value)
+        found.append(weakref.ref(picture))
+        return picture
+
+    for module in (features, classify):
+        monkeypatch.setattr(module, "open_picture", opens)
+    return found
+
+
+def test_an_index_opens_one_picture_at_a_time(clip, album, tmp_path, opened):
+    (album / "broken.png").write_bytes(b"no picture")
+    paths = sorted(map(str, album.glob("*.png")))
+    index, problems, _ = index_pictures(load_clip(clip), album, paths, directory=tmp_path / "index", batch_size=4)
+    assert (len(index), list(problems), len(opened)) == (8, [str(album / "broken.png")], 8)
+
+
+@pytest.mark.parametrize("is_clip", [True, False])
+def test_labels_are_found_for_one_open_picture_at_a_time(clip, album, adapter, opened, is_clip):
+    labels = ["cat", "dog"]
+    if is_clip:
+        classifier = classify.by_clip(load_clip(clip), labels)
+    else:
+        classifier = classify.by_captioner(*load_model(adapter), TaskSettings(), labels)
+    (album / "broken.png").write_bytes(b"no picture")
+    paths = sorted(map(str, album.glob("*.png")))
+    found = list(classify.classify_pictures(classifier, [*paths, paths[0], str(album / "broken.png")], labels, 6))
+    assert [each["image"] for each in found if "error" in each] == [str(album / "broken.png")] * 2
+    assert len(opened) == 9
+    for record in found:
+        if "error" not in record:
+            shares = classifier([open_picture(Path(record["image"]))])[0].tolist()
+            assert list(record["probabilities"].values()) == pytest.approx(shares, abs=1e-5)
+    # A batch of which nothing can be read.
+    assert "error" in next(classify.classify_pictures(classifier, [str(album / "broken.png")], labels, 1))
+
+
+def test_pictures_of_a_batch_are_scaled_as_one_list_is(clip):
+    encoder = load_clip(clip)
+    draw = np.random.default_rng(0)
+    pictures = [Image.fromarray(draw.integers(0, 256, (*size, 3), np.uint8)) for size in ((9, 30), (40, 8), (9, 30))]
+    together = encoder.processor.image_processor(pictures, return_tensors="pt")
+    assert torch.equal(encoder.pixels(pictures)["pixel_values"], together["pixel_values"])
 
 
 def test_half_written_vectors_are_overwritten(tmp_path):

@@ -4,7 +4,6 @@ Stage: beside everything that reads files or answers.
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ _DEEPEST = 50
 many."""
 
 
-def parse_json(text: str | bytes, **hooks: Callable[[str], Any]) -> Any:
+def parse_json(text: str | bytes, **hooks: Any) -> Any:
     """The value that a text holds.
 
     Args:

@@ -24,7 +24,7 @@ from .caption import ask
 TEMPLATE = "a photo of a {}."
 """What a CLIP compares a picture with, unless it is told otherwise."""
 
-Classifier = Callable[[Sequence[Image]], torch.Tensor]
+Classifier = Callable[[Iterable[Image]], torch.Tensor]
 """Pictures -> probabilities `(I, C)` of the labels."""
 
 
@@ -79,9 +79,16 @@ def by_captioner(
         instruction (`str`, *optional*): What the user says, in place of what was said in training.
     """
     said = ask(settings, instruction=instruction)
-    return lambda pictures: picture_class_probabilities(
-        model, processor, pictures, labels, said, temperature=settings.temperature
-    )
+
+    def judge(pictures: Iterable[Image]) -> torch.Tensor:
+        pixels = [processor.image_processor(each, return_tensors="pt")["pixel_values"] for each in pictures]
+        if not pixels:
+            return torch.empty(0, len(labels))
+        return picture_class_probabilities(
+            model, processor, torch.cat(pixels), labels, said, temperature=settings.temperature
+        )
+
+    return judge
 
 
 def classify_pictures(
@@ -97,15 +104,8 @@ def classify_pictures(
     """
     waiting = iter(paths)
     while batch := list(islice(waiting, batch_size)):
-        opened: list[Image] = []
         problems: dict[int, str] = {}
-        for place, path in enumerate(batch):
-            try:
-                # A file name may look like a picture's base64 text.
-                opened.append(open_picture(Path(path)))
-            except UnreadablePictureError as error:
-                problems[place] = str(error)
-        found = iter(classifier(opened).tolist() if opened else ())
+        found = iter(classifier(_readable(batch, problems)).tolist())
         for place, path in enumerate(batch):
             if place in problems:
                 yield {"image": path, "error": problems[place]}
@@ -113,3 +113,13 @@ def classify_pictures(
             shares = dict(zip(labels, (round(each, 6) for each in next(found)), strict=True))
             best = max(shares, key=shares.__getitem__)
             yield {"image": path, "label": best, "probability": shares[best], "probabilities": shares}
+
+
+def _readable(paths: Iterable[str], problems: dict[int, str]) -> Iterator[Image]:
+    """Opens pictures one by one, as they are asked for; those that cannot be read go to `problems`."""
+    for place, path in enumerate(paths):
+        try:
+            # A file name may look like a picture's base64 text.
+            yield open_picture(Path(path))
+        except UnreadablePictureError as error:
+            problems[place] = str(error)

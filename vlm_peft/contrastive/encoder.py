@@ -6,6 +6,7 @@ a trainer and DDP can wrap.
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -60,6 +61,12 @@ class DualEncoder(nn.Module):
         """SigLIP's."""
         return getattr(self.clip, "logit_bias", None)
 
+    @property
+    def width(self) -> int:
+        """D."""
+        config = self.config
+        return config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
+
     def forward(
         self, text: dict[str, torch.Tensor], image: dict[str, torch.Tensor] | torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -93,15 +100,18 @@ class DualEncoder(nn.Module):
         return torch.cat([checkpoint(embed, *chunk, use_reentrant=False) for chunk in chunks])  # type: ignore[arg-type]
 
     def pixels(self, pictures: Iterable[Any]) -> dict[str, torch.Tensor]:
-        """Model inputs of pictures.
+        """Model inputs of pictures, which are opened and scaled one by one: many large ones may not fit into memory.
 
         Args:
-            pictures: Opened ones, or what [`~vlm_peft.data.pictures.open_picture`] takes.
+            pictures: Opened ones, or what [`~vlm_peft.data.pictures.open_picture`] takes; at least one.
 
         Raises:
             UnreadablePictureError: For a picture that cannot be read.
         """
-        return dict(self.processor.image_processor([open_picture(each) for each in pictures], return_tensors="pt"))
+        return _joined(self._scaled(pictures))
+
+    def _scaled(self, pictures: Iterable[Any]) -> list[dict[str, torch.Tensor]]:
+        return [self.processor.image_processor(open_picture(each), return_tensors="pt") for each in pictures]
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """Numbers of the texts that are longer than the text tower reads."""
@@ -139,16 +149,20 @@ class DualEncoder(nn.Module):
         return [each if each and each[-1] == end else [*each, end] for each in ids]
 
     @torch.inference_mode()
-    def embed_pictures(self, pictures: Sequence[Any], batch_size: int = 64) -> torch.Tensor:
+    def embed_pictures(self, pictures: Iterable[Any], batch_size: int = 64) -> torch.Tensor:
         """Embeddings `(P, D)` of pictures on the CPU, float32, of unit length.
+
+        Args:
+            pictures: As for [`~DualEncoder.pixels`], and asked for one by one.
+            batch_size (`int`, *optional*, defaults to 64): Pictures per run of the tower.
 
         Raises:
             UnreadablePictureError: For a picture that cannot be read.
         """
-        found = []
-        for start in range(0, len(pictures), batch_size):
-            inputs = self.pixels(pictures[start : start + batch_size])
-            inputs = {name: value.to(self.device) for name, value in inputs.items()}
+        waiting = iter(pictures)
+        found = [torch.empty(0, self.width)]
+        while made := self._scaled(islice(waiting, batch_size)):
+            inputs = {name: value.to(self.device) for name, value in _joined(made).items()}
             found.append(self.clip.get_image_features(**inputs).pooler_output.float().cpu())
         return nn.functional.normalize(torch.cat(found), dim=-1)
 
@@ -216,3 +230,7 @@ def check_labels(labels: Sequence[str]) -> None:
         raise ValueError(f"Expected at least two labels to choose from, got {', '.join(labels) or 'none'}.")
     if not all(label.strip() for label in labels):
         raise ValueError("Expected labels of at least a letter, got an empty one.")
+
+
+def _joined(made: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.cat([each[name] for each in made]) for name in made[0]}

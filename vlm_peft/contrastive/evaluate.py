@@ -40,14 +40,7 @@ def embed_split(encoder: DualEncoder, pairs: Pairs, directory: str | None, batch
     """Embeddings `(P, D)` of a split's pictures in float32; with `directory` they are kept there as float16."""
     if directory is not None:
         return picture_vectors(encoder, pairs, directory, batch_size).astype(np.float32)
-    return np.concatenate(
-        [
-            encoder.embed_pictures(
-                [pairs.picture(row) for row in range(start, min(start + 256, len(pairs)))], batch_size
-            )
-            for start in range(0, len(pairs), 256)
-        ]
-    )
+    return encoder.embed_pictures(map(pairs.picture, range(len(pairs))), batch_size).numpy()
 
 
 def evaluate_retrieval(encoder: DualEncoder, pairs: Pairs, images: np.ndarray, *, blind: bool = False) -> Evaluated:

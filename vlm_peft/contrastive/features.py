@@ -6,7 +6,7 @@ Locked-image training, few-shot heads and search read the same file.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 from datasets.config import HF_DATASETS_CACHE
 from filelock import FileLock
+from PIL.Image import Image
 
 from ..data.pictures import UnreadablePictureError, open_picture
 from .encoder import DualEncoder
@@ -104,9 +105,7 @@ def open_vectors(encoder: DualEncoder, directory: str | Path | None = None) -> P
         encoder ([`DualEncoder`]): Without LoRA in it.
         directory (`str` or `Path`, *optional*): See [`vectors_folder`].
     """
-    config = encoder.config
-    width = config.projection_dim if config.model_type == "clip" else config.vision_config.hidden_size
-    return PictureVectors(vectors_folder(directory) / image_tower_key(encoder), width)
+    return PictureVectors(vectors_folder(directory) / image_tower_key(encoder), encoder.width)
 
 
 def encode_missing(
@@ -136,16 +135,20 @@ def encode_missing(
     missing = list(
         {name: index for index, name in enumerate(hashes) if name is not None and name not in known}.values()
     )
-    for start in range(0, len(missing), _BATCH):
-        opened, done = [], []
-        for index in missing[start : start + _BATCH]:
+    done: list[int] = []
+
+    def readable(indices: Sequence[int]) -> Iterator[Image]:
+        for index in indices:
             try:
-                opened.append(open_picture(read(index)))
+                yield open_picture(read(index))
                 done.append(index)
             except UnreadablePictureError as error:
                 problems[index] = str(error)
-        if done:
-            store.add([str(hashes[index]) for index in done], encoder.embed_pictures(opened, batch_size).numpy())
+
+    for start in range(0, len(missing), _BATCH):
+        done.clear()
+        vectors = encoder.embed_pictures(readable(missing[start : start + _BATCH]), batch_size).numpy()
+        store.add([str(hashes[index]) for index in done], vectors)
         progress(len(missing[start : start + _BATCH]))
     rows = store.rows()
     return problems | {
