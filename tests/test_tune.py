@@ -95,6 +95,30 @@ def search_file(tmp_path, bases, flickr):
         ({"trials": 0}, "trials: expected a whole number of at least 1"),
         ({"options": {"mixture": [{"task": "vqa"}]}}, "a search over a mixture is not possible"),
         ({"space": {}}, "unknown key 'space'"),
+        ({"search": {1: [1, 2]}}, "search: expected names with values"),
+        (
+            {"search": {"learning_rate": {"low": 1e-5, "high": 0.1, "log": "no"}}},
+            "log: expected true or false, got 'no'",
+        ),
+        ({"search": {"lora_r": {"low": 1.0, "high": 8.0}}, "start": {}}, "lora_r: expected a whole number, got 0.5"),
+        ({"search": {"lora_r": {"low": 1, "high": 8, "step": 3}}, "start": {}}, "a step that leads from low to high"),
+        (
+            {"search": {"lora_r": {"low": 2, "high": 8, "step": 2}}, "start": {"lora_r": 3}},
+            "lora_r is 3, which is outside",
+        ),
+        ({"search": {"lora_r": {"low": 2, "high": 8}}, "start": {"lora_r": 2.0}}, "lora_r is 2.0, which is outside"),
+        ({"search": {"lora_r": [2, "2"]}, "start": {}}, "two or more different choices"),
+        ({"search": {"dataset_name": ["a", "b"]}, "start": {}}, "dataset_name decides what trials are compared on"),
+        (
+            {"search": {"push_to_hub": [True, False]}, "start": {}},
+            "push_to_hub decides|push_to_hub .*cannot be searched",
+        ),
+        ({"trial_options": {"lora_r": 4}}, "lora_r is searched: take it out of trial_options"),
+        ({"options": {"eval_splits": {}}}, "eval_splits: expected text, got {}"),
+        ({"metric": "vqa_accuracy"}, "metric: vqa_accuracy is none of the task caption"),
+        ({"pruner": "median"}, "pruner: median reads the scores during training"),
+        ({"validation": " "}, "validation: expected a share above 0"),
+        ({"output_dir": "a\0b"}, "output_dir: expected text"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_runs(search_file, monkeypatch, changes, message):
@@ -206,6 +230,26 @@ def test_pruner_ends_a_trial_that_is_worse(tmp_path):
     with pytest.raises(tune._Pruned):
         reports.on_evaluate(Arguments, State, None, {"eval_CIDEr": 0.1})
     assert study.get_trials()[number].intermediate_values == {1: 0.1}
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial(tmp_path, search_file, monkeypatch, capsys):
+    script = tmp_path / "fake.py"
+    script.write_text(FAKE_RUN)
+    monkeypatch.setattr(cells, "PROGRAM", [sys.executable, str(script)])
+    # Without LoRA there is no LoRA+.
+    together = {"learning_rate": [0.1, 0.2], "loraplus_lr_ratio": [4, 16], "strategy": ["lora", "projector"]}
+    start = {"learning_rate": 0.1, "loraplus_lr_ratio": 4, "strategy": "lora"}
+    # The seed is too large for NumPy.
+    config = search_file(search=together, start=start, trials=8, seed=2**40, sampler="random")
+    (tmp_path / "tune/trials").mkdir(parents=True)
+    (tmp_path / "tune/trials/go").touch()
+    assert tune.main(["--config", str(config), "--jobs", "1000000"]) == 0
+    trials = journal(tmp_path / "tune")
+    assert len(trials) == 8
+    refused = [trial for trial in trials if trial.params["strategy"] == "projector"]
+    assert refused
+    assert {trial.state.name for trial in refused} == {"FAIL"}
+    assert f"trial {refused[0].number}: failed: tune.py: {refused[0].number:04d}: " in capsys.readouterr().out
 
 
 def test_the_demos_search_is_understood(tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ SCALED_PIXELS = 16 * 1024 * 1024
 """Larger pictures are halved as they are decoded: no encoder sees so much, and processors copy what they get twice."""
 
 # Decoders that hold the picture several times: so many times fewer pixels. A progressive JPEG waits as coefficients.
-_HUNGRY = {"AVIF": 3, "JPEG2000": 4, "TIFF": 2, "WEBP": 3}
+_HUNGRY = {"AVIF": 3, "JPEG2000": 4, "TIFF": 2, "WEBP": 4}
 _STRIP = 128  # rows
 
 MAX_ASPECT = 64

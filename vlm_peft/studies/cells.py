@@ -37,7 +37,7 @@ LOG_FILE = "log.txt"
 _LOCK_FILE = ".lock"
 PROGRAM = [sys.executable, "-m"]
 """How the process of a cell is started; a module and its arguments follow."""
-_OWN = ("output_dir", "resume_from_checkpoint", "push_to_hub", "config", "stages")
+NOT_OF_A_CELL = ("output_dir", "resume_from_checkpoint", "push_to_hub", "config", "stages")
 """Options that a study sets for its cells, or that it does not know how to score."""
 _ENCODING = (
     "mixture",
@@ -100,7 +100,7 @@ def read_keys(path: str, kind: type, required: Sequence[str], output_dir: str | 
     if missing := [name for name in required if not given.get(name)]:
         raise ValueError(f"{path}: {missing[0]} is missing or empty.")
     for name in {"output_dir", "split", "metric"} & given.keys():
-        if given[name] is not None and not isinstance(given[name], str):
+        if given[name] is not None and (not isinstance(given[name], str) or "\0" in given[name]):
             raise ValueError(f"{path}: {name}: expected text, got {given[name]!r}.")
     # A part of a metric has its kind in brackets. What a run scores is known only when it has ended.
     metrics = [metric.name for kind in TASKS.values() for metric in kind.metrics]
@@ -139,7 +139,7 @@ def prepare(cells: Sequence[Cell], program: str) -> None:
         ValueError: When a cell's folder is of other options.
     """
     for cell in cells:
-        refused = [name for name in _OWN if name in cell.options]
+        refused = [name for name in NOT_OF_A_CELL if name in cell.options]
         if refused:
             raise ValueError(
                 f"{cell.name}: {refused[0]} is set by the study, or has no place in one of its runs: leave it out."

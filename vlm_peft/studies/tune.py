@@ -11,10 +11,11 @@ import json
 import math
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -34,9 +35,12 @@ from ..metrics.significance import paired_difference
 from ..report.charts import Measured, curve_chart
 from ..report.explained import digits
 from ..report.pages import render
+from ..tasks import TASKS
 from ..training.arguments import VisionArguments, parse_arguments
+from ..training.options import typed
 from ..training.sft import main as train
 from .cells import (
+    NOT_OF_A_CELL,
     OPTIONS_FILE,
     Cell,
     encode_once,
@@ -56,14 +60,21 @@ SAMPLERS = ("tpe", "random")
 PRUNERS = ("none", "median", "hyperband", "halving")
 _PRUNED_FILE = "pruned.json"
 _OWN = (
-    "output_dir",
-    "resume_from_checkpoint",
+    *NOT_OF_A_CELL,
     "eval_splits",
     "blind_splits",
     "score_before",
     "train_split",
     "split_seed",
     "mixture",
+    "dataset_name",
+    "dataset_revision",
+    "stored_split",
+    "split_column",
+    "eval_limit",
+    "task",
+    "image_column",
+    "text_column",
 )
 """Options that the search sets for its trials, or that say on which data they are compared."""
 
@@ -116,20 +127,24 @@ def read_search(path: str, output_dir: str | None = None) -> TuneOptions:
     """
     given = read_keys(path, TuneOptions, ("base", "search", "output_dir"), output_dir)
     for name in ("search", "options", "trial_options", "start"):
-        if not isinstance(given.get(name, {}), dict):
-            raise ValueError(f"{path}: {name}: expected names with values, got {given[name]!r}.")
-    found = TuneOptions(**given)
+        found = given.get(name, {})
+        if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+            raise ValueError(f"{path}: {name}: expected names with values, got {found!r}.")
+    options = TuneOptions(**given)
     for name, choices in (("sampler", SAMPLERS), ("pruner", PRUNERS)):
-        if getattr(found, name) not in choices:
-            raise ValueError(f"{path}: {name} is {getattr(found, name)!r}, expected one of {', '.join(choices)}.")
+        if getattr(options, name) not in choices:
+            raise ValueError(f"{path}: {name} is {getattr(options, name)!r}, expected one of {', '.join(choices)}.")
     for name, least in (("trials", 1), ("seed", 0)):
-        value = getattr(found, name)
+        value = getattr(options, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"{path}: {name}: expected a whole number of at least {least}, got {value!r}.")
-    share = found.validation
-    if isinstance(share, bool) or not (isinstance(share, str) or (isinstance(share, int | float) and 0 < share < 1)):
+    share = options.validation
+    is_share = not isinstance(share, bool) and isinstance(share, int | float) and 0 < share < 1
+    if not is_share and not (isinstance(share, str) and share.strip()):
         raise ValueError(f"{path}: validation: expected a share above 0 and below 1, or a split, got {share!r}.")
-    return found
+    if twice := sorted(options.search.keys() & options.trial_options.keys()):
+        raise ValueError(f"{path}: {twice[0]} is searched: take it out of trial_options.")
+    return options
 
 
 def distributions(options: TuneOptions) -> dict[str, optuna.distributions.BaseDistribution]:
@@ -140,7 +155,8 @@ def distributions(options: TuneOptions) -> dict[str, optuna.distributions.BaseDi
     """
     from trl import ModelConfig, SFTConfig
 
-    known = {each.name for kind in (VisionArguments, SFTConfig, ModelConfig) for each in fields(kind)}
+    kinds = (VisionArguments, SFTConfig, ModelConfig)
+    known = {each.name for kind in kinds for each in fields(kind)}
     found: dict[str, optuna.distributions.BaseDistribution] = {}
     for name, space in options.search.items():
         if name not in known:
@@ -148,25 +164,43 @@ def distributions(options: TuneOptions) -> dict[str, optuna.distributions.BaseDi
             raise ValueError(f"search: unknown option {name!r}" + (f" (did you mean {near[0]!r}?)." if near else "."))
         if name in _OWN:
             raise ValueError(f"search: {name} decides what trials are compared on, and cannot be searched.")
-        found[name] = _distribution(name, space)
+        found[name] = _distribution(name, space, partial(_as_option, name, kinds))
     for name, value in options.start.items():
         if name not in found:
             raise ValueError(f"start: {name} is not searched, expected some of {', '.join(found)}.")
-        space = found[name]
-        inside = (
-            value in space.choices
-            if isinstance(space, optuna.distributions.CategoricalDistribution)
-            else isinstance(value, int | float) and space.low <= value <= space.high
-        )
-        if not inside:
+        if not _holds(found[name], value):
             raise ValueError(f"start: {name} is {value!r}, which is outside its range {options.search[name]}.")
     return found
 
 
-def _distribution(name: str, space: Any) -> optuna.distributions.BaseDistribution:
+def _as_option(name: str, kinds: Sequence[type], value: Any) -> Any:
+    try:
+        return typed({name: value}, kinds)[name]
+    except ValueError as error:
+        raise ValueError(f"search: {error}") from error
+
+
+def _holds(space: Any, value: Any) -> bool:
+    """Whether a value can be drawn."""
+    if isinstance(space, optuna.distributions.CategoricalDistribution):
+        return repr(value) in map(repr, space.choices)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not space.low <= value <= space.high:
+        return False
+    is_whole = isinstance(space, optuna.distributions.IntDistribution)
+    return not (is_whole and isinstance(value, float)) and (
+        space.step is None or _divides(space.step, value - space.low)
+    )
+
+
+def _divides(step: float, width: float) -> bool:
+    return abs(width / step - round(width / step)) < 1e-6
+
+
+def _distribution(name: str, space: Any, as_option: Callable[[Any], Any]) -> optuna.distributions.BaseDistribution:
     if isinstance(space, list):
         scalar = all(value is None or isinstance(value, bool | int | float | str) for value in space)
-        if len(space) < 2 or not scalar or len({repr(value) for value in space}) < len(space):
+        # '2' and 2 are one choice, as the recipe reads them.
+        if len(space) < 2 or not scalar or len({repr(as_option(value)) for value in space}) < len(space):
             raise ValueError(f"search: {name}: expected two or more different choices, got {space}.")
         return optuna.distributions.CategoricalDistribution(space)
     keys = set(space) if isinstance(space, dict) else set()
@@ -176,12 +210,20 @@ def _distribution(name: str, space: Any) -> optuna.distributions.BaseDistributio
     if any(isinstance(n, bool) or not isinstance(n, int | float) or not math.isfinite(n) for n in numbers):
         raise ValueError(f"search: {name}: expected numbers (a power of ten is written 1.0e-4), got {space}.")
     low, high, step = numbers
+    is_whole = all(isinstance(number, int) for number in numbers)
+    if not is_whole:
+        # Of an option that counts, what is drawn would be refused in mid-search.
+        as_option(0.5)
     if low >= high or step <= 0 or ("step" in space and step > high - low):
         raise ValueError(f"search: {name}: expected low below high, and a step that fits between, got {space}.")
-    is_log = bool(space.get("log", False))
+    if "step" in space and not _divides(step, high - low):
+        raise ValueError(f"search: {name}: expected a step that leads from low to high, got {space}.")
+    is_log = space.get("log", False)
+    if not isinstance(is_log, bool):
+        raise ValueError(f"search: {name}: log: expected true or false, got {is_log!r}.")
     if is_log and (low <= 0 or "step" in space):
         raise ValueError(f"search: {name}: log: true needs low above 0, and no step, got {space}.")
-    if all(isinstance(number, int) for number in numbers):
+    if is_whole:
         return optuna.distributions.IntDistribution(low, high, log=is_log, step=step)
     return optuna.distributions.FloatDistribution(low, high, log=is_log, step=space.get("step"))
 
@@ -235,10 +277,11 @@ def _base(options: TuneOptions) -> dict[str, Any]:
 
 
 def check_bounds(options: TuneOptions, space: dict[str, optuna.distributions.BaseDistribution], program: str) -> None:
-    """Parses the recipe's options at both ends of each range and at each choice.
+    """Parses the recipe's options at both ends of each range and at each choice, as trials and the last run have them.
 
     Raises:
-        SystemExit: For values that the recipe refuses.
+        SystemExit: For values that the recipe refuses, in a trial or in the last run.
+        ValueError: For a metric that the task does not have, and a pruner without scores.
     """
     for name, distribution in space.items():
         if isinstance(distribution, optuna.distributions.CategoricalDistribution):
@@ -246,11 +289,24 @@ def check_bounds(options: TuneOptions, space: dict[str, optuna.distributions.Bas
         else:
             values = (distribution.low, distribution.high)
         for value in values:
-            cell = trial_cell(options, "check", {name: value})
-            file = Path(options.output_dir) / "check.yaml"
-            write_text(file, yaml.safe_dump({**cell.options, "output_dir": str(cell.folder)}))
-            parse_arguments(["--config", str(file)], program=f"{program}: search: {name}: {value}")
-            file.unlink()
+            of_last = best_cell(options, {name: value})
+            of_trial = trial_cell(options, "check", {name: value})
+            for cell in (of_last, of_trial):
+                file = Path(options.output_dir) / "check.yaml"
+                write_text(file, yaml.safe_dump({**cell.options, "output_dir": str(cell.folder)}))
+                said = f"{program}: search: {name}: {value}"
+                vision, training, _ = parse_arguments(["--config", str(file)], program=said)
+                file.unlink()
+            metrics = [metric.name for metric in TASKS[vision.task].metrics]
+            if options.metric is not None and options.metric.partition("[")[0] not in metrics:
+                raise ValueError(
+                    f"metric: {options.metric} is none of the task {vision.task}; it has {', '.join(metrics)}."
+                )
+            if options.pruner != "none" and training.eval_strategy == "no":
+                raise ValueError(
+                    f"pruner: {options.pruner} reads the scores during training, and there are none: set eval_strategy "
+                    "and eval_steps, for example in trial_options."
+                )
 
 
 def open_study(options: TuneOptions) -> optuna.Study:
@@ -325,7 +381,7 @@ def claim(study: optuna.Study, options: TuneOptions, space: dict[str, Any]) -> I
 
 
 def _sampler(options: TuneOptions, number: int) -> optuna.samplers.BaseSampler:
-    seed = options.seed * 100_003 + number
+    seed = (options.seed * 100_003 + number) % 2**32
     if options.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     return optuna.samplers.TPESampler(seed=seed, n_startup_trials=5, constant_liar=True)
@@ -340,11 +396,17 @@ def run_trials(study: optuna.Study, options: TuneOptions, space: dict[str, Any],
                 if claimed is None:
                     return
                 number, cell = claimed
-                prepare([cell], program)
                 arguments = [str(cell.folder), options.output_dir, str(number), options.pruner]
-                failure = None if cell.is_finished else start(arguments, cell.folder / "log.txt", place, __name__)
+                try:
+                    prepare([cell], program)
+                except SystemExit as error:
+                    # Each value is allowed, and those that were drawn together are not.
+                    failure = str(error)
+                else:
+                    failure = None if cell.is_finished else start(arguments, cell.folder / "log.txt", place, __name__)
                 print(f"trial {number}: {tell(study, options, number, cell, failure)}", flush=True)
 
+    jobs = min(jobs, options.trials)
     with ThreadPoolExecutor(jobs) as pool:
         for future in [pool.submit(work, place) for place in places(jobs)]:
             future.result()
