@@ -45,7 +45,7 @@ from vlm_peft.console import run_script
 from vlm_peft.data.pictures import FORMATS
 
 WEIGHTS = "adapter_model.safetensors"
-ENDLESS = 60  # seconds
+ENDLESS = 600  # seconds, on a machine that is busy with other things
 SILENCE = 5  # seconds
 
 

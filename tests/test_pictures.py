@@ -273,7 +273,7 @@ def test_halved_pictures_are_those_that_are_converted_whole_and_halved(monkeypat
     [
         ("JPEG", {}, 6000, ""),
         ("JPEG", {"progressive": True}, 3000, " of a progressive JPEG"),
-        ("WEBP", {}, 2000, " of a WEBP"),
+        ("WEBP", {}, 1500, " of a WEBP"),
         ("TIFF", {}, 3000, " of a TIFF"),
         ("JPEG2000", {}, 1500, " of a JPEG2000"),
     ],
