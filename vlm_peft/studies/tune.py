@@ -397,13 +397,15 @@ def run_trials(study: optuna.Study, options: TuneOptions, space: dict[str, Any],
                     return
                 number, cell = claimed
                 arguments = [str(cell.folder), options.output_dir, str(number), options.pruner]
+                failure: str | None = None
                 try:
                     prepare([cell], program)
                 except SystemExit as error:
                     # Each value is allowed, and those that were drawn together are not.
                     failure = str(error)
                 else:
-                    failure = None if cell.is_finished else start(arguments, cell.folder / "log.txt", place, __name__)
+                    if not cell.is_finished:
+                        failure = start(arguments, cell.folder / "log.txt", place, __name__)
                 print(f"trial {number}: {tell(study, options, number, cell, failure)}", flush=True)
 
     jobs = min(jobs, options.trials)
