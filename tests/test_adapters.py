@@ -228,6 +228,15 @@ def test_a_damaged_file_is_named(copied):
         VisionQwen.from_adapter(copied)
 
 
+@pytest.mark.parametrize("value", [True, [5, 6]])
+def test_a_lora_that_begins_in_mid_prompt_is_refused(adapter, tmp_path, value):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"alora_invocation_tokens": value}))
+    with pytest.raises(ValueError, match=r"adapter_config.json: alora_invocation_tokens asks for"):
+        VisionQwen.from_adapter(folder)
+
+
 @pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
 def test_a_damaged_configuration_is_named(copied, name):
     (copied / name).write_text((copied / name).read_text()[:-20])

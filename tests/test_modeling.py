@@ -249,6 +249,8 @@ def test_features_of_another_encoder_are_refused(model):
     [
         ({"vision_feature_layer": 4}, "select from 4 hidden states, -4 to 3, got 4"),
         ({"pixel_shuffle_factor": 3}, "expected a divisor of 4 patches, got 3"),
+        ({"pixel_shuffle_factor": 0}, "expected a divisor of 4 patches, got 0"),
+        ({"pixel_shuffle_factor": -1}, "expected a divisor of 4 patches, got -1"),
         ({"pixel_shuffle_factor": 2, "keep_class_token": True}, "cannot hold the class token"),
     ],
 )

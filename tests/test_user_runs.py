@@ -433,6 +433,8 @@ def refused(tmp_path, *options: str, yaml: str = "") -> str:
         "lora_dropout: 1.0",
         "lora_dropout: -0.1",
         "lora_r: 0",
+        "lora_r: 1000000000000000000000000000000",
+        "num_image_queries: 10000000000",
         "lora_alpha: -1",
         "max_steps: 0",
         "max_steps: -7",

@@ -173,6 +173,11 @@ def _check_adapter_files(folder: Path) -> None:
     kind = configs["adapter_config.json"].get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{folder / 'adapter_config.json'}: peft_type is {kind!r}, expected 'LORA'.")
+    if configs["adapter_config.json"].get("alora_invocation_tokens") is not None:
+        raise ValueError(
+            f"{folder / 'adapter_config.json'}: alora_invocation_tokens asks for a LoRA that begins in the middle of a "
+            "prompt, expected one that is on throughout."
+        )
     weights = folder / "adapter_model.safetensors"
     try:
         state = load_file(weights)

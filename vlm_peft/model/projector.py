@@ -164,7 +164,7 @@ class LinearProjector(Projector):
     def count(config: "VisionQwenConfig") -> int:
         """A token for each square of patches."""
         factor = config.pixel_shuffle_factor
-        if any(side % factor for side in config.grid):
+        if factor < 1 or any(side % factor for side in config.grid):
             sides = " x ".join(map(str, dict.fromkeys(config.grid)))
             raise ValueError(
                 f"pixel_shuffle_factor must divide the patch grid's side: expected a divisor of {sides} patches, got "

@@ -67,7 +67,14 @@ _ABOVE_ZERO = (
     "lora_alpha",
 )
 _BELOW_ONE = ("lora_dropout", "adam_beta1", "adam_beta2", "label_smoothing_factor")
-_AT_MOST = {"seed": 2**32 - 1, "data_seed": 2**32 - 1}
+_AT_MOST = {
+    "seed": 2**32 - 1,
+    "data_seed": 2**32 - 1,
+    # Sizes of weights that are made at once: a typing error would take all memory, or overflow.
+    "lora_r": 2**16,
+    "num_image_queries": 2**16,
+    "num_resampler_layers": 2**10,
+}
 _COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
 """Mappings that may lie in a file."""
