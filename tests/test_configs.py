@@ -66,6 +66,7 @@ def test_configuration_of_training_for_the_score_is_understood(path, monkeypatch
 
     kept = []
     monkeypatch.setattr(grpo, "check_options", lambda *options: kept.extend(options))
+    monkeypatch.setattr(grpo, "find_start", lambda *_: None)
     monkeypatch.setattr(grpo, "Run", lambda vision, training, model_args, **others: kept.append(model_args) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         grpo.main(["--config", str(path), "--use_cpu", "true"])

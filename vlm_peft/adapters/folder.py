@@ -6,6 +6,7 @@ rows of turn tokens that were added to the decoder's vocabulary in one `adapter_
 nothing that would have to be unpickled.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from safetensors import SafetensorError, safe_open
@@ -89,7 +91,7 @@ def load_adapter(
         if looks_local(str(name_or_path)):
             raise FileNotFoundError(f"The adapter folder {name_or_path} is not there.")
         folder = pull_model(str(name_or_path), revision=revision)
-    _check_adapter_files(folder)
+    check_adapter_files(folder)
     with reading(folder / "config.json"):
         config = VisionQwenConfig.from_pretrained(folder)
     if text is None and config.text_name_or_path is None:
@@ -114,7 +116,7 @@ def load_adapter(
         **arguments,
     )
     add_turn_rows(model)
-    _check_bases(config, model.config, folder)
+    check_bases(config, model.config, f"The adapter {folder}")
     with reading(folder / "adapter_config.json and adapter_model.safetensors"), warnings.catch_warnings():
         # What it warns of is refused below, by name.
         warnings.filterwarnings("ignore", message="Found missing adapter keys|Some weights of PeftModel")
@@ -151,7 +153,29 @@ def rows_in_place(model: nn.Module) -> Iterator[None]:
             layer.unmerge()
 
 
-def _check_adapter_files(folder: Path) -> None:
+def weights_digest(folder: str | Path) -> str:
+    """Hash of an adapter's or a full save's weights, the same wherever the files lie: 32 hexadecimal digits."""
+    pattern = "adapter_model.safetensors" if is_adapter_folder(folder) else "model*.safetensors"
+    digest = xxhash.xxh3_128()
+    for path in sorted(Path(folder).glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, xxhash.xxh3_128).digest())
+    return digest.hexdigest()
+
+
+def holds_encoder(folder: str | Path) -> bool:
+    """Whether an adapter changes the encoder, by LoRA or whole layers, so that the base's features are not its own."""
+    with safe_open(Path(folder) / "adapter_model.safetensors", framework="pt") as file:
+        return any(".vision_tower." in name for name in file.keys())
+
+
+def check_adapter_files(folder: Path) -> None:
+    """Looks through an adapter folder before anything is loaded with it.
+
+    Raises:
+        FileNotFoundError: When a file is missing.
+        ValueError: When it is no adapter of a VisionQwen, or a file is damaged.
+    """
     missing = [name for name in ADAPTER_FILES if not (folder / name).is_file()]
     unfit = [name for name in _PROCESSOR_FILES if not (folder / name).is_file()]
     if len(unfit) < len(_PROCESSOR_FILES):
@@ -263,10 +287,17 @@ def _check_tensors(model: PeftModel, folder: Path) -> None:
         )
 
 
-def _check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, folder: Path) -> None:
-    """Compares the bases that an adapter was trained on with those that were loaded.
+def check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, name: str) -> None:
+    """Compares the bases that a model was trained on with others.
 
     A part without a fingerprint, such as a decoder from scratch, is compared by its shapes.
+
+    Args:
+        saved, loaded ([`VisionQwenConfig`]): What it was trained on, and what there is.
+        name (`str`): Of the model, put before the message.
+
+    Raises:
+        ValueError: When they differ; names the part and both.
     """
     for part in ("vision", "text"):
         old, new = getattr(saved, f"{part}_config"), getattr(loaded, f"{part}_config")
@@ -280,7 +311,7 @@ def _check_bases(saved: VisionQwenConfig, loaded: VisionQwenConfig, folder: Path
         if not differing and (None in (expected, found) or expected == found):
             continue
         raise ValueError(
-            f"The adapter {folder} was trained on another {part} base: expected {_base_name(saved, part)}, got "
+            f"{name} was trained on another {part} base: expected {_base_name(saved, part)}, got "
             f"{_base_name(loaded, part)} ("
             f"{'; '.join(differing) or 'the same shape with other weights'})."
         )

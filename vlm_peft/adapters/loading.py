@@ -19,7 +19,7 @@ from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from ..tasks.example import picture_turn
-from .folder import check_finite, is_adapter_folder, load_adapter, reading
+from .folder import check_adapter_files, check_finite, is_adapter_folder, load_adapter, reading
 
 _LONGEST_FRAME = 1_000_000  # characters
 
@@ -118,7 +118,22 @@ def _check_processor(processor: VisionQwenProcessor, model: Any, folder: Path) -
             )
 
 
-def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
+def read_config(folder: Path) -> VisionQwenConfig:
+    """The composite configuration of an adapter folder or a full save; no weights are loaded.
+
+    Raises:
+        FileNotFoundError: When a file of the adapter is missing.
+        ValueError: When the folder holds neither, or a file of it is damaged.
+    """
+    if is_adapter_folder(folder):
+        check_adapter_files(folder)
+    else:
+        _check_full_save(folder)
+    with reading(folder / "config.json"):
+        return VisionQwenConfig.from_pretrained(folder)
+
+
+def _check_full_save(folder: Path) -> None:
     config = folder / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
     if kind != VisionQwenConfig.model_type:
@@ -128,6 +143,10 @@ def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
             f"{folder} holds no trained model: expected adapter_config.json of an adapter, or config.json of a "
             f"{VisionQwenConfig.model_type} model; it holds {shown}."
         )
+
+
+def _load_full_save(folder: Path, dtype: torch.dtype) -> VisionQwen:
+    _check_full_save(folder)
     with reading(folder):
         model, report = VisionQwen.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     if report["missing_keys"]:
@@ -146,8 +165,9 @@ def load_trained(
     attn_implementation: str | None = None,
     quantization_config=None,
     merge: bool = False,
+    **bases: Any,
 ) -> Any:
-    """What a run has just saved, as it was trained.
+    """What a run has saved, as it was trained.
 
     Args:
         folder (`str` or `Path`): Adapter folder, or full save.
@@ -155,6 +175,7 @@ def load_trained(
         attn_implementation (`str`, *optional*): Of the decoder.
         quantization_config (`BitsAndBytesConfig`, *optional*): Of an adapter's decoder.
         merge (`bool`, *optional*, defaults to `False`): Adds an adapter to the weights.
+        **bases (`str`): `vision` and `text`, where an adapter's bases lie when they moved.
 
     Returns:
         `PeftModel` around a [`VisionQwen`], or [`VisionQwen`].
@@ -166,6 +187,7 @@ def load_trained(
             attn_implementation=attn_implementation,
             quantization_config=quantization_config,
             merge=merge,
+            **bases,
         )
     model = _load_full_save(Path(folder), dtype)
     if attn_implementation is not None:

@@ -6,7 +6,7 @@ the base back, and merging puts it in place.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -192,19 +192,14 @@ def carry_on(model: VisionQwen, config: LoraConfig, folder: str | Path) -> PeftM
         folder (`str` or `Path`): The earlier adapter.
 
     Raises:
-        ValueError: When both have LoRA, of other sizes.
+        ValueError: See [`check_lora_sizes`].
     """
     earlier: Any = LoraConfig.from_pretrained(str(folder))
     wanted: Any = config
     held, own = list(earlier.modules_to_save), list(wanted.modules_to_save)
     had_lora, has_lora = (each.target_modules != DUMMY_TARGET_MODULES for each in (earlier, wanted))
-    differing = [name for name in _LORA_SIZES if getattr(earlier, name) != getattr(wanted, name)]
-    if had_lora and has_lora and differing:
-        there, here = (getattr(each, differing[0]) for each in (earlier, wanted))
-        raise ValueError(
-            f"LoRA that goes on must be as it was: {differing[0]} is {there} in {folder}, and {here} here: give both "
-            "the same."
-        )
+    if has_lora:
+        check_lora_sizes(folder, {name: getattr(wanted, name) for name in _LORA_SIZES})
     targets = [str(each.target_modules) for each, has in ((wanted, has_lora), (earlier, had_lora)) if has]
     united = replace(
         wanted,
@@ -217,7 +212,8 @@ def carry_on(model: VisionQwen, config: LoraConfig, folder: str | Path) -> PeftM
     asked = get_peft_model_state_dict(adapted, save_embedding_layers=False)
     lacking = {name: name.removeprefix("base_model.model.") for name in asked if name not in start}
     if had_lora and any(".lora_" not in name for name in lacking):
-        merged = load_adapter(folder, merge=True).state_dict()
+        bases: Any = {"vision": model.config.vision_name_or_path, "text": model.config.text_name_or_path}
+        merged = load_adapter(folder, merge=True, **bases).state_dict()
         start |= {name: merged[plain] for name, plain in lacking.items() if plain in merged}
     set_peft_model_state_dict(adapted, {name: start.get(name, value) for name, value in asked.items()})
     others = tuple(f"{name}." for name in held if name not in own)
@@ -229,6 +225,27 @@ def carry_on(model: VisionQwen, config: LoraConfig, folder: str | Path) -> PeftM
         elif plain.startswith(others) or any(f".{name}" in f".{plain}" for name in others):
             parameter.requires_grad_(False)
     return adapted
+
+
+def check_lora_sizes(folder: str | Path, sizes: Mapping[str, Any]) -> None:
+    """Compares LoRA that goes on with what it was.
+
+    Args:
+        folder (`str` or `Path`): The earlier adapter.
+        sizes (`Mapping`): `r`, `lora_alpha`, `use_rslora` and `use_dora` of the LoRA that is to go on with it.
+
+    Raises:
+        ValueError: When the adapter has LoRA, of other sizes.
+    """
+    earlier: Any = LoraConfig.from_pretrained(str(folder))
+    if earlier.target_modules == DUMMY_TARGET_MODULES:
+        return
+    for name, here in sizes.items():
+        if getattr(earlier, name) != here:
+            raise ValueError(
+                f"LoRA that goes on must be as it was: {name} is {getattr(earlier, name)} in {folder}, and {here} "
+                "here: give both the same."
+            )
 
 
 def vision_layers(model: VisionQwen | PeftModel) -> list[nn.Module]:

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, requires, version
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -56,6 +57,7 @@ from ..training.setup import (
     build_trainer,
     check_steps,
     describe_layout,
+    find_start,
     load_model,
     load_processor,
     training_stream,
@@ -150,7 +152,7 @@ class Doctor:
         self.held_back: list[Split] = []
         self.peaks: dict[str, int] = {}
         self.strategy = chosen_strategy(vision, model_args)
-        self.keeps_features = keeps_features(vision)
+        self.start: Path | None = None
         self.saved_as = "model" if self.strategy.trains_decoder else "adapter"
 
     def examine(self) -> int:
@@ -162,6 +164,8 @@ class Doctor:
         with self.catching():
             self.processor, self.config = load_processor(self.vision, self.model_args)
             self.show_bases()
+            self.start = find_start(self.vision, self.training, self.model_args)
+        self.keeps_features = keeps_features(self.vision)
         _title("Data")
         self.check_data()
         rows = self.encode_training_rows() if self.processor is not None else None
@@ -170,7 +174,8 @@ class Doctor:
         if self.processor is not None:
             _title("Model")
             with self.catching():
-                self.model, self.processor = load_model(self.vision, self.model_args, self.training.device)
+                loaded = load_model(self.vision, self.model_args, self.training.device, self.start)
+                self.model, self.processor = loaded
                 self.note_peak("loading")
                 self.check_placeholders(rows)
         if self.model is not None and rows is not None:
@@ -446,6 +451,7 @@ class Doctor:
                 chosen,
                 fetch,
                 callbacks=[watch],
+                start=self.start,
             )
             for callback in (PrintedLines, PrinterCallback):
                 trainer.pop_callback(callback)
@@ -599,7 +605,7 @@ class Doctor:
         Returns:
             `float`: Seconds a text at most, since an untrained model seldom ends early; 0 when nothing is scored.
         """
-        again, _ = load_model(self.vision, self.model_args, self.training.device)
+        again, _ = load_model(self.vision, self.model_args, self.training.device, self.start)
         self.note_peak("checking the saved adapter")
         if not self.held_out:
             return 0.0

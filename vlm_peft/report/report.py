@@ -148,6 +148,7 @@ def _facts(summary: Summary) -> dict[str, Any]:
         "date": summary.get("date"),
         "image encoder": summary.get("vision_model"),
         "language model": summary.get("text_model"),
+        "starts from": summary.get("start_from"),
         "data": summary.get("dataset"),
         "trained": trained,
         "device": summary.get("device"),

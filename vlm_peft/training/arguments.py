@@ -89,6 +89,13 @@ class VisionArguments(ProjectorSettings, DataArguments):
             "choices": list(STRATEGIES),
         },
     )
+    start_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder or Hub id of a trained adapter, or of a whole model with --strategy full, that is trained "
+            "on, for this task; its bases and projector must be those of the run. The bases without it."
+        },
+    )
     top_layers: int | None = field(
         default=None, metadata={"help": "How many of the decoder's layers --strategy top_layers trains; 2 by default."}
     )
@@ -200,7 +207,10 @@ def chosen_strategy(vision: VisionArguments, model_args: Any) -> Strategy:
 
 
 def keeps_features(vision: VisionArguments) -> bool:
-    """Whether pictures are encoded once: not when the encoder trains, since its features then change."""
+    """Whether pictures are encoded once: not when the encoder trains, since its features then change.
+
+    Nor where it has trained before: see [`~vlm_peft.training.setup.find_start`].
+    """
     strategy = choose_strategy(
         vision.strategy,
         top_layers=vision.top_layers,

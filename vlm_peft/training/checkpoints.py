@@ -14,7 +14,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from ..adapters.folder import is_adapter_folder
+from ..adapters.folder import is_adapter_folder, weights_digest
 from ..data.splits import Split, content_hash
 from ..json_files import read_json
 from ..model.configuration_vision_qwen import VisionQwenConfig
@@ -55,6 +55,8 @@ def run_record(
     model_args: Any,
     config: VisionQwenConfig | None = None,
     splits: Iterable[Split] = (),
+    *,
+    start: str | Path | None = None,
 ) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with.
 
@@ -62,6 +64,7 @@ def run_record(
         vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
         config ([`VisionQwenConfig`], *optional*): Of the joined model, whose bases are then recorded.
         splits (`Iterable[Split]`, *optional*): That are trained on.
+        start (`str` or `Path`, *optional*): Folder of an earlier training, which this one goes on from.
 
     Returns:
         `dict`: JSON values, without paths and names: what is equal elsewhere is the same.
@@ -74,6 +77,7 @@ def run_record(
     found["rows a step"] = (
         training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     )
+    found["the start's weights"] = None if start is None else weights_digest(start)
     if config is not None:
         found |= {"encoder's weights": config.vision_fingerprint, "decoder's weights": config.text_fingerprint}
     hashes = [content_hash(split) for split in splits]

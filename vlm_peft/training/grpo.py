@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 from ..adapters.fused_lora import fuse_lora
-from ..adapters.loading import find_model, load_trained
+from ..adapters.loading import load_trained
 from ..data.collator import SharedPrefixCollator
 from ..data.mixture import fetch_from, first_images, mix
 from ..data.probe import probe
@@ -32,7 +32,7 @@ from .data import load_held_out, load_trained_on, watched
 from .grpo_trainer import Asked, VisionGRPOTrainer, prepare_grpo_arguments
 from .rewards import make_rewards, parse_reward
 from .run import Run
-from .setup import adapted_model, local, task_file
+from .setup import adapted_model, find_start, local, task_file
 
 _REWARDED = ("rewards", "format_pattern", "baseline", "supervised_coef")
 """Options of ours that a run that goes on must share, and TRL's."""
@@ -43,10 +43,6 @@ _SAMPLED = ("reward_weights", "num_generations", "temperature", "beta", "loss_ty
 class GrpoArguments(VisionArguments):
     """What training for the score adds to the options of a run."""
 
-    start_from: str | None = field(
-        default=None,
-        metadata={"help": "Folder of a trained adapter or model that is trained on; the bases without it."},
-    )
     rewards: list[str] = field(
         default_factory=lambda: ["task"],
         metadata={
@@ -174,7 +170,6 @@ def check_options(vision: GrpoArguments, training: GRPOConfig) -> None:
 
     Raises:
         ValueError: For rewards that are none, or lack what they need; for streams; for a text that must end earlier.
-        FileNotFoundError: When the start is not there.
     """
     for name in vision.rewards:
         parse_reward(name)
@@ -185,8 +180,6 @@ def check_options(vision: GrpoArguments, training: GRPOConfig) -> None:
             raise ValueError(f"The reward {reward} needs --{option}.")
     if vision.streaming:
         raise ValueError("--streaming: rewards weigh words by all training rows, which come one by one: leave it out.")
-    if vision.start_from is not None:
-        vision.start_from = str(find_model(local(vision.start_from, "start_from")))
     if training.max_completion_length is None:
         training.max_completion_length = vision.max_new_tokens
 
@@ -198,6 +191,7 @@ def make_trainer(
     splits: Sequence[Split],
     held_out: dict[str, Split],
     record: dict[str, Any],
+    start: Path | None = None,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> VisionGRPOTrainer:
     """The trainer, after the table of what trains was printed and checked.
@@ -207,13 +201,14 @@ def make_trainer(
         splits (`Sequence[Split]`): To train on.
         held_out (`dict[str, Split]`): Of [`~vlm_peft.training.data.load_held_out`].
         record (`dict`): Kept in every checkpoint.
+        start (`Path`, *optional*): Of [`~vlm_peft.training.setup.find_start`].
         callbacks (`Sequence[TrainerCallback]`, *optional*): Of whoever runs the recipe.
 
     Raises:
         ValueError, OSError: For options that the model or the data cannot have.
     """
     vision, training = run.vision, run.training
-    trained, peft_config = adapted_model(vision, run.model, model, vision.start_from)
+    trained, peft_config = adapted_model(vision, run.model, model, start)
     others = watched(held_out.values(), training)
     questions = collect(
         splits,
@@ -324,9 +319,9 @@ def main(
             f"{program}: stages are of supervised fine-tuning: train them first, and name the last as --start_from."
         )
     check_options(vision, training)
+    start = find_start(vision, training, model_args)
     run = Run(vision, training, model_args, command=" ".join([command or program, *arguments]), started=started)
-    run.compare(_record(run))
-    start = None if vision.start_from is None else Path(vision.start_from)
+    run.compare(_record(run, start))
 
     with run.phase("load models"):
         model, processor = phases.load_bases(run, start)
@@ -336,9 +331,9 @@ def main(
         others = phases.load_watch(run, model, processor)
     phases.begin_results(run)
     with run.phase("prepare training"):
-        record = _record(run, model, splits)
+        record = _record(run, start, model, splits)
         run.compare(record)
-        trainer = make_trainer(run, model, processor, splits, held_out, record, callbacks)
+        trainer = make_trainer(run, model, processor, splits, held_out, record, start, callbacks)
     trained: Any = trainer.model
     if vision.score_before:
         with run.phase("score before"):
@@ -362,9 +357,9 @@ def main(
     return 0
 
 
-def _record(run: Run, model=None, splits: Sequence[Split] = ()) -> dict[str, Any]:
+def _record(run: Run, start: Path | None, model=None, splits: Sequence[Split] = ()) -> dict[str, Any]:
     """What a run must have in common with the one that it goes on with."""
     config = None if model is None else model.config
-    found = run_record(run.vision, run.training, run.model, config, splits)
+    found = run_record(run.vision, run.training, run.model, config, splits, start=start)
     found |= {name: getattr(run.vision, name) for name in _REWARDED}
     return found | {name: getattr(run.training, name) for name in _SAMPLED}

@@ -481,6 +481,7 @@ def write_summary(run: Run, trainer, splits: Iterable[Split]) -> None:
         "device": str(run.training.device),
         "seed": run.training.seed,
         "strategy": run.vision.strategy,
+        "start_from": run.vision.start_from,
         "trains": chosen_strategy(run.vision, run.model).described,
         "parameters": sum(row.parameters for row in rows),
         "trainable_parameters": sum(row.trainable for row in rows),

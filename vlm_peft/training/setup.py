@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import TrainerCallback
 from trl import ModelConfig, SFTConfig, get_quantization_config
 
+from ..adapters.folder import check_bases, holds_encoder, is_adapter_folder
 from ..adapters.fused_lora import fuse_lora
-from ..adapters.loading import load_trained
+from ..adapters.loading import find_model, load_trained, read_config
 from ..adapters.lora import add_turn_rows
-from ..adapters.strategies import apply_strategy, carry_on
+from ..adapters.pissa import is_pissa
+from ..adapters.strategies import apply_strategy, carry_on, check_lora_sizes
 from ..data.arguments import DataArguments
 from ..data.collator import SharedPrefixCollator
 from ..data.mixture import mix
@@ -167,6 +170,60 @@ def load_processor(vision: VisionArguments, model_args: ModelConfig) -> tuple[Vi
         raise OSError(_not_loaded(named, error)) from error
 
 
+def find_start(vision: VisionArguments, training: Any, model_args: ModelConfig) -> Path | None:
+    """The folder that a run starts from, after what can be compared without weights; they are, once they are loaded.
+
+    Where its adapter has changed the encoder, pictures are encoded in every step: `feature_cache` is turned off.
+
+    Args:
+        vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
+
+    Returns:
+        `Path`, or `None` when the run starts from its bases.
+
+    Raises:
+        FileNotFoundError: When `--start_from` is not there.
+        ValueError: When it is no trained model, or has other bases, another projector or other LoRA than the run, or
+            its strategy cannot go on from it.
+    """
+    if vision.start_from is None:
+        return None
+    folder = find_model(local(vision.start_from, "start_from"))
+    strategy = chosen_strategy(vision, model_args)
+    said = f"--start_from {vision.start_from}"
+    if folder.resolve() == Path(training.output_dir).resolve():
+        raise ValueError(f"{said} is --output_dir, too, and would be written over: choose another --output_dir.")
+    saved = read_config(folder)
+    if strategy.draws_decoder:
+        raise ValueError(f"{said}: --strategy scratch draws the decoder anew: leave one of the two out.")
+    if not is_adapter_folder(folder) and not strategy.trains_decoder:
+        raise ValueError(f"{said} is a whole model, on which no adapter can be put: give --strategy full.")
+    if is_pissa(vision.init_lora_weights):
+        raise ValueError(f"{said}: PiSSA takes its start out of the bases: leave --init_lora_weights out.")
+    _, config = load_processor(vision, model_args)
+    text_config: Any = config.text_config
+    # Rows of turn tokens are added when the weights are there.
+    text_config.vocab_size = max(text_config.vocab_size, *(token + 1 for token in config.turn_token_ids or ()), 0)
+    check_bases(saved, config, said)
+    for name in JOINT_FIELDS:
+        there, here = getattr(saved, name), getattr(config, name)
+        compared = {"vision_feature_layer": "hidden_state_indices", "image_size": "picture_size"}.get(name, name)
+        if name != "vision_layout" and getattr(saved, compared) != getattr(config, compared):
+            option = f"--{name}" if hasattr(vision, name) else name
+            raise ValueError(
+                f"{said}: its projector has {option} {there}, expected {here} as here: give both the same."
+            )
+    if not is_adapter_folder(folder):
+        return folder
+    if strategy.lora or strategy.lora_vision:
+        sizes = {"r": model_args.lora_r, "lora_alpha": model_args.lora_alpha}
+        check_lora_sizes(folder, sizes | {name: getattr(model_args, name) for name in ("use_rslora", "use_dora")})
+    if vision.feature_cache and holds_encoder(folder):
+        PartialState().print(f"{said} has changed the encoder: pictures are encoded in every step.")
+        vision.feature_cache = False
+    return folder
+
+
 def load_model(
     vision: VisionArguments,
     model_args: ModelConfig,
@@ -183,7 +240,8 @@ def load_model(
 
     Raises:
         OSError: When a base is not there.
-        ValueError: When the two do not fit, or the decoder gives in a batch what it does not give alone.
+        ValueError: When the two do not fit, the start was trained on others, or the decoder gives in a batch what it
+            does not give alone.
     """
     named = bases(vision, model_args)
     parts = dict(named)
@@ -192,7 +250,9 @@ def load_model(
         if strategy.draws_decoder:
             parts |= {"text": None, "text_revision": None, "text_config": joint_config(**named).text_config}
         if start is not None and strategy.trains_decoder:
-            model = load_trained(start, merge=True, **loading_arguments(model_args))
+            # An adapter is put on the run's bases, which may lie elsewhere, and compared with them.
+            of_run = {part: named[part] for part in ("vision", "text")} if is_adapter_folder(start) else {}
+            model = load_trained(start, merge=True, **of_run, **loading_arguments(model_args))
         else:
             model = VisionQwen.from_vision_text_pretrained(**parts, **loading_arguments(model_args))
     except OSError as error:
@@ -201,6 +261,8 @@ def load_model(
     processor = VisionQwenProcessor.from_vision_text_pretrained(named["vision"], named["text"], model.config)
     if start is None or not strategy.trains_decoder:
         add_turn_rows(model)
+    if start is not None and is_adapter_folder(start):
+        check_bases(read_config(Path(start)), model.config, f"--start_from {start}")
     model = model.to(device)
     probe(model)
     return model, processor

@@ -15,13 +15,14 @@ from transformers import TrainerCallback
 from ..adapters.loading import load_trained
 from ..data.probe import probe
 from ..data.splits import Split
+from ..model.cuda.training import plain_decoder
 from ..model.processing_vision_qwen import VisionQwenProcessor
 from . import run as phases
 from .arguments import parse_arguments
 from .checkpoints import RUN_FILE, run_record
 from .data import TrainingRows, load_held_out, load_training
 from .run import Run
-from .setup import CLONE, build_trainer, describe_layout
+from .setup import CLONE, build_trainer, describe_layout, find_start
 from .stages import Stage, parse_stages, run_stages
 from .trainer import VisionSFTTrainer
 
@@ -128,7 +129,8 @@ def train(
     Args:
         vision, training, model_args: Of [`~vlm_peft.training.arguments.parse_arguments`].
         command, started: Of [`main`].
-        start (`Path`, *optional*): Folder of an earlier training, which this one goes on from.
+        start (`Path`, *optional*): Folder of an earlier training, which this one goes on from; what `--start_from`
+            names by default.
         callbacks (`Sequence[TrainerCallback]`, *optional*): Added to the trainer's.
 
     Returns:
@@ -137,8 +139,10 @@ def train(
     Raises:
         ValueError, OSError: As [`main`].
     """
+    if start is None:
+        start = find_start(vision, training, model_args)
     run = Run(vision, training, model_args, command=command, started=started)
-    run.compare(run_record(vision, training, model_args))
+    run.compare(run_record(vision, training, model_args, start=start))
 
     with run.phase("load models"):
         model, processor = phases.load_bases(run, start)
@@ -146,16 +150,20 @@ def train(
         held_out = load_held_out(vision, model, processor)
         data = load_training(vision, training, model, processor, held_out)
     phases.begin_results(run)
-    if vision.score_before:
+    if vision.score_before and start is None:
         with run.phase("score before"):
             phases.evaluate(run, model, processor, held_out, "-before")
     with run.phase("prepare training"):
-        record = run_record(vision, training, model_args, model.config, data.splits)
+        record = run_record(vision, training, model_args, model.config, data.splits, start=start)
         run.compare(record)
         watched = phases.load_watch(run, model, processor)
         trainer = make_trainer(run, model, processor, data, held_out, record, start, callbacks)
-    # With what it starts from: an earlier stage's adapter is in the trainer's model, not in the bases.
-    watched = phases.watch_before(run, trainer.model, processor, watched)
+    begun: Any = trainer.model
+    # With what it starts from: an earlier adapter is in the trainer's model, not in the bases.
+    if vision.score_before and start is not None:
+        with run.phase("score before"), plain_decoder(begun.eval()):
+            phases.evaluate(run, begun, processor, held_out, "-before")
+    watched = phases.watch_before(run, begun, processor, watched)
     status = phases.train(run, trainer)
     if status:
         return status

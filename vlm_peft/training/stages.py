@@ -24,7 +24,7 @@ from ..report.pages import render
 from ..report.report import primary_of
 from .arguments import chosen_strategy, parse_arguments
 from .checkpoints import check_same_run, checkpoints_in, newest_whole, run_record
-from .setup import load_processor
+from .setup import find_start, load_processor
 
 _BASES = (
     *("vision_model", "vision_revision", "model_name_or_path", "model_revision"),
@@ -85,7 +85,7 @@ def parse_stages(
         where += f" ({name})"
         if name in (each.name for each in found):
             raise SystemExit(f"{where}: an earlier stage has this name, too.")
-        shared = sorted({*_BASES, "output_dir", "stages", "env"} & options.keys())
+        shared = sorted({*_BASES, "output_dir", "stages", "start_from", "env"} & options.keys())
         if shared:
             raise SystemExit(f"{where}: {shared[0]} is the same in all stages: give it at the top level.")
         parsed = parse_arguments(list(arguments), program=where, description=description, entry=options)
@@ -138,6 +138,8 @@ def _check_stage(stage: Stage, before: list[Stage]) -> None:
             f"{last.name} saves a whole model, on which no adapter can be put: give --strategy full here, or another "
             "there."
         )
+    # What the first stage starts from.
+    stage.vision.start_from = None
     # What scored the last stage has scored the start of this one.
     stage.vision.score_before = False
     if any(chosen_strategy(each.vision, each.model_args).encoder_trains for each in before):
@@ -145,12 +147,22 @@ def _check_stage(stage: Stage, before: list[Stage]) -> None:
         stage.vision.feature_cache = False
 
 
-def check_bases(stages: list[Stage]) -> None:
+def check_bases(stages: list[Stage]) -> Path | None:
     """Compares what the stages train with the layers that their bases have; reads configurations only.
 
+    Returns:
+        `Path`: What the first stage starts from; `None` for the bases.
+
     Raises:
-        ValueError: For more layers than there are; names the stage.
+        ValueError: For more layers than there are; names the stage. For a start that the first stage cannot have.
+        FileNotFoundError: When the start is not there.
     """
+    first = stages[0]
+    kept = first.vision.feature_cache
+    start = find_start(first.vision, first.training, first.model_args)
+    if kept and not first.vision.feature_cache:
+        for stage in stages:
+            stage.vision.feature_cache = False
     config: Any = None
     for stage in stages:
         strategy = chosen_strategy(stage.vision, stage.model_args)
@@ -161,6 +173,7 @@ def check_bases(stages: list[Stage]) -> None:
             wanted, depth = getattr(strategy, name), getattr(part, "num_hidden_layers", 0)
             if wanted > depth:
                 raise ValueError(f"Stage {stage.name}: --{name} {wanted}, and {part.model_type} has {depth} layers.")
+    return start
 
 
 def run_stages(stages: list[Stage], train: Callable[[Stage, Path | None], int]) -> int:
@@ -184,24 +197,23 @@ def run_stages(stages: list[Stage], train: Callable[[Stage, Path | None], int]) 
             f"--output_dir {stages[0].folder.parent} holds {there[0].folder.name} of an earlier run: go on with "
             "--resume_from_checkpoint true, or choose another folder."
         )
-    check_bases(stages)
+    start = check_bases(stages)
     say = PartialState().print
-    before: Stage | None = None
     for number, stage in enumerate(stages, 1):
         is_done = goes_on and (stage.folder / _SUMMARY).is_file()
         trains = chosen_strategy(stage.vision, stage.model_args).described
         said = f"Stage {number} of {len(stages)}, {stage.name}: {trains}"
         if is_done:
-            check_same_run(stage.folder, run_record(stage.vision, stage.training, stage.model_args))
+            check_same_run(stage.folder, run_record(stage.vision, stage.training, stage.model_args, start=start))
             say(f"\n{said}; finished before.")
         else:
             say(f"\n{said}", flush=True)
             can_go_on = goes_on and newest_whole(stage.folder) is not None
             stage.training.resume_from_checkpoint = "true" if can_go_on else None
-            status = train(stage, None if before is None else before.folder)
+            status = train(stage, start)
             if status:
                 return status
-        before = stage
+        start = stage.folder
     if PartialState().is_main_process:
         say(f"\n{report_stages(stages)}")
     return 0
