@@ -13,6 +13,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 from emoji_art import BACKGROUNDS, CONCEPTS, HeldOutFilter
@@ -108,6 +109,11 @@ class Document:
     words: list[str] = field(default_factory=list)
 
 
+def _overlap(a: tuple[float, ...], b: tuple[float, ...], gap: float) -> bool:
+    """Whether two boxes are less than `gap` apart."""
+    return a[0] < b[2] + gap and b[0] < a[2] + gap and a[1] < b[3] + gap and b[1] < a[3] + gap
+
+
 def listed(words: list[str], last: str = "and") -> str:
     """ "a, b and c"."""
     return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} {last} {words[-1]}"
@@ -137,9 +143,12 @@ class ReadingTexts:
         self._tokenizer, self._words, self._held_out, self._english = tokenizer, words, held_out, english
         self.rng, self._numpy, self._demo_share = random.Random(seed), np.random.default_rng(seed), demo_share
         self._demo = [c.noun for c in CONCEPTS]
-        self._easy = {"present": 3.0, "check": 3.0, "list": 1.5, "say": 2.0, "which of": 1.0, "beside": 2.0, "colour": 0.3}
+        self._easy = {
+            "present": 3.0, "check": 3.0, "list": 1.5, "say": 2.0, "which of": 1.0, "beside": 2.0, "colour": 0.8,
+        }  # fmt: skip
         self._cache: dict[str, list[int]] = {}
-        self._user, self._reply = self._encode("<|im_start|>user\n"), self._encode("<|im_end|>\n<|im_start|>assistant\n")
+        self._user = self._encode("<|im_start|>user\n")
+        self._reply = self._encode("<|im_end|>\n<|im_start|>assistant\n")
         self._end, self._again = self._encode("<|im_end|>"), self._encode("\n<|im_start|>user\n")
         self.questions: dict[str, tuple[Callable, float]] = {
             "say": (self._say, 2.0),
@@ -187,6 +196,12 @@ class ReadingTexts:
             if not self._held_out(" ; ".join(words)):
                 return words[len(taken or []) :]
 
+    def bare_name(self, word: str) -> list[int]:
+        """Token ids of a word at the beginning of an answer."""
+        if f"^{word}" not in self._cache:
+            self._cache[f"^{word}"] = self._encode(word)
+        return self._cache[f"^{word}"]
+
     def _phrase(self, word: str, chance: float = 0.5) -> str:
         """The word, or the word with its article."""
         if self.rng.random() > chance:
@@ -218,11 +233,9 @@ class ReadingTexts:
                 for _ in range(20):
                     x, y = self._start(1 - wide, side), self._start(1 - tall, side)
                     gap = 0 if side <= 4 else 0.02
-                    clash = (
-                        x < b[2] + gap and b[0] < x + wide + gap and y < b[3] + gap and b[1] < y + tall + gap for b in boxes
-                    )
-                    if not any(clash):
-                        boxes.append((x, y, x + wide, y + tall))
+                    box = (x, y, x + wide, y + tall)
+                    if not any(_overlap(box, other, gap) for other in boxes):
+                        boxes.append(box)
                         break
                 else:
                     return None
@@ -237,7 +250,7 @@ class ReadingTexts:
             start[1 - axis] = self._start(1 - size[1 - axis], side)
             cursor += size[axis] + 0.02 * (side > 4)
             boxes.append((start[0], start[1], start[0] + size[0], start[1] + size[1]))
-        for before, after in zip(boxes, boxes[1:], strict=False):
+        for before, after in pairwise(boxes):
             along = (after[axis] + after[axis + 2] - before[axis] - before[axis + 2]) / 2
             across = (after[1 - axis] + after[3 - axis] - before[1 - axis] - before[3 - axis]) / 2
             if abs(across) > 0.6 * along:
@@ -315,9 +328,9 @@ class ReadingTexts:
     def doubt(self, scene: Scene) -> None:
         """Gives some things a rival that no question of this scene names."""
         for thing in scene.things:
-            if self.rng.random() < 0.2:
+            if self.rng.random() < 0.3:
                 thing.rival = self._draw(1, [*scene.words(), *scene.absent])[0]
-                thing.doubt = self.rng.uniform(0.08, 0.42)
+                thing.doubt = self.rng.uniform(0.08, 0.45)
 
     def _bare(self, word: str) -> str:
         """The word alone or in a short sentence, where it is the same tokens as in the grid."""
@@ -401,7 +414,9 @@ class ReadingTexts:
         asked = words + scene.absent[: self.rng.randint(1, 3)]
         self.rng.shuffle(asked)
         if self.rng.random() < 0.7:
-            question = self._pick(f"Check {listed(asked)}.", f"One by one: {', '.join(asked)}.", f"Yes or no for each: {listed(asked)}.")
+            question = self._pick(
+                f"Check {listed(asked)}.", f"One by one: {', '.join(asked)}.", f"Yes or no for each: {listed(asked)}."
+            )
             return question, "Result: " + ", ".join(f"{word} {'yes' if word in words else 'no'}" for word in asked)
         question = self._pick(f"Count {listed(asked)}.", f"How many of each: {', '.join(asked)}?")
         return question, "Result: " + ", ".join(f"{word} {scene.count(word)}" for word in asked)
@@ -468,7 +483,9 @@ class ReadingTexts:
             answer = "the same" if first == second else a if first > second else b
             return self._pick(f"What is there more of, {a} or {b}?", f"More {a} or more {b}?"), answer
         if self.rng.random() < 0.5:
-            return self._pick(f"As many {a} as {b}?", f"Same number of {a} and {b}?"), "yes" if first == second else "no"
+            return self._pick(
+                f"As many {a} as {b}?", f"Same number of {a} and {b}?"
+            ), "yes" if first == second else "no"
         return f"More {a} than {b}?", "yes" if first > second else "no"
 
     def _pair(self, scene: Scene) -> tuple[Thing, Thing, int] | None:
@@ -496,7 +513,9 @@ class ReadingTexts:
         before = self.rng.random() < 0.5
         where, true = self._side(axis, before), (a.centre[axis] < b.centre[axis]) == before
         x, y = self._the(a.word), self._the(b.word)
-        question = self._pick(f"Is {x} {where} {y}?", f"Does {x} stand {where} {y}?", f"{x} {where} {y}: right or wrong?")
+        question = self._pick(
+            f"Is {x} {where} {y}?", f"Does {x} stand {where} {y}?", f"{x} {where} {y}: right or wrong?"
+        )
         if question.endswith("wrong?"):
             return question, "right" if true else "wrong"
         return question, "yes" if true else "no"
@@ -509,7 +528,8 @@ class ReadingTexts:
         before = self.rng.random() < 0.5
         chosen = a if (a.centre[axis] < b.centre[axis]) == before else b
         more = (("left", "right"), ("up", "down"))[axis][0 if before else 1]
-        return self._pick(f"Which is further {more}, {a.word} or {b.word}?", f"Further {more}: {a.word} or {b.word}?"), chosen.word
+        form = self._pick("Which is further {more}, {a} or {b}?", "Further {more}: {a} or {b}?")
+        return form.format(more=more, a=a.word, b=b.word), chosen.word
 
     def _beside(self, scene: Scene) -> tuple[str, str] | None:
         """What is next to a thing on one side; in a row or a column only, where that is clear."""
@@ -523,9 +543,12 @@ class ReadingTexts:
         if scene.count(things[at].word) > 1:
             return None
         known, other = self._the(things[at].word), at + (-1 if before else 1)
-        where = self._side(axis, before) if self.rng.random() < 0.75 else ("next", "just")[self.rng.random() < 0.5] + " " + (
-            ("left of", "right of"), ("above", "below"))[axis][0 if before else 1]  # fmt: skip
-        where = where.replace("just further", "further").replace("next above", "right above")
+        if self.rng.random() < 0.75:
+            where = self._side(axis, before)
+        else:
+            close = ("next", "just")[self.rng.random() < 0.5]
+            where = (("next to the left of", "next to the right of"), ("just above", "just below"))[axis][not before]
+            where = where if close == "next" else where.replace("next to", "just to")
         question = self._pick(
             f"Which thing stands {where} {known}?", f"What do you see {where} {known}?", f"Who is {where} {known}?",
             f"What is found {where} {known}?", f"{where[0].upper()}{where[1:]} {known}, what is there?",
@@ -542,7 +565,10 @@ class ReadingTexts:
         large = self.rng.random() < 0.5
         chosen = a if (a.area > b.area) == large else b
         word = self._pick("larger", "bigger") if large else "smaller"
-        return self._pick(f"Which is {word}, {a.word} or {b.word}?", f"What takes {'more' if large else 'less'} room, {a.word} or {b.word}?"), chosen.word
+        form = self._pick(
+            "Which is {word}, {a} or {b}?", f"What takes {'more' if large else 'less'} room, {{a}} or {{b}}?"
+        )
+        return form.format(word=word, a=a.word, b=b.word), chosen.word
 
     def _is_larger(self, scene: Scene) -> tuple[str, str] | None:
         made = self._larger(scene)
@@ -594,7 +620,8 @@ class ReadingTexts:
         thing = self.rng.choice(single)
         edge = self.rng.randrange(4)
         name = ("left", "upper", "right", "lower")[edge]
-        return self._pick(f"The {name} edge of {thing.word}?", f"Where is {thing.word}'s {name} end?"), str(thing.corners[edge])
+        question = self._pick(f"The {name} edge of {thing.word}?", f"Where is {thing.word}'s {name} end?")
+        return question, str(thing.corners[edge])
 
     def _at(self, scene: Scene) -> tuple[str, str] | None:
         if self.rng.random() < 0.75:
@@ -602,8 +629,7 @@ class ReadingTexts:
             (x, y), answer = thing.centre, thing.word
         else:
             x, y = self.rng.random(), self.rng.random()
-            margin = 0.06
-            if any(t.box[0] - margin < x < t.box[2] + margin and t.box[1] - margin < y < t.box[3] + margin for t in scene.things):
+            if any(_overlap((x, y, x, y), thing.box, 0.06) for thing in scene.things):
                 return None
             answer = scene.ground
         x, y = (min(GRID - 1, int(GRID * each)) for each in (x, y))
@@ -613,7 +639,9 @@ class ReadingTexts:
 
     def _weight(self, answer: str) -> float:
         # The last digits of a place are hardly to be known: they would be most of the loss.
-        return 3.0 if answer in ("yes", "no", "right", "wrong") else 0.5 if answer.count(",") > 2 and answer[-2:].strip(")").isdigit() else 1.0
+        if answer.count(",") > 2 and answer[-2:].strip(")").isdigit():
+            return 0.5
+        return 3.0 if answer in ("yes", "no", "right", "wrong") else 1.0
 
     def _turn(self, question: str, answer: str, first: bool = True) -> list[Span]:
         """A question with its answer; further ones begin the user's turn anew."""
@@ -634,13 +662,16 @@ class ReadingTexts:
     def _dialogue(self, scene: Scene) -> tuple[list[Span], str]:
         """Two to four questions one after the other; some follow-ups say only the word."""
         spans: list[Span] = []
+        last = ""
         for turn in range(self.rng.randint(2, 4)):
             kind, question, answer = self.ask(scene)
             follow = turn > 0 and last in ("present", "missing", "count of") and self.rng.random() < 0.6
             if follow:
                 word, here = self._asked(scene)
                 question = self._pick(f"And {self._phrase(word)}?", f"What about {self._phrase(word)}?")
-                answer = {"present": ("no", "yes")[here], "missing": ("yes", "no")[here]}.get(last, str(scene.count(word)))
+                answer = str(scene.count(word))
+                if last != "count of":
+                    answer = "yes" if here == (last == "present") else "no"
                 kind = last
             spans += self._turn(question, answer, first=turn == 0)
             last = kind
@@ -674,14 +705,16 @@ class ReadingTexts:
             if self.rng.random() < 0.15:
                 things[-1].rival, things[-1].doubt = str(self.rng.randint(0, 9)), self.rng.uniform(0.1, 0.4)
         scene = Scene(things, self.rng.choice(COLOURS), None, [])
-        question = self._pick("Which number is it?", "Say the digits one by one.", "What number stands here?", "Copy the figures.")
+        question = self._pick(
+            "Which number is it?", "Say the digits one by one.", "What number stands here?", "Copy the figures."
+        )
         spans = self._turn(question, "".join(shown))
         at = self.rng.randrange(count)
         place = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")[at]
         other = self._turn(self._pick(f"What is the {place} digit?", f"Which digit is {place}?"), shown[at])
         counted = self._turn("How many digits are there?", str(count))
-        document = Document([self._user, self.cells(scene, FULL_SIDE)], [spans, other, counted], ["digits", "digit", "digits counted"])
-        return document
+        kinds = ["digits", "digit", "digits counted"]
+        return Document([self._user, self.cells(scene, FULL_SIDE)], [spans, other, counted], kinds)
 
     def pages(self, side: int, number: int) -> Document:
         """Pages of grids, each with a title word above rows of a word and a number."""
@@ -722,12 +755,17 @@ class ReadingTexts:
                     f"How many {word} does {titles[page]} have?", f"{titles[page]}: how many {word}?",
                 ), str(figure))  # fmt: skip
             elif choice < 0.65:
-                add("which page", self._pick(f"Which page has {word}?", f"Where do you read {word}? Page", f"On what page is {word}?"), str(page + 1))
+                add("which page", self._pick(
+                    f"Which page has {word}?", f"Where do you read {word}? Page", f"On what page is {word}?"
+                ), str(page + 1))  # fmt: skip
             elif choice < 0.8:
-                add("title", self._pick(f"What is page {page + 1} called?", f"The title of page {page + 1}?"), titles[page])
+                question = self._pick(f"What is page {page + 1} called?", f"The title of page {page + 1}?")
+                add("title", question, titles[page])
             elif choice < 0.9:
                 here = rng.random() < 0.5
-                add("on pages", self._pick(f"Does any page have {word if here else absent}?", f"Is {word if here else absent} in the pages?"), "yes" if here else "no")
+                word = word if here else absent
+                question = self._pick(f"Does any page have {word}?", f"Is {word} in the pages?")
+                add("on pages", question, "yes" if here else "no")
             else:
                 add("pages", self._pick("How many pages are there?", "Count the pages."), str(number))
         return document
@@ -738,8 +776,19 @@ class ReadingTexts:
             said = " ".join(str(self.rng.randint(0, 999)) for _ in range(self.rng.randint(2, 6)))
         else:
             said = ", ".join(self._draw(self.rng.randint(2, 6)))
-        question = self._pick(f"Say it again: {said}", f"Repeat after me: {said}", f"{said}\nThe same once more, please.")
+        question = self._pick(
+            f"Say it again: {said}", f"Repeat after me: {said}", f"{said}\nThe same once more, please."
+        )
         return Document([self._user], [self._turn(question, said)], ["repeat"])
+
+    def spelling(self) -> Document:
+        """Words to be said alone: at the beginning of an answer a word has no blank, and with it other tokens."""
+        document = Document([self._user], [])
+        for word in self._draw(10):
+            question = self._pick(f"Say {word}.", f" {word}", f"The word is {word}. Which word?", f"Only one: {word}")
+            document.branches.append(self._turn(question, word))
+            document.kinds.append("spelling")
+        return document
 
     def words_only(self) -> Document:
         """A line of words, and whether one is among them: the plainest form of looking something up."""
@@ -773,7 +822,7 @@ class ReadingTexts:
 
     def plain(self, length: int) -> Document:
         """General English."""
-        return Document([], [[(self._english(length), 0.4)]], ["English"])
+        return Document([], [[(self._english(length), 0.5)]], ["English"])
 
 
 def english_tokens(ids: np.ndarray, seed: int) -> Callable[[int], list[int]]:
