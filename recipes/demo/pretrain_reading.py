@@ -39,7 +39,10 @@ EDGE_SHARE, PLACE_SHARE = 0.35, 0.6
 SHORTEST_ENGLISH = 12
 EASY, MEDIUM, HALF = 0.18, 0.32, 0.6
 LOOKING = 0.4
-MEASURED_BATCHES, MEASURE_EVERY = 15, 300
+MEASURED_BATCHES, MEASURE_EVERY = 25, 300
+WORDS_SEED = CODES_SEED = 0
+# What words' embeddings have on average after `pretrain_lm.py`.
+WORD_NORM = 0.816
 
 
 @dataclass
@@ -82,14 +85,13 @@ class Codes:
 
     Args:
         width: Of the embeddings.
-        norm: Of a word's embedding, on average.
-        seed: Of the matrix and of all noise.
+        seed: Of all noise.
     """
 
-    def __init__(self, width: int, norm: float, seed: int) -> None:
-        fixed = np.random.default_rng(seed)
+    def __init__(self, width: int, seed: int) -> None:
+        fixed = np.random.default_rng(CODES_SEED)
         self._matrix = fixed.normal(0, 1, (6, 2 * len(PERIODS), width)) / np.sqrt(width * len(PERIODS))
-        self._norm, self._numpy, self._random = norm, np.random.default_rng(seed + 1), random.Random(seed)
+        self._numpy, self._random = np.random.default_rng(seed + 1), random.Random(seed)
 
     def _fourier(self, values: np.ndarray) -> np.ndarray:
         angles = 2 * np.pi * values[..., None] * np.array(PERIODS)
@@ -112,13 +114,13 @@ class Codes:
         total += noise / np.sqrt(width) * self._numpy.normal(0, 1, total.shape)
         total += 0.5 * noise / np.sqrt(width) * self._numpy.normal(0, 1, width)
         scale = draw.uniform(1 - 0.3 * hardness, 1 + 0.5 * hardness)
-        return self._norm * scale * total, scale
+        return WORD_NORM * scale * total, scale
 
 
 def draw_document(texts: ReadingTexts, progress: float, full: bool = False) -> Document:
     """A document of a difficulty that grows with `progress` (0..1); `full` is the last stage's at once."""
     rng = texts.rng
-    if full:
+    if full or texts.two_looks:
         progress = 1.0
     easy = progress < EASY
     if rng.random() < (0.05 if easy else 0.13):
@@ -132,6 +134,8 @@ def draw_document(texts: ReadingTexts, progress: float, full: bool = False) -> D
     else:
         kind = rng.choices(("words", "picture", "digits", "pages", "repeat"), (0.05, 0.74, 0.09, 0.09, 0.03))[0]
         sides, pages, clean = ((3, 4, 6, 8, 8, 8, 8, 8) if progress < HALF else (4, 8, 8, 8, 8, 8, 8)), None, False
+        if texts.two_looks and not full:
+            sides, clean = (2, 3, 4, 6, 8, 8, 8, 8), rng.random() < 0.3
     if rng.random() < (0.15 if easy else 0.07):
         return texts.spelling()
     if kind == "words":
@@ -156,7 +160,7 @@ def pack(texts: ReadingTexts, codes: Codes, progress: float, rows: int, length: 
     branches, positions = np.zeros((rows, length), np.int64), np.zeros((rows, length), np.int64)
     targets, weights = np.full((rows, length), -100, np.int64), np.zeros((rows, length), np.float32)
     places, names, shares, added, kinds, words, answers = [], [], [], [], [], [], []
-    hardness = 1.0 if full else min(1.0, max(0.0, (progress - 0.15) / 0.3))
+    hardness = 1.0 if full or texts.two_looks else min(1.0, max(0.0, (progress - 0.15) / 0.3))
     for row in range(rows):
         at, owner = 0, 0
         while length - at >= SHORTEST_ENGLISH:
@@ -199,8 +203,8 @@ def pack(texts: ReadingTexts, codes: Codes, progress: float, rows: int, length: 
                         words.append((flat + last, shown[name] or [start]))
                         if weight and shown[name] and last >= len(name):
                             answers.append((flat + last - len(name), shown[name]))
-                    for name in document.words if weight and begin else ():
-                        spelled, cells = texts.bare_name(name), shown[tuple(texts.name(name))]
+                    for word in document.words if weight and begin else ():
+                        spelled, cells = texts.bare_name(word), shown[tuple(texts.name(word))]
                         if cells and part[: len(spelled)] == spelled:
                             answers.append((flat - 1, cells))
                     positions[row, at : at + size] = here + np.arange(size)
@@ -349,7 +353,8 @@ def train(
     """Train for `options.steps` with a cosine schedule; returns what was measured."""
     body = make_body(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
-    start, running = time.monotonic(), defaultdict(float)
+    running: dict[str, float] = {}
+    start = time.monotonic()
     for step in range(options.steps):
         share = step / options.steps
         rate = options.rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
@@ -423,6 +428,9 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, default=Path(__file__).parent / "scenes")
     parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--two_looks", action="store_true", help="second stage: more questions about relations and order"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     output, seed = options.output or options.model, options.seed
@@ -434,15 +442,13 @@ def main() -> None:
     held_out = HeldOutFilter(load_held_out_pairs(options.scenes / "held_out_pairs.json"))
     line = read_english(options.art, held_out, tokenizer, seed)
     words = [token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isalpha() and len(token) > 3]
-    two = random.Random(seed).sample(nouns_of_two_tokens(fetch_wordnet(options.art), backend), 2 * len(words))
-    (ones, held_ones), (twos, held_twos) = split_words(words, seed), split_words(two, seed)
+    two = random.Random(WORDS_SEED).sample(nouns_of_two_tokens(fetch_wordnet(options.art), backend), 2 * len(words))
+    (ones, held_ones), (twos, held_twos) = split_words(words, WORDS_SEED), split_words(two, WORDS_SEED)
     english, kept = english_tokens(line[len(line) // 50 :], seed), english_tokens(line[: len(line) // 50], 1)
-    texts = ReadingTexts(backend, ones * 2 + twos, held_out, english, seed)
-    unseen = ReadingTexts(backend, held_ones * 2 + held_twos, held_out, kept, seed + 1000, demo_share=0.0)
-    demo = ReadingTexts(backend, ones, held_out, kept, seed + 2000, demo_share=1.0)
-    rows = tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in ones])
-    norm = model.get_input_embeddings().weight[rows].norm(dim=1).mean().item()
-    codes = Codes(model.config.hidden_size, norm, seed)
+    texts = ReadingTexts(backend, ones * 2 + twos, held_out, english, seed, two_looks=options.two_looks)
+    unseen = ReadingTexts(backend, held_ones * 2 + held_twos, held_out, kept, seed + 1000, 0.0, True)
+    demo = ReadingTexts(backend, ones, held_out, kept, seed + 2000, 1.0, True)
+    codes = Codes(model.config.hidden_size, seed)
     held = {
         name: [pack(each, codes, 1.0, ROWS, LENGTH, full=True) for _ in range(MEASURED_BATCHES)]
         for name, each in (("unseen", unseen), ("demo", demo))

@@ -129,6 +129,7 @@ class ReadingTexts:
         english: Token ids of general English, endless.
         seed: Of all draws.
         demo_share: Share of the things that are the demo's nouns.
+        two_looks: Whether questions that need a second look after the first (relations, neighbours, order) are more.
     """
 
     def __init__(
@@ -139,9 +140,11 @@ class ReadingTexts:
         english: Callable[[int], list[int]],
         seed: int,
         demo_share: float = DEMO_SHARE,
+        two_looks: bool = False,
     ) -> None:
         self._tokenizer, self._words, self._held_out, self._english = tokenizer, words, held_out, english
         self.rng, self._numpy, self._demo_share = random.Random(seed), np.random.default_rng(seed), demo_share
+        self.two_looks = two_looks
         self._demo = [c.noun for c in CONCEPTS]
         self._easy = {
             "present": 3.0, "check": 3.0, "list": 1.5, "say": 2.0, "which of": 1.0, "beside": 2.0, "colour": 0.8,
@@ -171,7 +174,15 @@ class ReadingTexts:
             "place": (self._place, 2.2),
             "edge": (self._edge, 0.6),
             "at": (self._at, 0.5),
+            "half": (self._half, 0.0),
+            "sorted": (self._sorted, 0.0),
         }
+        self._two_looks = {
+            "say": 1.5, "list": 0.7, "present": 2.0, "check": 0.7, "missing": 0.5, "both": 0.6, "which of": 0.6,
+            "count": 2.5, "count of": 0.6, "more": 0.6, "beside": 4.0, "relation": 4.5, "first": 1.8, "larger": 1.0,
+            "larger?": 1.2, "colour": 0.5, "colour?": 1.2, "place": 2.0, "edge": 0.6, "at": 0.6, "half": 2.0,
+            "sorted": 2.0,
+        }  # fmt: skip
 
     # Words and token ids
 
@@ -520,6 +531,35 @@ class ReadingTexts:
             return question, "right" if true else "wrong"
         return question, "yes" if true else "no"
 
+    def _half(self, scene: Scene) -> tuple[str, str] | None:
+        """On which side of the middle a thing stands."""
+        thing, axis = self.rng.choice(scene.things), self.rng.choice((0, 1))
+        if scene.count(thing.word) > 1 or abs(thing.centre[axis] - 0.5) < 0.1:
+            return None
+        names, x = (("left", "right"), ("top", "bottom"))[axis], self._the(thing.word)
+        answer = names[thing.centre[axis] > 0.5]
+        if self.rng.random() < 0.4:
+            return f"Which half holds {x}, {names[0]} or {names[1]}?", answer
+        name = self.rng.choice(names)
+        return self._pick(
+            f"Is {x} in the {name} half?", f"Has the {name} half got {x}?"
+        ), "yes" if name == answer else "no"
+
+    def _sorted(self, scene: Scene) -> tuple[str, str] | None:
+        """Things in order along one axis, where they clearly differ."""
+        single, axis = scene.single(), scene.axis if scene.axis is not None else self.rng.choice((0, 1))
+        if len(single) < 2:
+            return None
+        asked = self.rng.sample(single, min(len(single), self.rng.choice((2, 2, 3))))
+        order = sorted(asked, key=lambda thing: thing.centre[axis])
+        if any(b.centre[axis] - a.centre[axis] < 0.08 for a, b in pairwise(order)):
+            return None
+        back = self.rng.random() < 0.4
+        begin = (("left", "right"), ("top", "bottom"))[axis][back]
+        names = [thing.word for thing in asked]
+        question = self._pick(f"Sort {listed(names)} from the {begin}.", f"Order from the {begin}: {', '.join(names)}")
+        return question, ", ".join(thing.word for thing in (reversed(order) if back else order))
+
     def _first(self, scene: Scene) -> tuple[str, str] | None:
         pair = self._pair(scene)
         if pair is None:
@@ -650,7 +690,9 @@ class ReadingTexts:
 
     def ask(self, scene: Scene, kind: str | None = None, easy: bool = False) -> tuple[str, str, str]:
         """A kind, a question, and its answer."""
-        shares = self._easy if easy else {name: weight for name, (_, weight) in self.questions.items()}
+        shares = {name: weight for name, (_, weight) in self.questions.items()}
+        if easy or self.two_looks:
+            shares = self._easy if easy else self._two_looks
         while True:
             chosen = kind or self.rng.choices(list(shares), list(shares.values()))[0]
             made = self.questions[chosen][0](scene)
