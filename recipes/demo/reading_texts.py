@@ -180,7 +180,7 @@ class ReadingTexts:
         self._two_looks = {
             "say": 1.5, "list": 0.7, "present": 2.0, "check": 0.7, "missing": 0.5, "both": 0.6, "which of": 0.6,
             "count": 2.5, "count of": 0.6, "more": 0.6, "beside": 4.0, "relation": 4.5, "first": 1.8, "larger": 1.0,
-            "larger?": 1.2, "colour": 0.5, "colour?": 1.2, "place": 2.0, "edge": 0.6, "at": 0.6, "half": 2.0,
+            "larger?": 1.2, "colour": 0.5, "colour?": 1.2, "place": 7.0, "edge": 2.5, "at": 1.0, "half": 2.0,
             "sorted": 2.0,
         }  # fmt: skip
 
@@ -680,7 +680,7 @@ class ReadingTexts:
     def _weight(self, answer: str) -> float:
         # The last digits of a place are hardly to be known: they would be most of the loss.
         if answer.count(",") > 2 and answer[-2:].strip(")").isdigit():
-            return 0.5
+            return 1.0 if self.two_looks else 0.5
         return 3.0 if answer in ("yes", "no", "right", "wrong") else 1.0
 
     def _turn(self, question: str, answer: str, first: bool = True) -> list[Span]:
