@@ -97,6 +97,14 @@ class Codes:
         angles = 2 * np.pi * values[..., None] * np.array(PERIODS)
         return np.concatenate([np.sin(angles), np.cos(angles)], -1)
 
+    def of_edges(self, edges: np.ndarray) -> np.ndarray:
+        """Codes (n, width) of boxes (n, 4), each side 0..1."""
+        return np.einsum("nef,efd->nd", self._fourier(edges), self._matrix[:4])
+
+    def of_places(self, places: np.ndarray) -> np.ndarray:
+        """Codes (n, width) of columns and rows (n, 2), 0..1."""
+        return np.einsum("nef,efd->nd", self._fourier(places), self._matrix[4:])
+
     def __call__(self, cells: Cells, hardness: float) -> tuple[np.ndarray, float]:
         """What is added to the cells (n, width), and the scale of the whole; `hardness` 0..1 is the amount of noise."""
         draw, number, width = self._random, len(cells.place), self._matrix.shape[-1]
@@ -105,11 +113,11 @@ class Codes:
         if known.any() and draw.random() < 0.85:
             edges = cells.edges[known] + self._numpy.normal(0, 0.012 * hardness, (known.sum(), 4))
             share = EDGE_SHARE * draw.uniform(0.7, 1.5)
-            total[known] += share * np.einsum("nef,efd->nd", self._fourier(edges), self._matrix[:4])
+            total[known] += share * self.of_edges(edges)
         if draw.random() < 0.95:
             place = cells.place + self._numpy.normal(0, 0.015 * hardness, cells.place.shape)
             share = PLACE_SHARE * draw.uniform(0.6, 1.4)
-            total += share * np.einsum("nef,efd->nd", self._fourier(place), self._matrix[4:])
+            total += share * self.of_places(place)
         noise = hardness * draw.uniform(0, 0.8)
         total += noise / np.sqrt(width) * self._numpy.normal(0, 1, total.shape)
         total += 0.5 * noise / np.sqrt(width) * self._numpy.normal(0, 1, width)
