@@ -1,15 +1,14 @@
-"""Teach the demo's small Qwen3 to read a grid of words and to say what stands where: text only, no pictures.
+"""Teach the demo's small Qwen3 to read soft grids of words and to answer questions about them: text only, no pictures.
 
-    python recipes/demo/pretrain_reading.py --model recipes/demo/qwen3 --minutes 8
+    python recipes/demo/pretrain_reading.py --art DIR --model recipes/demo/qwen3
 
-A picture reaches the decoder as a grid of tokens, row by row. A decoder that has only read a dictionary cannot yet
-look something up in its context, and learning that from captions is slow: after 20,000 captions the names of most
-objects were still at chance. Here a grid of 4 x 4 words stands for the picture: one to three words on a ground of
-colour words. The answers are worded differently from the demo's captions and boxes, and no grid holds a held-out pair.
+A decoder that has only read a dictionary cannot look something up in its context, and does not learn it from a few
+thousand captions. What it reads here is made by `reading_texts.py`. Matching a word that was asked for with one that is
+there is a circuit that appears suddenly: it appears on many easy cases (short lines, small grids, nothing confused) and
+carries over to the 8 x 8 cells of a picture.
 
-A dictionary has hardly any numbers: the rows of the ten digits were almost parallel (mean cosine 0.99), so that no
-hidden state could tell them apart, and boxes were not learnt. They are drawn anew before the training, and half of the
-texts ask for places as numbers, or for numbers to be repeated.
+The rows of the ten digits of a decoder that has read no numbers are almost parallel (mean cosine 0.99), so that no
+hidden state could tell them apart; they are drawn anew first, unless this has been done before.
 """
 
 from __future__ import annotations
@@ -17,215 +16,456 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import time
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from emoji_art import BACKGROUNDS, HeldOutFilter, load_held_out_pairs
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from emoji_art import DEFAULT_ART, HeldOutFilter, fetch_wordnet, load_held_out_pairs
+from pretrain_lm import build_texts, save
+from reading_texts import DEMO_SHARE, Cells, Document, ReadingTexts, english_tokens, split_words
+from tokenizers import Tokenizer
+from torch.nn.functional import cross_entropy, embedding_bag, linear, normalize
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-SIDE = 4
-IGNORED = -100
-QUESTIONS = (
-    "Read this.",
-    "What do you read?",
-    "Which words are there?",
-    "Tell me what is where.",
-    "Describe the grid.",
-)
-ONE = (
-    "I read {a} and nothing else; the rest says {u}.",
-    "Only {a}, and {u} all around it.",
-    "The word is {a}, the ground {u}.",
-)
-BESIDE = (
-    "I read {a} first and {b} after it; the rest says {u}.",
-    "Leftmost stands {a}, rightmost {b}, and {u} fills what remains.",
-    "Here {b} follows {a} in the same line. The ground says {u}.",
-    "Starting from the right side: {b}, then {a}. Everywhere else {u}.",
-)
-STACKED = (
-    "I read {a} in the upper part and {b} in the lower part; the rest says {u}.",
-    "Here {b} lies lower than {a}, and {u} fills what remains.",
-    "Upper word: {a}. Lower word: {b}. Ground: {u}.",
-    "Starting from the bottom: {b}, then {a}. Everywhere else {u}.",
-)
-THREE_BESIDE = (
-    "The line says {a}, {b}, {c}; the rest says {u}.",
-    "Leftmost {a}, then {b}, rightmost {c}, and {u} elsewhere.",
-    "Here {b} has {a} before it and {c} after it. The ground says {u}.",
-)
-THREE_STACKED = (
-    "From the upper edge: {a}, {b}, {c}; the rest says {u}.",
-    "Here {b} has {a} over it and {c} under it, and {u} elsewhere.",
-)
-FIND_ONE = ("Where does it say {a}?", "Give the place of {a}.", "From where to where is {a}?")
-FIND_TWO = ("Where does it say {a}, and where {b}?", "Give the places of {a} and {b}.")
-DIGITS = "0123456789"
+LENGTH, ROWS = 256, 12
+PERIODS = (0.5, 1.0, 2.0, 4.0)
+EDGE_SHARE, PLACE_SHARE = 0.35, 0.6
+SHORTEST_ENGLISH = 12
+EASY, MEDIUM, HALF = 0.18, 0.32, 0.6
+LOOKING = 0.4
+MEASURED_BATCHES, MEASURE_EVERY = 25, 300
+WORDS_SEED = CODES_SEED = 0
+# What words' embeddings have on average after `pretrain_lm.py`.
+WORD_NORM = 0.816
 
 
-class Grids:
-    """Makes grids with answers as token ids.
+@dataclass
+class Looks:
+    """Who is to look where: places in the flattened rows (Q), and which places of the same row to look at (Q, T)."""
+
+    places: torch.Tensor
+    targets: torch.Tensor
+
+    @classmethod
+    def of(cls, looks: list[tuple[int, list[int]]], length: int) -> Looks:
+        """From pairs of a place and the columns to look at."""
+        targets = torch.zeros(len(looks), length, dtype=torch.bool)
+        for line, (_, columns) in zip(targets, looks, strict=True):
+            line[columns] = True
+        return cls(torch.tensor([place for place, _ in looks], dtype=torch.long), targets)
+
+
+@dataclass
+class Batch:
+    """Rows of packed documents; see `pack`."""
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    positions: torch.Tensor
+    targets: torch.Tensor
+    weights: torch.Tensor
+    branches: torch.Tensor
+    cells: torch.Tensor
+    names: torch.Tensor
+    shares: torch.Tensor
+    codes: torch.Tensor
+    words: Looks
+    answers: Looks
+    kinds: list[str]
+
+
+class Codes:
+    """Smooth codes of edges and places: Fourier features times a random matrix that stays the same.
 
     Args:
-        tokenizer: The demo's; only words that are one token are used.
-        held_out: Refuses texts that name both objects of a held-out pair.
-        seed: Of all draws.
+        width: Of the embeddings.
+        seed: Of all noise.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, held_out: HeldOutFilter, seed: int) -> None:
-        self._tokenizer, self._held_out, self._random = tokenizer, held_out, random.Random(seed)
-        vocabulary = tokenizer.get_vocab()
-        words = [token[1:] for token in vocabulary if token[0] == "Ġ" and token[1:].isalpha() and len(token) > 3]
-        self._words = sorted(set(words) - set(BACKGROUNDS))
+    def __init__(self, width: int, seed: int) -> None:
+        fixed = np.random.default_rng(CODES_SEED)
+        self._matrix = fixed.normal(0, 1, (6, 2 * len(PERIODS), width)) / np.sqrt(width * len(PERIODS))
+        self._numpy, self._random = np.random.default_rng(seed + 1), random.Random(seed)
 
-    def _cells(self, count: int, across: bool) -> list[list[tuple[int, int]]]:
-        """Cells of each word: blocks of 1 or 2 cells a side, in order along one axis without overlap."""
-        blocks, start = [], 0
-        for index in range(count):
-            left = count - index - 1
-            size = self._random.randint(1, 2 if SIDE - start - left >= 2 and count < 3 else 1)
-            first = self._random.randint(start, SIDE - left - size) if count < 3 else start
-            start = first + size
-            wide = self._random.randint(1, 2)
-            offset = self._random.randint(0, SIDE - wide)
-            along, aside = range(first, first + size), range(offset, offset + wide)
-            blocks.append([(y, x) if across else (x, y) for x in along for y in aside])
-        return blocks
+    def _fourier(self, values: np.ndarray) -> np.ndarray:
+        angles = 2 * np.pi * values[..., None] * np.array(PERIODS)
+        return np.concatenate([np.sin(angles), np.cos(angles)], -1)
 
-    def _numbers(self) -> tuple[str, str]:
-        """Numbers to be repeated."""
-        numbers = " ".join(str(self._random.randint(0, 999)) for _ in range(self._random.randint(2, 8)))
-        return f"\n{numbers}\nSay it again.", numbers
+    def of_edges(self, edges: np.ndarray) -> np.ndarray:
+        """Codes (n, width) of boxes (n, 4), each side 0..1."""
+        return np.einsum("nef,efd->nd", self._fourier(edges), self._matrix[:4])
 
-    def _places(self, words: list[str], blocks: list[list[tuple[int, int]]]) -> tuple[str, str]:
-        """Where words stand, in thousandths of the grid's sides; a word that is not there is left out."""
-        found = dict(zip(words, blocks, strict=True))
-        absent = self._random.choice([word for word in self._words if word not in found])
-        asked = self._random.sample([*words, *([absent] if self._random.random() < 0.3 else [])], 1)
-        if len(words) > 1 and self._random.random() < 0.6:
-            asked = self._random.sample([*words, absent] if self._random.random() < 0.3 else words, 2)
-        form = self._random.choice(FIND_ONE if len(asked) == 1 else FIND_TWO)
-        said = []
-        for word in asked:
-            if word in found:
-                rows, columns = zip(*found[word], strict=True)
-                x1, y1 = (1000 * min(each) // SIDE for each in (columns, rows))
-                x2, y2 = (1000 * (max(each) + 1) // SIDE - 1 for each in (columns, rows))
-                said.append(f"{word} from {x1}, {y1} to {x2}, {y2}")
-        return form.format(**dict(zip("ab", asked, strict=False))), "; ".join(said) or "nowhere"
+    def of_places(self, places: np.ndarray) -> np.ndarray:
+        """Codes (n, width) of columns and rows (n, 2), 0..1."""
+        return np.einsum("nef,efd->nd", self._fourier(places), self._matrix[4:])
 
-    def __call__(self) -> tuple[list[int], int]:
-        """Token ids of one text, and where the answer begins."""
-        while True:
-            count = self._random.choices((1, 2, 3), (0.25, 0.55, 0.2))[0]
-            words = self._random.sample(self._words, count)
-            if not self._held_out(" ".join(words)):
-                break
-        kind = self._random.choices(("say", "place", "repeat"), (0.5, 0.38, 0.12))[0]
-        if kind == "repeat":
-            return self._encode(*self._numbers())
-        across, ground = self._random.random() < 0.5, self._random.choice(list(BACKGROUNDS))
-        grid = [[ground] * SIDE for _ in range(SIDE)]
-        blocks = self._cells(count, across)
-        for word, cells in zip(words, blocks, strict=True):
-            for row, column in cells:
-                grid[row][column] = word
-        forms = {1: (ONE, ONE), 2: (STACKED, BESIDE), 3: (THREE_STACKED, THREE_BESIDE)}[count][across]
-        named = dict(zip("abc", words, strict=False)) | {"u": ground}
-        answer = self._random.choice(forms).format(**named)
-        read = "".join(f" {word}" for row in grid for word in row)
-        question = self._random.choice(QUESTIONS)
-        if kind == "place":
-            question, answer = self._places(words, blocks)
-        return self._encode(f"\n{read}{question}", answer)
-
-    def _encode(self, question: str, answer: str) -> tuple[list[int], int]:
-        prompt = f"<|im_start|>user{question}<|im_end|>\n<|im_start|>assistant\n"
-        begin = self._tokenizer.encode(prompt)
-        return begin + self._tokenizer.encode(f"{answer}<|im_end|>"), len(begin)
-
-    def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Ids (B, T) and targets (B, T), -100 outside the answers."""
-        texts = [self() for _ in range(size)]
-        width = max(len(ids) for ids, _ in texts)
-        ids = torch.full((size, width), self._tokenizer.pad_token_id)
-        targets = torch.full((size, width), IGNORED)
-        for row, (text, begin) in enumerate(texts):
-            ids[row, : len(text)] = torch.tensor(text)
-            targets[row, begin - 1 : len(text) - 1] = torch.tensor(text[begin:])
-        return ids, targets
+    def __call__(self, cells: Cells, hardness: float) -> tuple[np.ndarray, float]:
+        """What is added to the cells (n, width), and the scale of the whole; `hardness` 0..1 is the amount of noise."""
+        draw, number, width = self._random, len(cells.place), self._matrix.shape[-1]
+        total = np.zeros((number, width))
+        known = ~np.isnan(cells.edges[:, 0])
+        if known.any() and draw.random() < 0.85:
+            edges = cells.edges[known] + self._numpy.normal(0, 0.012 * hardness, (known.sum(), 4))
+            share = EDGE_SHARE * draw.uniform(0.7, 1.5)
+            total[known] += share * self.of_edges(edges)
+        if draw.random() < 0.95:
+            place = cells.place + self._numpy.normal(0, 0.015 * hardness, cells.place.shape)
+            share = PLACE_SHARE * draw.uniform(0.6, 1.4)
+            total += share * self.of_places(place)
+        noise = hardness * draw.uniform(0, 0.8)
+        total += noise / np.sqrt(width) * self._numpy.normal(0, 1, total.shape)
+        total += 0.5 * noise / np.sqrt(width) * self._numpy.normal(0, 1, width)
+        scale = draw.uniform(1 - 0.3 * hardness, 1 + 0.5 * hardness)
+        return WORD_NORM * scale * total, scale
 
 
-def separate_digits(model, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Draws the embeddings of the ten digits anew, as long as the others are on average; input and head share them."""
-    weight = model.get_input_embeddings().weight
-    rows = tokenizer.convert_tokens_to_ids(list(DIGITS))
+def draw_document(texts: ReadingTexts, progress: float, full: bool = False) -> Document:
+    """A document of a difficulty that grows with `progress` (0..1); `full` is the last stage's at once."""
+    rng = texts.rng
+    if full or texts.two_looks:
+        progress = 1.0
+    easy = progress < EASY
+    if rng.random() < (0.05 if easy else 0.13):
+        return texts.plain(rng.randint(64, 128))
+    if easy:
+        kind = rng.choices(("words", "picture", "repeat"), (0.25, 0.68, 0.07))[0]
+        sides, pages, clean = (2, 3, 4), 4, True
+    elif progress < MEDIUM:
+        kind = rng.choices(("words", "picture", "digits", "pages", "repeat"), (0.15, 0.65, 0.08, 0.06, 0.06))[0]
+        sides, pages, clean = (2, 3, 4, 4), 4, rng.random() < 0.5
+    else:
+        kind = rng.choices(("words", "picture", "digits", "pages", "repeat"), (0.05, 0.74, 0.09, 0.09, 0.03))[0]
+        sides, pages, clean = ((3, 4, 6, 8, 8, 8, 8, 8) if progress < HALF else (4, 8, 8, 8, 8, 8, 8)), None, False
+        if texts.two_looks and not full:
+            sides, clean = (2, 3, 4, 6, 8, 8, 8, 8), rng.random() < 0.3
+    if rng.random() < (0.15 if easy else 0.07):
+        return texts.spelling()
+    if kind == "words":
+        return texts.words_only()
+    if kind == "repeat":
+        return texts.repeat()
+    if kind == "digits":
+        return texts.digits()
+    if kind == "pages":
+        side = pages or rng.choice((4, 6, 8))
+        return texts.pages(side, rng.randint(1, {4: 4, 6: 3, 8: 2}[side]))
+    return texts.picture(rng.choice(sides), rng.randint(4, 8), clean, easy)
+
+
+def pack(texts: ReadingTexts, codes: Codes, progress: float, rows: int, length: int, full: bool = False) -> Batch:
+    """Rows (B, T) of documents.
+
+    A branch sees its document's prefix and itself, and counts its positions on from the prefix. What a row's documents
+    leave is filled with general English.
+    """
+    ids, owners = np.zeros((rows, length), np.int64), np.full((rows, length), -1, np.int64)
+    branches, positions = np.zeros((rows, length), np.int64), np.zeros((rows, length), np.int64)
+    targets, weights = np.full((rows, length), -100, np.int64), np.zeros((rows, length), np.float32)
+    places, names, shares, added, kinds, words, answers = [], [], [], [], [], [], []
+    hardness = 1.0 if full or texts.two_looks else min(1.0, max(0.0, (progress - 0.15) / 0.3))
+    for row in range(rows):
+        at, owner = 0, 0
+        while length - at >= SHORTEST_ENGLISH:
+            document = draw_document(texts, progress, full) if at < length - 60 else texts.plain(length - at)
+            if document.kinds == ["English"] and len(document.branches[0][0][0]) > length - at:
+                document = texts.plain(length - at)
+            sizes = [len(part.place) if isinstance(part, Cells) else len(part) for part in document.prefix]
+            begin = sum(sizes)
+            spans = [[sum(len(ids) for ids, _ in branch), branch] for branch in document.branches]
+            room, kept = length - at - begin, []
+            for index, (size, branch) in enumerate(spans):
+                if size <= room:
+                    kept.append((index, branch))
+                    room -= size
+            if not kept:
+                document = texts.plain(length - at)
+                sizes, begin, kept = [], 0, [(0, document.branches[0])]
+            positions[row, at : at + begin] = np.arange(begin)
+            start, shown = at, find_words(texts, document, at) if begin else {}
+            owners[row, at:length] = owner
+            for size, part in zip(sizes, document.prefix, strict=False):
+                if isinstance(part, Cells):
+                    code, scale = codes(part, hardness)
+                    places.append(row * length + at + np.arange(size))
+                    names.append(part.ids)
+                    shares.append(part.weights * scale)
+                    added.append(code)
+                else:
+                    ids[row, at : at + size] = part
+                at += size
+            for index, branch in kept:
+                kinds.append(document.kinds[index])
+                here = begin
+                for part, weight in branch:
+                    size = len(part)
+                    ids[row, at : at + size] = part
+                    branches[row, at : at + size] = len(kinds)
+                    flat = row * length + at
+                    for name, last in spot_words(part, shown):
+                        words.append((flat + last, shown[name] or [start]))
+                        if weight and shown[name] and last >= len(name):
+                            answers.append((flat + last - len(name), shown[name]))
+                    for word in document.words if weight and begin else ():
+                        spelled, cells = texts.bare_name(word), shown[tuple(texts.name(word))]
+                        if cells and part[: len(spelled)] == spelled:
+                            answers.append((flat - 1, cells))
+                    positions[row, at : at + size] = here + np.arange(size)
+                    if weight and begin + here:
+                        targets[row, at - 1 : at + size - 1], weights[row, at - 1 : at + size - 1] = part, weight
+                    elif weight:
+                        targets[row, at : at + size - 1], weights[row, at : at + size - 1] = part[1:], weight
+                    at, here = at + size, here + size
+            owner += 1
+        owners[row, at:] = owner
+    branch, owned = torch.from_numpy(branches), torch.from_numpy(owners)
+    seen = (owned[:, :, None] == owned[:, None]) & torch.ones(length, length, dtype=torch.bool).tril()
+    seen &= (branch[:, None] == 0) | (branch[:, :, None] == branch[:, None])
+    mask = torch.zeros(seen.shape).masked_fill_(~seen, -1e4)[:, None]
+    return Batch(
+        torch.from_numpy(ids), mask, torch.from_numpy(positions), torch.from_numpy(targets), torch.from_numpy(weights),
+        branch, torch.from_numpy(np.concatenate(places)), torch.from_numpy(np.concatenate(names)),
+        torch.from_numpy(np.concatenate(shares)), torch.from_numpy(np.concatenate(added)).float(),
+        Looks.of(words, length), Looks.of(answers, length), kinds,
+    )  # fmt: skip
+
+
+def find_words(texts: ReadingTexts, document: Document, start: int) -> dict[tuple[int, ...], list[int]]:
+    """Places in a row of the words of a document that begins at `start`; none for those that are not there."""
+    found: dict[tuple[int, ...], list[int]] = {tuple(texts.name(word)): [] for word in document.words}
+    for part in document.prefix:
+        if isinstance(part, Cells):
+            for word, cells in part.where.items():
+                found.setdefault(tuple(texts.name(word)), []).extend((start + cells).tolist())
+            start += len(part.place)
+        else:
+            for name, last in spot_words(part, found):
+                found[name].append(start + last)
+            start += len(part)
+    return found
+
+
+def spot_words(ids: list[int], words: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], int]]:
+    """The words that are in `ids`, with the place of their last token."""
+    return [
+        (name, place)
+        for name in words
+        for place in range(len(name) - 1, len(ids))
+        if ids[place] == name[-1] and tuple(ids[place - len(name) + 1 : place + 1]) == name
+    ]
+
+
+def make_body(model):
+    """The decoder from embeddings to its last hidden state; also the states before each layer."""
+    decoder = model.model
+
+    def body(embedded, mask, positions):
+        rotary, hidden, kept = decoder.rotary_emb(embedded, positions), embedded, []
+        for layer in decoder.layers:
+            kept.append(hidden)
+            hidden = layer(hidden, attention_mask=mask, position_ids=positions, position_embeddings=rotary)
+        return decoder.norm(hidden), rotary, kept
+
+    return torch.compile(body, dynamic=False)
+
+
+def looking_loss(model, batch: Batch, rotary, kept: list[torch.Tensor]) -> torch.Tensor:
+    """Mean of -log of the attention that a word pays, in the first head of some layers, to the cells that show it.
+
+    A word that is not there is to look at the document's first token. In later layers what comes before a word of the
+    answer looks at the cells that show that word.
+    """
+    losses = []
+    for index, looks in ((1, batch.words), (2, batch.words), (3, batch.answers), (4, batch.answers)):
+        rows, columns = looks.places // batch.ids.shape[1], looks.places % batch.ids.shape[1]
+        hidden_from = batch.mask[rows, 0, columns]
+        layer = model.model.layers[index]
+        attention, normed = layer.self_attn, layer.input_layernorm(kept[index])
+        size = attention.head_dim
+        query = attention.q_norm(linear(normed, attention.q_proj.weight[:size])[:, None])
+        key = attention.k_norm(linear(normed, attention.k_proj.weight[:size])[:, None])
+        query, key = apply_rotary_pos_emb(query, key, *rotary)
+        scores = torch.einsum("qd,qtd->qt", query[rows, 0, columns].float(), key[rows, 0].float()) * attention.scaling
+        shares = (scores + hidden_from).log_softmax(-1)
+        losses.append(-shares.masked_fill(~looks.targets, -1e4).logsumexp(-1).mean())
+    return torch.stack(losses)
+
+
+def learnt(model, body, batch: Batch, looking: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (M, V) where something is to be learnt, and the loss of looking."""
+    table = model.get_input_embeddings().weight
+    cells = embedding_bag(batch.names, table, mode="sum", per_sample_weights=batch.shares) + batch.codes
+    width = table.shape[1]
+    embedded = table[batch.ids].flatten(0, 1).index_copy(0, batch.cells, cells).view(*batch.ids.shape, width)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        hidden, rotary, kept = body(embedded, batch.mask, batch.positions)
+        logits = model.lm_head(hidden[batch.targets >= 0]).float()
+        return logits, looking_loss(model, batch, rotary, kept)
+
+
+def measure(model, body, batches: list[Batch]) -> dict[str, tuple[float, int]]:
+    """Share of answers that are right to the last token (teacher forcing), and their number, by kind.
+
+    For English it is the mean cross-entropy in nats per token.
+    """
+    right: dict[str, list[float]] = defaultdict(list)
     with torch.no_grad():
-        fresh = torch.randn(len(rows), weight.shape[1])
-        weight[rows] = fresh / fresh.norm(dim=1, keepdim=True) * weight.norm(dim=1).mean()
+        for batch in batches:
+            (logits, _), where = learnt(model, body, batch), batch.targets >= 0
+            targets, branches = batch.targets[where], batch.branches[where]
+            hits = (logits.argmax(-1) == targets).numpy()
+            losses = cross_entropy(logits, targets, reduction="none").numpy()
+            for index, kind in enumerate(batch.kinds, 1):
+                mine = (branches == index).numpy()
+                if mine.any():
+                    right[kind].append(float(losses[mine].mean() if kind == "English" else hits[mine].all()))
+    return {kind: (float(np.mean(values)), len(values)) for kind, values in sorted(right.items())}
 
 
-def train(model, grids: Grids, minutes: float, rate: float, batch: int) -> dict[str, float]:
-    """Train for `minutes` with a cosine schedule over the elapsed time; returns what was measured."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    start, step, share, running, texts = time.monotonic(), 0, 0.0, None, 0
-    while share < 1.0:
+def separate_digits(model, tokenizer) -> None:
+    """Draws the embeddings of the ten digits anew where they are parallel; input and head share them."""
+    weight = model.get_input_embeddings().weight
+    rows = tokenizer.convert_tokens_to_ids(list("0123456789"))
+    with torch.no_grad():
+        unit = normalize(weight[rows], dim=1)
+        if (unit @ unit.T).mean() > 0.9:
+            fresh = torch.randn(len(rows), weight.shape[1])
+            weight[rows] = fresh / fresh.norm(dim=1, keepdim=True) * weight.norm(dim=1).mean()
+
+
+def nouns_of_two_tokens(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """WordNet's nouns that are two tokens in running text."""
+    words = []
+    for line in (folder / "data.noun").read_text().splitlines():
+        if not line.startswith("  "):
+            words.append(line.split()[4].replace("_", " "))
+    words = sorted(
+        {
+            word
+            for word in words
+            if word.isascii() and word.replace(" ", "").isalpha() and word.islower() and 3 < len(word) < 16
+        }
+    )
+    encoded = tokenizer.encode_batch_fast([f" {word}" for word in words], add_special_tokens=False)
+    return [word for word, each in zip(words, encoded, strict=True) if len(each.ids) == 2]
+
+
+def train(
+    model, texts: ReadingTexts, held: dict[str, list[Batch]], codes: Codes, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Train for `options.steps` with a cosine schedule; returns what was measured."""
+    body = make_body(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    running: dict[str, float] = {}
+    start = time.monotonic()
+    for step in range(options.steps):
+        share = step / options.steps
+        rate = options.rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 50) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
-        ids, targets = grids.batch(batch)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            logits = model.lm_head(hidden[targets != IGNORED])
-        loss = cross_entropy(logits.float(), targets[targets != IGNORED])
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            group["lr"] = rate
+        batch = pack(texts, codes, share, ROWS, LENGTH)
+        logits, looking = learnt(model, body, batch)
+        targets, weights = batch.targets[batch.targets >= 0], batch.weights[batch.targets >= 0]
+        loss = (cross_entropy(logits, targets, reduction="none") * weights).sum() / weights.sum()
+        (loss + LOOKING * looking.mean()).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, texts, share = step + 1, texts + batch, (time.monotonic() - start) / 60 / minutes
-        running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
+        for name, value in (
+            ("loss", loss.item()),
+            ("norm", float(norm)),
+            *zip(("words", "answers"), looking.view(2, 2).mean(1).tolist(), strict=True),
+        ):
+            running[name] = value if step == 0 else 0.98 * running[name] + 0.02 * value
         if step % 50 == 0:
-            print(f"step {step} texts {texts} loss {running:.3f} {share:.0%}", flush=True)
-    return {"texts": texts, "minutes": minutes, "loss": running}
+            said = " ".join(f"{name} {value:.3f}" for name, value in running.items())
+            print(f"step {step} {said} {time.monotonic() - start:.0f} s", flush=True)
+        if (step + 1) % MEASURE_EVERY == 0 or step + 1 == options.steps:
+            found = {name: measure(model, body, batches) for name, batches in held.items()}
+            for name, shares in found.items():
+                print(f"step {step + 1} {name}", *(f"{k}={v:.2f}" for k, (v, _) in shares.items()), flush=True)
+    return {"steps": options.steps, "minutes": (time.monotonic() - start) / 60, "found": found}
+
+
+def card(before: str, figures: dict[str, Any], words: dict[str, int]) -> str:
+    """The model's card with a section about this stage, with measured figures only."""
+    demo, unseen = figures["found"]["demo"], figures["found"]["unseen"]
+    rows = "\n".join(
+        f"| {kind} | {f'{demo[kind][0]:.2f} ({demo[kind][1]})' if kind in demo else ''} "
+        f"| {f'{unseen[kind][0]:.2f} ({unseen[kind][1]})' if kind in unseen else ''} |"
+        for kind in sorted({*demo, *unseen} - {"English", "say"})
+    )
+    return f"""{before}
+
+## Reading
+
+Then trained by `recipes/demo/pretrain_reading.py` to read soft grids of words that stand for pictures, and to answer
+questions about them; text only, no pictures. {figures["steps"]:,} steps of {ROWS * LENGTH:,} tokens,
+{figures["minutes"]:.0f} minutes on one CPU core. Things are the demo's nouns ({DEMO_SHARE:.0%}) or one of
+{words["trained"]:,} other words of one or two tokens. Questions and answers are worded differently from the demo's, and
+no text names both nouns of a held-out pair.
+
+Share of answers that are right to the last token (teacher forcing, argmax), on grids of 8 x 8 cells, with the number of
+questions: with the demo's nouns, and with {words["held out"]:,} words kept out of this stage. General English:
+{demo["English"][0]:.2f} nats per token on pieces of {SHORTEST_ENGLISH} to 128 tokens kept out.
+
+| question | demo's nouns | unseen words |
+|---|---|---|
+{rows}
+"""
+
+
+def read_english(art: Path, held_out: HeldOutFilter, tokenizer, seed: int) -> np.ndarray:
+    """Token ids of `pretrain_lm.py`'s texts in one line, each text ended by <|endoftext|>."""
+    texts, _ = build_texts(art, held_out, seed)
+    encoded = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    return np.concatenate([np.array([*each.ids, tokenizer.pad_token_id], np.int32) for each in encoded])
 
 
 def main() -> None:
     """Train and write the folder anew."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--art", type=Path, default=DEFAULT_ART, help="folder with WordNet and CLDR; filled")
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "qwen3")
     parser.add_argument("--output", type=Path, help="by default the model's own folder")
     parser.add_argument("--scenes", type=Path, default=Path(__file__).parent / "scenes")
-    parser.add_argument("--minutes", type=float, default=8.0)
+    parser.add_argument("--steps", type=int, default=2700)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument(
+        "--two_looks", action="store_true", help="second stage: more questions about relations and order"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    output = options.output or options.model
-    torch.manual_seed(options.seed)
+    output, seed = options.output or options.model, options.seed
+    torch.manual_seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-    held_out = HeldOutFilter(load_held_out_pairs(options.scenes / "held_out_pairs.json"))
+    backend = tokenizer.backend_tokenizer
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32, attn_implementation="eager")
     separate_digits(model, tokenizer)
-    figures = train(model, Grids(tokenizer, held_out, options.seed), options.minutes, options.rate, options.batch)
-    card = (options.model / "README.md").read_text(encoding="utf-8").split("\n## Reading\n")[0].rstrip()
-    card += (
-        "\n\n## Reading\n\nThen trained by `recipes/demo/pretrain_reading.py` to read grids of 4 x 4 words and to say "
-        f"what stands where, also as numbers, in text only: {figures['texts']:,} texts in {figures['minutes']:.0f} "
-        "minutes on top of an earlier stage without numbers (9 minutes), last loss "
-        f"on answers {figures['loss']:.3f} nats per token (running mean). The answers are worded differently from the "
-        "demo's captions; no grid holds a held-out pair.\n"
-    )
-    fresh = output.with_name(output.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    model.half().save_pretrained(fresh)
-    tokenizer.save_pretrained(fresh)
-    (fresh / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(output, ignore_errors=True)
-    fresh.rename(output)
+    held_out = HeldOutFilter(load_held_out_pairs(options.scenes / "held_out_pairs.json"))
+    line = read_english(options.art, held_out, tokenizer, seed)
+    words = [token[1:] for token in tokenizer.get_vocab() if token[0] == "Ġ" and token[1:].isalpha() and len(token) > 3]
+    two = random.Random(WORDS_SEED).sample(nouns_of_two_tokens(fetch_wordnet(options.art), backend), 2 * len(words))
+    (ones, held_ones), (twos, held_twos) = split_words(words, WORDS_SEED), split_words(two, WORDS_SEED)
+    english, kept = english_tokens(line[len(line) // 50 :], seed), english_tokens(line[: len(line) // 50], 1)
+    texts = ReadingTexts(backend, ones * 2 + twos, held_out, english, seed, two_looks=options.two_looks)
+    unseen = ReadingTexts(backend, held_ones * 2 + held_twos, held_out, kept, seed + 1000, 0.0, True)
+    demo = ReadingTexts(backend, ones, held_out, kept, seed + 2000, 1.0, True)
+    codes = Codes(model.config.hidden_size, seed)
+    held = {
+        name: [pack(each, codes, 1.0, ROWS, LENGTH, full=True) for _ in range(MEASURED_BATCHES)]
+        for name, each in (("unseen", unseen), ("demo", demo))
+    }
+    figures = train(model, texts, held, codes, options)
     print(json.dumps(figures))
+    before = (options.model / "README.md").read_text(encoding="utf-8").split("\n## Reading\n")[0].rstrip()
+    numbers = {"trained": len(ones) + len(twos), "held out": len(held_ones) + len(held_twos)}
+    save(model, tokenizer, card(before, figures, numbers), output)
 
 
 if __name__ == "__main__":

@@ -28,12 +28,12 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, default=HERE / "scenes")
     parser.add_argument("--clip_minutes", type=float, default=80.0)
     parser.add_argument("--lm_minutes", type=float, default=7.0)
-    parser.add_argument("--reading_minutes", type=float, default=9.0)
+    parser.add_argument("--reading_steps", type=int, default=2700)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shared = ["--scenes", args.scenes, "--seed", args.seed]
     language = ["--art", args.art, "--output", args.output / "qwen3", "--minutes", args.lm_minutes]
-    reading = ["--model", args.output / "qwen3", "--minutes", args.reading_minutes]
+    reading = ["--art", args.art, "--model", args.output / "qwen3", "--steps", args.reading_steps]
     vision = ["--art", args.art, "--output", args.output / "clip", "--tokenizer", args.output / "qwen3"]
     vision += ["--minutes", args.clip_minutes]
     stages = (("pretrain_lm.py", language), ("pretrain_reading.py", reading), ("pretrain_clip.py", vision))
