@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from canvases import COLOURS, GRID, IGNORED, PATCH, SIDE, CanvasBatches, CanvasMaker, Entry, load_entries
 from emoji_art import CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
-from pretrain_clip import MEAN, STD, VENDORS
-from pretrain_reading import CODES_SEED, EDGE_SHARE, PLACE_SHARE, WORD_NORM, Codes
 from peft import get_peft_model
+from pretrain_clip import MEAN, STD, VENDORS
+from pretrain_reading import EDGE_SHARE, PLACE_SHARE, WORD_NORM, Codes
 from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
@@ -54,9 +54,7 @@ class Targets:
             self._known[word] = self._embeddings[ids].mean(0)
         return self._known[word]
 
-    def __call__(
-        self, labels: torch.Tensor, boxes: torch.Tensor, ground: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, labels: torch.Tensor, boxes: torch.Tensor, ground: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Cells (64, D_t), and which of them are known (64,): not those on a ground without a name."""
         cells = torch.zeros(len(labels), self._embeddings.shape[1])
         known = torch.zeros(len(labels), dtype=torch.bool)
@@ -99,7 +97,9 @@ def align(
     states, cells = [], []
     for pixels, labels, boxes, grounds in CanvasBatches(maker, 64):
         values = (pixels.float() / 255 - MEAN[0]) / STD[0]
-        found = layer_norm(clip.vision_model(pixel_values=values).last_hidden_state[:, 1:], (clip.config.vision_config.hidden_size,))
+        found = layer_norm(
+            clip.vision_model(pixel_values=values).last_hidden_state[:, 1:], (clip.config.vision_config.hidden_size,)
+        )
         for state, label, box, ground in zip(found, labels, boxes, grounds.tolist(), strict=True):
             cell, known = targets(label, box, ground)
             states.append(state[known])
@@ -156,7 +156,11 @@ def main() -> None:
     weight, bias, share = align(clip, targets, maker, options.canvases, options.ridge)
 
     model = VisionQwen.from_vision_text_pretrained(
-        str(options.clip), str(options.model), vision_feature_layer=[-1], projector_type="linear", projector_layer_norm=True
+        str(options.clip),
+        str(options.model),
+        vision_feature_layer=[-1],
+        projector_type="linear",
+        projector_layer_norm=True,
     )
     linear = next(m for m in model.model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear))
     with torch.no_grad():
