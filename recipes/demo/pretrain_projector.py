@@ -25,7 +25,7 @@ from pretrain_reading import EDGE_SHARE, PLACE_SHARE, WORD_NORM, Codes
 from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
 
-from vlm_peft import VisionQwen
+from vlm_peft import VisionQwen, VisionQwenProcessor
 from vlm_peft.adapters.folder import save_composite_config
 from vlm_peft.adapters.strategies import apply_strategy, choose_strategy
 
@@ -162,6 +162,8 @@ def main() -> None:
         projector_type="linear",
         projector_layer_norm=True,
     )
+    # Which token stands for a picture is known with the tokenizer.
+    VisionQwenProcessor.from_vision_text_pretrained(str(options.clip), str(options.model), model.config)
     linear = next(m for m in model.model.multi_modal_projector.modules() if isinstance(m, torch.nn.Linear))
     with torch.no_grad():
         linear.weight.copy_(weight)
