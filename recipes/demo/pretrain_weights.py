@@ -1,9 +1,9 @@
-"""Make the demo's weights: the small Qwen3 first (its tokenizer serves both) in two stages, then the small CLIP.
+"""Make the demo's weights: the small Qwen3 (its tokenizer serves both), then the small CLIP, then their projector.
 
     python recipes/demo/pretrain_weights.py --art DIR --output recipes/demo
 
 Takes the data set of ``build_scenes.py`` for its held-out pairs only; see ``pretrain_lm.py``,
-``pretrain_reading.py`` and ``pretrain_clip.py``.
+``pretrain_reading.py`` (in two passes), ``pretrain_clip.py`` and ``pretrain_projector.py``.
 """
 
 from __future__ import annotations
@@ -24,20 +24,26 @@ def main() -> None:
     parser.add_argument(
         "--art", type=Path, default=DEFAULT_ART, help="folder of unpacked npm packs and WordNet; filled"
     )
-    parser.add_argument("--output", type=Path, default=HERE, help="gets clip/ and qwen3/")
+    parser.add_argument("--output", type=Path, default=HERE, help="gets qwen3/, clip/ and projector/")
     parser.add_argument("--scenes", type=Path, default=HERE / "scenes")
-    parser.add_argument("--clip_minutes", type=float, default=80.0)
     parser.add_argument("--lm_minutes", type=float, default=7.0)
     parser.add_argument("--reading_steps", type=int, default=2700)
+    parser.add_argument("--second_steps", type=int, default=1800, help="of the reading's second pass")
+    parser.add_argument("--clip_steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    shared = ["--scenes", args.scenes, "--seed", args.seed]
-    language = ["--art", args.art, "--output", args.output / "qwen3", "--minutes", args.lm_minutes]
-    reading = ["--art", args.art, "--model", args.output / "qwen3", "--steps", args.reading_steps]
-    vision = ["--art", args.art, "--output", args.output / "clip", "--tokenizer", args.output / "qwen3"]
-    vision += ["--minutes", args.clip_minutes]
-    stages = (("pretrain_lm.py", language), ("pretrain_reading.py", reading), ("pretrain_clip.py", vision))
+    clip, decoder = args.output / "clip", args.output / "qwen3"
+    seed = ["--seed", args.seed]
+    second = ["--steps", args.second_steps, "--rate", 1e-3, "--seed", args.seed + 1, "--two_looks"]
+    stages = (
+        ("pretrain_lm.py", ["--output", decoder, "--minutes", args.lm_minutes, *seed]),
+        ("pretrain_reading.py", ["--model", decoder, "--steps", args.reading_steps, *seed]),
+        ("pretrain_reading.py", ["--model", decoder, *second]),
+        ("pretrain_clip.py", ["--output", clip, "--tokenizer", decoder, "--steps", args.clip_steps, *seed]),
+        ("pretrain_projector.py", ["--clip", clip, "--model", decoder, "--output", args.output / "projector", *seed]),
+    )
     for script, own in stages:
+        shared = ["--art", args.art, "--scenes", args.scenes]
         subprocess.run([sys.executable, str(HERE / script), *map(str, shared + own)], check=True)
 
 
