@@ -1,4 +1,4 @@
-"""Make the demo's weights: the small Qwen3 first (its tokenizer serves both) in two stages, then the small CLIP.
+"""Make the demo's weights: the small Qwen3 first (its tokenizer serves both) in three stages, then the small CLIP.
 
     python recipes/demo/pretrain_weights.py --art DIR --output recipes/demo
 
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Run the three scripts with the same output folder and seed."""
+    """Run the scripts with the same output folder and seed."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--art", type=Path, default=DEFAULT_ART, help="folder of unpacked npm packs and WordNet; filled"
@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--clip_minutes", type=float, default=80.0)
     parser.add_argument("--lm_minutes", type=float, default=7.0)
     parser.add_argument("--reading_steps", type=int, default=2700)
+    parser.add_argument("--second_reading_steps", type=int, default=1500)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shared = ["--scenes", args.scenes, "--seed", args.seed]
@@ -36,7 +37,14 @@ def main() -> None:
     reading = ["--art", args.art, "--model", args.output / "qwen3", "--steps", args.reading_steps]
     vision = ["--art", args.art, "--output", args.output / "clip", "--tokenizer", args.output / "qwen3"]
     vision += ["--minutes", args.clip_minutes]
-    stages = (("pretrain_lm.py", language), ("pretrain_reading.py", reading), ("pretrain_clip.py", vision))
+    # The later --steps and --seed count.
+    again = [*reading, "--steps", args.second_reading_steps, "--rate", 1e-3, "--seed", args.seed + 1, "--two_looks"]
+    stages = (
+        ("pretrain_lm.py", language),
+        ("pretrain_reading.py", reading),
+        ("pretrain_reading.py", again),
+        ("pretrain_clip.py", vision),
+    )
     for script, own in stages:
         subprocess.run([sys.executable, str(HERE / script), *map(str, shared + own)], check=True)
 
