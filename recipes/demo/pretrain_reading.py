@@ -421,7 +421,7 @@ def card(before: str, figures: dict[str, Any], words: dict[str, int], second: bo
 
 {figures["steps"]:,} steps of {ROWS * LENGTH:,} tokens, {figures["minutes"]:.0f} minutes on one CPU core.
 Things are the demo's nouns ({DEMO_SHARE:.0%}) or one of {words["trained"]:,} other words of one or two tokens;
-{words["held out"]} more were kept out. General English: {demo["English"][0]:.2f} nats per token on pieces that were kept out.
+{words["held out"]} more were kept out. English: {demo["English"][0]:.2f} nats per token on pieces that were kept out.
 
 | question | demo's nouns | words kept out |
 |---|---|---|
