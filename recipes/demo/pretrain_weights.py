@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--clip_minutes", type=float, default=80.0)
     parser.add_argument("--lm_minutes", type=float, default=7.0)
     parser.add_argument("--reading_steps", type=int, default=2700)
-    parser.add_argument("--second_reading_steps", type=int, default=1500)
+    parser.add_argument("--second_reading_steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     shared = ["--scenes", args.scenes, "--seed", args.seed]
