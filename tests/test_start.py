@@ -54,6 +54,11 @@ def find(arguments: list[str]) -> Path | None:
     return find_start(*parse_arguments(arguments))
 
 
+def test_a_start_of_the_file_is_left_out_by_none(given, adapter):
+    assert find(given()) == adapter
+    assert find(given("--start_from", "none", "--strategy", "scratch")) is None
+
+
 class AtStart(TrainerCallback):
     """What the model says and holds before its first step."""
 

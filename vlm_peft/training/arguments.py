@@ -93,7 +93,7 @@ class VisionArguments(ProjectorSettings, DataArguments):
         default=None,
         metadata={
             "help": "Folder or Hub id of a trained adapter, or of a whole model with --strategy full, that is trained "
-            "on, for this task; its bases and projector must be those of the run. The bases without it."
+            "on, for this task; its bases and projector must be those of the run. The bases without it, or for none."
         },
     )
     top_layers: int | None = field(
