@@ -233,7 +233,7 @@ def test_streams_show_their_first_rows(bases, flickr, capsys):
 def test_the_demo_needs_no_weights_and_reads_as_the_template_says(capsys):
     config = str(ROOT / "recipes/configs/demo.yaml")
     assert inspect_data.main(["--config", config, "--rows", "1", "--train_limit", "8"]) == 0
-    assert "<16 image tokens: picture 112x112>Describe the picture.<|im_end|>⏎" in capsys.readouterr().out
+    assert "<64 image tokens: picture 112x112>Describe the picture.<|im_end|>⏎" in capsys.readouterr().out
 
 
 def test_layouts_are_those_of_the_encoded_rows(processor):

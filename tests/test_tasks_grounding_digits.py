@@ -306,6 +306,7 @@ def train(tmp_path, bases, monkeypatch):
         arguments = [
             *("--config", str(ROOT / "recipes/configs" / config), "--output_dir", str(tmp_path / "out")),
             *("--vision_model", str(vision), "--model_name_or_path", str(text), "--vision_feature_layer", "-2"),
+            *("--start_from", "none"),
             *("--use_cpu", "true", "--bf16", "false", "--max_steps", "2", "--per_device_train_batch_size", "2"),
             *("--max_new_tokens", "4", "--report_to", "none", "--save_strategy", "no", "--score_before", "false"),
             *("--attn_implementation", "sdpa", "--feature_cache_dir", str(tmp_path / "features"), *overrides),

@@ -56,6 +56,10 @@ class ProjectorSettings:
     num_resampler_layers: int = field(default=1, metadata={"help": "Of resampler: layers of cross-attention."})
 
 
+PROJECTOR_AT_MOST = {"num_image_queries": 2**16, "num_resampler_layers": 2**10}
+"""Largest settings that a training takes: weights of that size are made at once."""
+
+
 def pixel_shuffle(features: torch.Tensor, factor: int, grid: tuple[int, int] | None = None) -> torch.Tensor:
     """Moves each square of `factor` x `factor` neighbouring patches into the feature axis of one token.
 

@@ -366,7 +366,10 @@ def claim(study: optuna.Study, options: TuneOptions, space: dict[str, Any]) -> I
         with locked_journal(options):
             trials = study.get_trials(deepcopy=False)
             for left in (trial for trial in trials if trial.state == TrialState.RUNNING):
-                if held.enter_context(locked(folder / f"{left.number:04d}" / ".owner", wait=False)):
+                if not held.enter_context(locked(folder / f"{left.number:04d}" / ".owner", wait=False)):
+                    continue
+                # Its owner may have told its end since the journal was read, and let go of it.
+                if study.get_trials(deepcopy=False)[left.number].state == TrialState.RUNNING:
                     found = optuna.Trial(study, left._trial_id)
                     break
             begun = [trial for trial in trials if trial.state != TrialState.WAITING]

@@ -18,7 +18,7 @@ import yaml
 from accelerate.utils import DynamoBackend
 from transformers.hf_argparser import string_to_bool
 
-from ..model.projector import ProjectorSettings
+from ..model.projector import PROJECTOR_AT_MOST, ProjectorSettings
 from ..tasks.example import check_text
 
 _LARGEST_FILE = 10_000  # values, aliases counted as often as they are used
@@ -72,8 +72,7 @@ _AT_MOST = {
     "data_seed": 2**32 - 1,
     # Sizes of weights that are made at once: a typing error would take all memory, or overflow.
     "lora_r": 2**16,
-    "num_image_queries": 2**16,
-    "num_resampler_layers": 2**10,
+    **PROJECTOR_AT_MOST,
 }
 _COMPILE_MODES = ("default", "lite", "reduce-overhead", "max-autotune-no-cudagraphs", "max-autotune")
 _FILES = ("accelerator_config", "deepspeed", "fsdp_config")
