@@ -258,3 +258,19 @@ def test_the_demos_search_is_understood(tmp_path, monkeypatch):
     tune.check_bounds(options, tune.distributions(options), "tune.py")
     assert options.trials == 12
     cells.prepare([tune.best_cell(options, options.start)], "tune.py")
+
+
+def test_a_trial_that_ended_since_the_journal_was_read_is_not_run_again(tmp_path, search_file, monkeypatch):
+    config = search_file(search={"learning_rate": [0.1, 0.2]}, start={"learning_rate": 0.1}, trials=2)
+    options = tune.read_search(str(config), str(tmp_path))
+    space = tune.distributions(options)
+    study = optuna.create_study(direction="maximize")
+    (tmp_path / "tune/trials").mkdir(parents=True)
+    first = study.ask()
+    read = study.get_trials(deepcopy=True)
+    study.tell(first, 0.1)
+    now, stale = study.get_trials, [read]
+    monkeypatch.setattr(study, "get_trials", lambda **options: stale.pop() if stale else now(**options))
+    with tune.claim(study, options, space) as claimed:
+        assert claimed is not None
+        assert claimed[0] == 1
