@@ -297,3 +297,10 @@ def test_every_interval_is_drawn_once(tmp_path, monkeypatch):
     assert summary["intervals"] == {"exact_match": [0, 1], "digit_accuracy": [0, 1]}
     assert len(drawn) == 2
     assert math.isclose(summary["metrics"]["exact_match"], 0.5)
+
+
+@pytest.mark.parametrize("name", ["max_new_tokens", "num_beams"])
+def test_counts_below_one_in_the_settings_file_are_refused(tmp_path, name):
+    (tmp_path / TASK_FILE).write_text(json.dumps({name: -1}))
+    with pytest.raises(ValueError, match=f"{name} is -1, expected at least 1"):
+        TaskSettings.read(tmp_path)
