@@ -68,7 +68,7 @@ class TaskSettings(TaskOptions):
             if name in _LISTS or not isinstance(value, (str, type(None)) if default is None else type(default)):
                 expected = "a list of texts" if name in _LISTS else f"a value like {default!r}"
                 raise ValueError(f"{path}: {name} is {value!r}, expected {expected}.")
-            if name in ("max_new_tokens", "num_beams") and value < 1:
+            if name in ("max_new_tokens", "num_beams") and isinstance(value, int) and value < 1:
                 raise ValueError(f"{path}: {name} is {value!r}, expected at least 1.")
         return cls(**values)
 
