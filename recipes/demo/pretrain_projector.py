@@ -20,7 +20,7 @@ import torch
 from canvases import COLOURS, GRID, IGNORED, PATCH, SIDE, CanvasBatches, CanvasMaker, Entry, load_entries
 from emoji_art import CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
 from peft import get_peft_model
-from pretrain_clip import MEAN, STD, VENDORS
+from pretrain_clip import VENDORS, embed_pictures
 from pretrain_reading import EDGE_SHARE, PLACE_SHARE, WORD_NORM, Codes
 from torch.nn.functional import layer_norm
 from transformers import AutoModelForCausalLM, AutoTokenizer, CLIPModel, PreTrainedTokenizerBase
@@ -67,10 +67,9 @@ class Targets:
                 continue
             entry = self._entries[label]
             word = self._nouns[entry.texts[0]] if entry.demo else entry.label
+            # Long names, and numbers of two digits: a mean of their tokens has lost their order.
             if len(self._tokenizer.encode(f" {word}")) > 2:
                 continue
-            if word.isdigit() and len(word) == 2:
-                word = word[(column + 0.5) * PATCH > (box[0] + box[2]) / 2]
             across = min((column + 1) * PATCH, box[2]) - max(column * PATCH, box[0])
             down = min((row + 1) * PATCH, box[3]) - max(row * PATCH, box[1])
             cover = max(0.0, across) * max(0.0, down) / PATCH**2 if ground != IGNORED else 1.0
@@ -96,10 +95,8 @@ def align(
     """
     states, cells = [], []
     for pixels, labels, boxes, grounds in CanvasBatches(maker, 64):
-        values = (pixels.float() / 255 - MEAN[0]) / STD[0]
-        found = layer_norm(
-            clip.vision_model(pixel_values=values).last_hidden_state[:, 1:], (clip.config.vision_config.hidden_size,)
-        )
+        found = embed_pictures(clip, pixels)[2]
+        found = layer_norm(found, found.shape[-1:])
         for state, label, box, ground in zip(found, labels, boxes, grounds.tolist(), strict=True):
             cell, known = targets(label, box, ground)
             states.append(state[known])
@@ -127,7 +124,7 @@ library_name: peft
 
 A linear projector from the patches of `../clip` to the embeddings of `../qwen3`, to start from: `--start_from
 recipes/demo/projector`. Made by `recipes/demo/pretrain_projector.py` in closed form: a ridge regression on the patches
-of {canvases:,} canvases (emoji, words and numbers; no picture of `../scenes`, no held-out pair, no art of `test_style`)
+of {canvases:,} canvases (emoji, words and digits; no picture of `../scenes`, no held-out pair, no art of `test_style`)
 from their last states to the cells that the decoder has learnt to read in text. It explains {share:.1%} of the cells'
 variance on canvases kept apart. Sources and licences of the art: see `../NOTICE.md`.
 """

@@ -186,10 +186,9 @@ def find_start(vision: VisionArguments, training: Any, model_args: ModelConfig) 
         ValueError: When it is no trained model, or has other bases, another projector or other LoRA than the run, or
             its strategy cannot go on from it.
     """
-    if vision.start_from == "none":
+    if vision.start_from in (None, "none"):
         # A file's start is left out on the command line.
         vision.start_from = None
-    if vision.start_from is None:
         return None
     folder = find_model(local(vision.start_from, "start_from"))
     strategy = chosen_strategy(vision, model_args)
