@@ -332,12 +332,17 @@ def parse_arguments(arguments: list[str] | None = None) -> tuple[Preset, argpars
         "--contrastive", choices=["demo", "b32"], help="only: training a CLIP beside a plain Trainer, of this shape"
     )
     parser.add_argument("--no_generation", action="store_true")
+    parser.add_argument(
+        "--alone", action="store_true", help="without the peer: a whole epoch, or more switches than fit beside it"
+    )
     parser.add_argument("--json", metavar="FILE", help="also keep every figure there, after each part of the run")
     parser.add_argument("--write", action="store_true", help="write the section of the preset into eval/THROUGHPUT.md")
     options = parser.parse_args(arguments)
     preset = PRESETS["cpu" if options.preset == GRPO else options.preset]
     names = {field.name for field in dataclasses.fields(Preset)} - {"switches"}
     changes = {name: value for name, value in vars(options).items() if name in names and value is not None}
+    if options.alone:
+        changes["peers"] = ()
     changes.setdefault("pictures_per_step", min(preset.pictures_per_step, changes.get("pictures", preset.pictures)))
     preset = dataclasses.replace(preset, **changes)
     unknown = set(options.switches or ()) - set(preset.switches)

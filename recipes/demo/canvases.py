@@ -6,6 +6,7 @@ demo's concepts.
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ COUNTS, COUNT_SHARES = (1, 2, 3, 4, 5), (0.15, 0.45, 0.22, 0.12, 0.06)
 SIZES = {1: (24, 60), 2: (22, 56), 3: (20, 40), 4: (20, 34), 5: (20, 30)}
 DEMO_SHARE = 0.7
 # Of canvases: pages with a table, and rows of digits; of a scene's objects: words and numbers.
-PAGE_SHARE, DIGITS_SHARE, TEXT_SHARE = 0.1, 0.08, 0.08
+PAGE_SHARE, DIGITS_SHARE, TEXT_SHARE = 0.1, 0.12, 0.08
 NUMBERS = 100
 COLOURS = tuple(BACKGROUNDS)
 # Rotation of the hue about the gray axis: RGB -> luma and two chroma axes -> RGB.
@@ -83,6 +84,19 @@ def is_plain(sprite: Image.Image) -> bool:
     return bool(pixels[pixels[:, 3] > 200, :3].std(0).max(initial=0.0) < 12)
 
 
+def bend(picture: Image.Image, py: random.Random, strength: float = 2.5) -> Image.Image:
+    """A picture whose quarters are stretched at random, by about ``strength`` pixels, as a hand would."""
+    width, height = picture.size
+    xs, ys = (0, width // 2, width), (0, height // 2, height)
+    moved = {(x, y): (x + py.gauss(0, strength), y + py.gauss(0, strength)) for x in xs for y in ys}
+    mesh = []
+    for x, right in itertools.pairwise(xs):
+        for y, low in itertools.pairwise(ys):
+            corners = (*moved[x, y], *moved[x, low], *moved[right, low], *moved[right, y])
+            mesh.append(((x, y, right, low), corners))
+    return picture.transform(picture.size, Image.Transform.MESH, mesh, Image.Resampling.BILINEAR)
+
+
 def scanned_digit(digit: int, font: Path, py: random.Random) -> np.ndarray:
     """A digit as a coarse scan: ink (24, 24) from 0 to 1 in 8x8 blocks of 3x3 pixels."""
     picture = Image.new("L", (48, 48))
@@ -93,6 +107,7 @@ def scanned_digit(digit: int, font: Path, py: random.Random) -> np.ndarray:
     matrix = (1, slant, -24 * slant, squeeze, 1, -24 * squeeze)
     picture = picture.transform((48, 48), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR)
     picture = picture.rotate(py.gauss(0, 6), Image.Resampling.BILINEAR)
+    picture = bend(picture, py)
     picture = picture.crop(picture.getbbox())
     wide = max(3, min(8, round(8 * picture.width / picture.height * py.uniform(0.9, 1.3))))
     scan = np.zeros((8, 8), np.float32)
@@ -159,6 +174,8 @@ class CanvasMaker:
             sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         if py.random() < 0.4:
             sprite = sprite.rotate(py.uniform(-15, 15), Image.Resampling.BILINEAR, expand=True)
+        if py.random() < 0.35:
+            sprite = bend(sprite, py, 0.05 * max(sprite.size))
         stretch = py.uniform(0.88, 1.14) if py.random() < 0.4 else 1.0
         scale = size / max(sprite.size)
         shape = (
@@ -287,6 +304,22 @@ class CanvasMaker:
         if self._augment and self._py.random() < 0.15:
             canvas += self.rng.normal(0, self._py.uniform(2, 8), canvas.shape)
         return np.clip(canvas, 0, 255).astype(np.uint8), labels, boxes, ground
+
+
+def written_digits(labels: torch.Tensor, boxes: torch.Tensor, numbers: dict[int, str]) -> torch.Tensor:
+    """The digit that is written in each patch (B, 64), or IGNORED: of a number of two digits, that of the patch's half.
+
+    Args:
+        labels, boxes: As `CanvasBatches` gives them.
+        numbers: Labels that are numbers, with their digits.
+    """
+    first, last = torch.full((2, max(numbers) + 1), IGNORED)
+    for label, number in numbers.items():
+        first[label], last[label] = int(number[0]), int(number[-1])
+    places = labels.clamp(min=0, max=max(numbers))
+    middles = (torch.arange(GRID * GRID) % GRID + 0.5) * PATCH
+    digits = torch.where(middles < (boxes[..., 0] + boxes[..., 2]) / 2, first[places], last[places])
+    return torch.where((labels >= 0) & (labels <= max(numbers)), digits, IGNORED)
 
 
 class CanvasBatches(torch.utils.data.IterableDataset):

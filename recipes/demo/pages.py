@@ -34,11 +34,17 @@ FONT_PACKAGES = {
 }  # fmt: skip
 HANDWRITING_PACKAGES = {
     "fonts-breip": ("Breip.ttf",),
+    "fonts-bwht": (
+        "BecauseWeBuild-Regular.otf", "BecauseWeConnect-Regular.otf", "BecauseWeCreate-Regular.otf",
+        "BecauseWeLearn-Regular.otf", "BecauseWeMentor-Regular.otf", "BecauseWeOrganize-Regular.otf",
+    ),
     "fonts-comic-neue": ("ComicNeue-Bold.otf", "ComicNeue-Regular.otf"),
+    "fonts-dkg-handwriting": ("dkg.ttf", "dkgBI.ttf", "dkgBd.ttf", "dkgIt.ttf"),
     "fonts-humor-sans": ("Humor-Sans.ttf",),
     "fonts-kristi": ("Kristi.ttf",),
     "fonts-rufscript": ("Rufscript010.ttf",),
-}
+    "fonts-sjfonts": ("Delphine.ttf", "SteveHand.ttf"),
+}  # fmt: skip
 
 
 def fetch_fonts(art: Path, packages: dict[str, tuple[str, ...]]) -> list[Path]:

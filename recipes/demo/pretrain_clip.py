@@ -1,11 +1,12 @@
 """Pre-train the demo's small CLIP: image-text and region-text contrast on canvases of several vendors' emoji.
 
-    python recipes/demo/pretrain_clip.py --art DIR --output recipes/demo/clip --steps 10000
+    python recipes/demo/pretrain_clip.py --art DIR --output recipes/demo/clip
 
 The region-text loss (as in RegionCLIP, arXiv 2112.09106) asks every patch that shows an object for that object's name,
 so that a patch token says what it is part of; the image-text loss is CLIP's own, on the names of a canvas's objects.
-Both would let a patch forget where it is: they ask for the same at every place. So a linear head, which is thrown away
-afterwards, must find each patch's row and column, and the four edges of the object that it shows, in its last state.
+Both would let a patch forget where it is: they ask for the same at every place. So linear heads, which are thrown away
+afterwards, must find each patch's row and column, the four edges of the object that it shows, and the digit of a number
+that is written there, in its last state. Uses a GPU where there is one (`--workers` processes make the canvases).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,8 +38,9 @@ from canvases import (
     CanvasMaker,
     Entry,
     load_entries,
+    written_digits,
 )
-from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
+from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, HeldOutFilter, device_name, load_held_out_pairs
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -47,7 +50,7 @@ VENDORS = [
     "fluent-emoji-high-contrast", "icon-park", "streamline-color", "streamline-cyber-color", "streamline-plump-color",
 ]  # fmt: skip
 EDGE_BINS = 28
-WEIGHTS = {"region": 1.0, "image_text": 0.2, "place": 0.3, "edges": 0.6}
+WEIGHTS = {"region": 1.0, "image_text": 0.2, "place": 0.3, "edges": 0.6, "written": 0.2}
 CONTEXT = 32
 MEAN, STD = [0.5, 0.5, 0.5], [0.25, 0.25, 0.25]
 END = "<|im_end|>"
@@ -68,24 +71,31 @@ def build_model(tokenizer: PreTrainedTokenizerBase) -> CLIPModel:
 
 
 class TextTower:
-    """Texts -> unit embeddings (n, 192), with the token ids of each text kept."""
+    """Texts -> token ids -> unit embeddings (n, 192), with the ids of short texts kept."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer, self._end = tokenizer, tokenizer.convert_tokens_to_ids(END)
         self._ids: dict[str, list[int]] = {}
 
     def _encode(self, text: str) -> list[int]:
-        if text not in self._ids:
-            self._ids[text] = [*self._tokenizer.encode(text)[: CONTEXT - 1], self._end]
-        return self._ids[text]
+        if text in self._ids:
+            return self._ids[text]
+        ids = [*self._tokenizer.encode(text)[: CONTEXT - 1], self._end]
+        if ";" not in text:
+            self._ids[text] = ids
+        return ids
 
-    def __call__(self, model: CLIPModel, texts: list[str]) -> torch.Tensor:
-        """Embed the texts with the model's text tower."""
+    def ids(self, texts: list[str]) -> torch.Tensor:
+        """Token ids (n, T), padded on the right."""
         rows = [self._encode(t) for t in texts]
         width = max(map(len, rows))
         # Causal attention: what follows the end token cannot reach it, so no mask is needed.
-        ids = torch.tensor([r + [self._tokenizer.pad_token_id] * (width - len(r)) for r in rows])
-        pooled = model.text_model(input_ids=ids).pooler_output
+        return torch.tensor([r + [self._tokenizer.pad_token_id] * (width - len(r)) for r in rows])
+
+    def __call__(self, model: CLIPModel, texts: list[str] | torch.Tensor) -> torch.Tensor:
+        """Embed texts, or their ids, with the model's text tower."""
+        ids = self.ids(texts) if isinstance(texts, list) else texts
+        pooled = model.text_model(input_ids=ids.to(model.device)).pooler_output
         return normalize(model.text_projection(pooled).float(), dim=-1)
 
 
@@ -101,7 +111,8 @@ def embed_pictures(model: CLIPModel, pixels: torch.Tensor) -> tuple[torch.Tensor
 
 
 class PlaceHead(torch.nn.Module):
-    """Reads from patches' last states (B, 64, 192) where they are and where the object ends that they show.
+    """Reads from patches' last states (B, 64, 192) where they are, where the object ends that they show, and which
+    digit of a number is written there.
 
     Linear, as the projector of a captioner may be: what it finds, that finds, too.
     """
@@ -111,6 +122,7 @@ class PlaceHead(torch.nn.Module):
         self.norm = torch.nn.LayerNorm(width)
         self.places = torch.nn.Linear(width, 2 * GRID)
         self.edges = torch.nn.Linear(width, 4 * EDGE_BINS)
+        self.digits = torch.nn.Linear(width, 10)
         rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
         self.register_buffer("truth", torch.stack((rows.flatten(), columns.flatten())), persistent=False)
 
@@ -120,9 +132,10 @@ class PlaceHead(torch.nn.Module):
         return self.places(states).unflatten(-1, (2, GRID)), self.edges(states).unflatten(-1, (4, EDGE_BINS))
 
     def losses(
-        self, states: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Cross-entropies in nats of all patches' places, and of the edges of objects: boxes (B, 64, 4) in pixels.
+        self, states: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor, digits: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Cross-entropies in nats of all patches' places, of the edges of objects, and of digits: boxes (B, 64, 4) in
+        pixels, digits (B, 64) 0..9 or IGNORED.
 
         An edge's target is a bell over the bins, one bin wide, so that near misses cost little.
         """
@@ -130,14 +143,16 @@ class PlaceHead(torch.nn.Module):
         truth = self.truth.T.expand(len(states), -1, -1)
         place = cross_entropy(places.float().flatten(0, 2), truth.flatten())
         shown = labels >= 0
-        middles = (torch.arange(EDGE_BINS) + 0.5) * SIDE / EDGE_BINS
+        middles = (torch.arange(EDGE_BINS, device=boxes.device) + 0.5) * SIDE / EDGE_BINS
         bell = torch.softmax(-0.5 * ((boxes[shown][..., None] - middles) * EDGE_BINS / SIDE) ** 2, -1)
-        return place, -(bell * edges[shown].float().log_softmax(-1)).sum(-1).mean()
+        edge = -(bell * edges[shown].float().log_softmax(-1)).sum(-1).mean()
+        said = self.digits(self.norm(states))[digits != IGNORED].float()
+        return place, edge, cross_entropy(said, digits[digits != IGNORED])
 
     @torch.no_grad()
     def read_boxes(self, states: torch.Tensor) -> torch.Tensor:
         """Boxes (B, 64, 4) in pixels: the means over the bins."""
-        middles = (torch.arange(EDGE_BINS) + 0.5) * SIDE / EDGE_BINS
+        middles = (torch.arange(EDGE_BINS, device=states.device) + 0.5) * SIDE / EDGE_BINS
         return self(states)[1].float().softmax(-1) @ middles
 
 
@@ -158,11 +173,11 @@ def region_loss(patches: torch.Tensor, labels: torch.Tensor, texts: torch.Tensor
 class Batcher:
     """Turns labels of entries into labels of the batch's texts, one random text for each concept in the batch."""
 
-    def __init__(self, entries: list[Entry], seed: int) -> None:
-        self._entries, self._random = entries, random.Random(seed)
+    def __init__(self, entries: list[Entry], towers: TextTower, seed: int) -> None:
+        self._entries, self._towers, self._random = entries, towers, random.Random(seed)
 
-    def __call__(self, labels: torch.Tensor, grounds: torch.Tensor) -> tuple[torch.Tensor, list[str], list[str]]:
-        """Labels (B, 64) into the n texts, the texts, and one text for each picture."""
+    def __call__(self, labels: torch.Tensor, grounds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Labels (B, 64) into the n texts, the texts' token ids, and those of one text for each picture."""
         present = sorted(set(labels.unique().tolist()) - {IGNORED})
         number: dict[int, int] = {}
         places: dict[str, int] = {}
@@ -184,10 +199,33 @@ class Batcher:
             names = [texts[number[label]].split(",")[0] for label in sorted(set(row)) if label >= 0]
             self._random.shuffle(names)
             whole.append("; ".join(([f"{COLOURS[ground]}"] if ground != IGNORED else []) + names))
-        return table[labels], texts, whole
+        return table[labels], self._towers.ids(texts), self._towers.ids(whole)
 
     def _ground(self, colour: int) -> str:
         return self._random.choice((f"{COLOURS[colour]} background", COLOURS[colour]))
+
+
+class NamedCanvases(torch.utils.data.IterableDataset):
+    """Batches of canvases with their texts: pixels, labels and boxes as `CanvasBatches` gives them, the digits that are
+    written in the patches, and what `Batcher` makes of the labels.
+
+    Each process of a loader draws from a seed of its own.
+    """
+
+    def __init__(
+        self, make: Callable[[int], CanvasMaker], entries: list[Entry], towers: TextTower, batch: int, seed: int
+    ) -> None:
+        self._make, self._entries, self._towers = make, entries, towers
+        self._batch, self._seed = batch, seed
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """Endless batches."""
+        process = torch.utils.data.get_worker_info()
+        number = 0 if process is None else process.id
+        batcher = Batcher(self._entries, self._towers, self._seed + number)
+        numbers = {i: entry.label for i, entry in enumerate(self._entries) if entry.label.isdigit()}
+        for pixels, labels, boxes, grounds in CanvasBatches(self._make(number), self._batch):
+            yield pixels, labels, boxes, written_digits(labels, boxes, numbers), *batcher(labels, grounds)
 
 
 def overlaps(boxes: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
@@ -210,7 +248,7 @@ def accuracies(
     right: dict[str, list[torch.Tensor]] = {
         each: [] for each in ("patch_64", "patch_all", "background", "place", "box_50")
     }
-    for pixels, labels, boxes, _ in batches:
+    for pixels, labels, boxes in ([each.to(model.device) for each in batch[:3]] for batch in batches):
         _, patches, states = embed_pictures(model, pixels)
         shown = labels >= 0
         places = head(states)[0].argmax(-1) == head.truth.T
@@ -234,7 +272,7 @@ def scene_accuracy(model: CLIPModel, towers: TextTower, scenes: Path, split: str
     number = {c.noun: i for i, c in enumerate(CONCEPTS)}
     names = towers(model, [c.phrase for c in CONCEPTS])
     pixels = torch.from_numpy(np.stack([np.asarray(p.convert("RGB")) for p in rows["image"]])).permute(0, 3, 1, 2)
-    patches = embed_pictures(model, pixels)[1].view(-1, GRID, GRID, names.shape[1])
+    patches = embed_pictures(model, pixels.to(model.device))[1].view(-1, GRID, GRID, names.shape[1])
     right = []
     for grid, objects in zip(patches, rows["objects"], strict=True):
         for thing in objects:
@@ -250,7 +288,7 @@ def load_checkpoint(path: Path | None, parts: dict[str, torch.nn.Module | torch.
     """Put back what an interrupted run saved; its number of steps and minutes, or zeros without a checkpoint."""
     if path is None or not path.exists():
         return 0, 0.0
-    state = torch.load(path, weights_only=True)
+    state = torch.load(path, weights_only=True, map_location="cpu")
     for name, part in parts.items():
         part.load_state_dict(state[name])
     return state["step"], state["minutes"]
@@ -266,7 +304,8 @@ def train(
     threads = torch.get_num_threads()
     checks = [next(plain) for _ in range(8)]
     torch.set_num_threads(threads)
-    head = PlaceHead(model.config.vision_config.hidden_size)
+    device = model.device
+    head = PlaceHead(model.config.vision_config.hidden_size).to(device)
     parameters = [*model.parameters(), *head.parameters()]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05},
@@ -275,31 +314,59 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
     average, average_head = (copy.deepcopy(each).requires_grad_(False) for each in (model, head))
     averaged = [*average.parameters(), *average_head.parameters()]
-    batcher = Batcher(entries, options.seed)
     parts: dict = {
         "model": model, "head": head, "average": average, "average_head": average_head, "optimizer": optimizer
     }  # fmt: skip
     first, before = load_checkpoint(options.checkpoint, parts)
-    # A continued run draws other canvases than those it has seen.
-    maker = CanvasMaker(entries, pairs, 1000 * (options.seed + 1) + first + options.pictures_before, options.art)
+
+    def make(process: int) -> CanvasMaker:
+        # A continued run draws other canvases than those it has seen.
+        return CanvasMaker(entries, pairs, 1000 * (options.seed + 1) + first + 10**7 * process, options.art)
+
+    canvases = NamedCanvases(make, entries, towers, options.batch, options.seed)
     loader = torch.utils.data.DataLoader(
-        CanvasBatches(maker, options.batch), batch_size=None, num_workers=1, prefetch_factor=8
+        canvases, batch_size=None, num_workers=options.workers, prefetch_factor=8, pin_memory=device.type == "cuda"
     )
     start = time.monotonic()
-    running: dict[str, float] = {}
-    for step, (pixels, labels, boxes, grounds) in zip(range(first, options.steps), loader, strict=False):
-        rate = options.rate * min(1.0, (step + 1) / 300)
-        rate *= 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / options.steps))
+    running: dict[str, torch.Tensor] = {}
+    step = first
+
+    def measure_and_export(finished: bool) -> None:
+        average.eval()
+        minutes = before + (time.monotonic() - start) / 60
+        figures = {"pictures": step * options.batch, "steps": step, "finished": finished, "minutes": minutes}
+        figures |= accuracies(average, average_head, towers, checks, entries)
+        for split in ("train[:300]", *(("test", "test_pairs") if finished else ())):
+            figures[f"objects_{split}"] = scene_accuracy(average, towers, options.scenes, split)
+        print(json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
+        export(average, figures)
+        if options.checkpoint:
+            state = {k: v.state_dict() for k, v in parts.items()} | {"step": step, "minutes": minutes}
+            torch.save(state, options.checkpoint)
+
+    for batch in loader:
+        elapsed = before + (time.monotonic() - start) / 60
+        share = elapsed / options.minutes if options.minutes else step / options.steps
+        if share >= 1.0:
+            break
+        rate = options.rate * min(1.0, (step + 1) / 300) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share)))
         for group in optimizer.param_groups:
             group["lr"] = rate
-        wanted, texts, whole_texts = batcher(labels, grounds)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
+        pixels, labels, boxes, digits, wanted, texts, whole_texts = (
+            each.to(device, non_blocking=True) for each in batch
+        )
+        with torch.autocast(device.type, dtype=torch.bfloat16):
             whole, patches, states = embed_pictures(model, pixels)
             names, sentences = towers(model, texts), towers(model, whole_texts)
-            place, edges = head.losses(states, labels, boxes)
+            place, edges, written = head.losses(states, labels, boxes, digits)
         scale = model.logit_scale.exp()
-        losses = {"region": region_loss(patches, wanted, names, scale), "place": place, "edges": edges}
-        logits, target = scale * whole @ sentences.T, torch.arange(len(whole))
+        losses = {
+            "region": region_loss(patches, wanted, names, scale),
+            "place": place,
+            "edges": edges,
+            "written": written,
+        }
+        logits, target = scale * whole @ sentences.T, torch.arange(len(whole), device=device)
         losses["image_text"] = (cross_entropy(logits, target) + cross_entropy(logits.T, target)) / 2
         sum(WEIGHTS[name] * loss for name, loss in losses.items()).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -310,24 +377,16 @@ def train(
             # Early averages must forget the random start.
             keep = min(0.998, (1 + step) / (10 + step))
             torch._foreach_lerp_(averaged, parameters, 1 - keep)
-        pictures, elapsed = (step + 1) * options.batch, before + (time.monotonic() - start) / 60
         for key, value in losses.items():
-            running[key] = value.item() if key not in running else 0.98 * running[key] + 0.02 * value.item()
-        if step % 100 == 99:
-            shown = " ".join(f"{k} {v:.3f}" for k, v in running.items())
-            speed = options.batch * (step + 1 - first) / (time.monotonic() - start)
-            print(f"step {step + 1} {shown} lr {rate:.1e} {speed:.0f}/s", flush=True)
-        if step + 1 == options.steps or step % options.export_steps == options.export_steps - 1:
-            average.eval()
-            figures = {"pictures": pictures, "steps": step + 1, "planned_steps": options.steps, "minutes": elapsed}
-            figures |= accuracies(average, average_head, towers, checks, entries)
-            for split in ("train[:300]", *(("test", "test_pairs") if step + 1 == options.steps else ())):
-                figures[f"objects_{split}"] = scene_accuracy(average, towers, options.scenes, split)
-            print(json.dumps({k: round(v, 3) for k, v in figures.items()}), flush=True)
-            export(average, figures)
-            if options.checkpoint:
-                state = {k: v.state_dict() for k, v in parts.items()} | {"step": step + 1, "minutes": elapsed}
-                torch.save(state, options.checkpoint)
+            running[key] = value.detach() if key not in running else running[key].lerp(value.detach(), 0.02)
+        step += 1
+        if step % 100 == 0:
+            shown = " ".join(f"{k} {v.item():.3f}" for k, v in running.items())
+            speed = options.batch * (step - first) / (time.monotonic() - start)
+            print(f"step {step} {shown} lr {rate:.1e} {speed:.0f}/s", flush=True)
+        if step % options.export_steps == 0:
+            measure_and_export(finished=False)
+    measure_and_export(finished=True)
 
 
 def save(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, card: str, output: Path) -> None:
@@ -349,18 +408,12 @@ def save(model: CLIPModel, tokenizer: PreTrainedTokenizerBase, card: str, output
     fresh.rename(output)
 
 
-def model_card(model: CLIPModel, entries: list[Entry], figures: dict[str, float], vendors: list[str]) -> str:
+def model_card(model: CLIPModel, entries: list[Entry], figures: dict[str, Any], vendors: list[str]) -> str:
     """The model card, with measured figures only."""
     vision = sum(p.numel() for p in model.vision_model.parameters())
     every = sum(p.numel() for p in model.parameters())
     emoji = sum(bool(each.sprites) for each in entries)
-    unfinished = figures["steps"] < figures["planned_steps"]
-    note = f" (an export before the end of {figures['planned_steps']:,} steps)" if unfinished else ""
-    earlier = (
-        f"on from an earlier version, which had seen {figures['pictures_before']:,} canvases of emoji without the heads"
-        if figures["pictures_before"]
-        else "from random weights"
-    )
+    note = "" if figures["finished"] else " (an export before the end)"
     shares = "\n".join(
         f"| objects of `{split}` (mean over the box), nearest name among {len(CONCEPTS)} | {value:.3f} |"
         for split in ("test", "test_pairs")
@@ -376,8 +429,8 @@ pipeline_tag: zero-shot-image-classification
 A `CLIPModel` of {every:,} parameters, {vision:,} of them in the vision tower (6 layers, hidden 192, {SIDE}x{SIDE}
 pixels, {GRID * GRID} patches of {PATCH}x{PATCH}). It exists so that the demo of `vlm_peft` runs without a network.
 
-Made by `recipes/demo/pretrain_clip.py` {earlier}: {figures["pictures"]:,} canvases,
-{figures["steps"]:,} steps{note}, {figures["minutes"]:.0f} minutes on one CPU core.
+Made by `recipes/demo/pretrain_clip.py` from random weights: {figures["pictures"]:,} canvases,
+{figures["steps"]:,} steps of {figures["batch"]}{note}, {figures["minutes"]:.0f} minutes on {figures["device"]}.
 A canvas shows 1 to 5 of {emoji:,} emoji concepts, {DEMO_SHARE:.0%} of them from the demo's {len(CONCEPTS)}, on
 backgrounds of {len(BACKGROUNDS)} named and of other colours, or words and numbers ({TEXT_SHARE:.0%});
 {PAGE_SHARE:.0%} of the canvases are pages (a title and rows "word number"), {DIGITS_SHARE:.0%} rows of digits, set in
@@ -385,8 +438,9 @@ fonts. The art is drawn by
 {", ".join(vendors)}
 and restyled at random (colour, light, outline, blur, rotation, size). Two contrastive losses: image-text (the names of
 a canvas) and region-text (each covered patch of the last hidden state, after `post_layernorm` and `visual_projection`,
-against the CLDR name or keywords of what it shows; plain patches against the name of their colour). Two more, of linear
-heads that are not kept: each patch's row and column, and the four edges of the object that it shows.
+against the CLDR name or keywords of what it shows; plain patches against the name of their colour). Three more, of
+linear heads that are not kept: each patch's row and column, the four edges of the object that it shows, and the digit
+of a number that is written there.
 Held out: all art of the vendor of `test_style`; no canvas holds a pair of objects of `scenes/held_out_pairs.json`; the
 digits of `digits/` are other people's handwriting.
 
@@ -414,26 +468,24 @@ def main() -> None:
         "--scenes", type=Path, default=Path(__file__).parent / "scenes", help="held-out pairs and checks"
     )
     parser.add_argument("--vendors", nargs="+", default=VENDORS, help="@iconify-json packs")
-    parser.add_argument("--steps", type=int, default=10_000)
+    parser.add_argument("--steps", type=int, default=5200)
+    parser.add_argument("--minutes", type=float, help="train so long, instead of --steps")
     parser.add_argument("--export_steps", type=int, default=1_000)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--batch", type=int, default=256)
+    parser.add_argument("--rate", type=float, default=1.5e-3, help="highest learning rate")
+    parser.add_argument("--workers", type=int, default=1, help="processes that make canvases")
     parser.add_argument("--checkpoint", type=Path, help="file to continue from, written at every export")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--start_from", type=Path, help="folder of an earlier export to go on from")
-    parser.add_argument("--pictures_before", type=int, default=0, help="canvases seen up to that export")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
     pairs = load_held_out_pairs(options.scenes / "held_out_pairs.json")
     entries = load_entries(options.art, options.vendors, HeldOutFilter(pairs))
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    model = build_model(tokenizer)
-    if options.start_from is not None:
-        model.load_state_dict(CLIPModel.from_pretrained(options.start_from, dtype=torch.float32).state_dict())
+    model = build_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
     print(f"{len(entries)} concepts, {sum(len(e.sprites) for e in entries)} sprites", flush=True)
 
     def export(average: CLIPModel, figures: dict[str, float]) -> None:
-        figures = figures | {"pictures_before": options.pictures_before}
+        figures = figures | {"batch": options.batch, "device": device_name(model.device)}
         save(average, tokenizer, model_card(average, entries, figures, options.vendors), options.output)
 
     train(model, TextTower(tokenizer), entries, pairs, options, export)

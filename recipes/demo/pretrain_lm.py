@@ -1,6 +1,6 @@
 """Pre-train the demo's small language model: a tokenizer of 4,096 entries and a Qwen3 of about 3 million parameters.
 
-    python recipes/demo/pretrain_lm.py --art DIR --output recipes/demo/qwen3 --minutes 7
+    python recipes/demo/pretrain_lm.py --art DIR --output recipes/demo/qwen3
 
 The text is WordNet's glosses and examples, CLDR's names and keywords of emoji, and plain sentences about everyday
 things. It holds none of the demo's captions, none of their sentence forms, and no held-out pair in one sentence.
@@ -26,6 +26,7 @@ from emoji_art import (
     DEFAULT_ART,
     HeldOutFilter,
     cldr_entries,
+    device_name,
     fetch_wordnet,
     load_held_out_pairs,
 )
@@ -208,14 +209,14 @@ def build_model(tokenizer: Qwen2Tokenizer) -> Qwen3ForCausalLM:
 
 def loss_of(model: Qwen3ForCausalLM, rows: np.ndarray) -> torch.Tensor:
     """Mean next-token cross-entropy in nats of token rows (B, LENGTH + 1)."""
-    ids = torch.from_numpy(rows.astype(np.int64))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    ids = torch.from_numpy(rows.astype(np.int64)).to(model.device)
+    with torch.autocast(model.device.type, dtype=torch.bfloat16):
         logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     return cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
 
 
-def train(model: Qwen3ForCausalLM, rows: np.ndarray, minutes: float, batch: int = 16) -> dict[str, float]:
-    """Train for ``minutes`` with a cosine schedule over the elapsed time; returns what was measured."""
+def train(model: Qwen3ForCausalLM, rows: np.ndarray, steps: int, batch: int) -> dict[str, float]:
+    """Train for ``steps`` with a cosine schedule; returns what was measured."""
     held, rows = rows[:200], rows[200:]
     decay = [p for p in model.parameters() if p.ndim > 1]
     groups: list[dict[str, Any]] = [
@@ -223,9 +224,9 @@ def train(model: Qwen3ForCausalLM, rows: np.ndarray, minutes: float, batch: int 
         {"params": [p for p in model.parameters() if p.ndim < 2]},
     ]
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    start, step, share, running = time.monotonic(), 0, 0.0, None
-    while share < 1.0:
-        rate = 3e-3 * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * share)))
+    start, running = time.monotonic(), None
+    for step in range(steps):
+        rate = 3e-3 * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + np.cos(np.pi * step / steps)))
         for group in optimizer.param_groups:
             group["lr"] = rate
         picked = np.arange(step * batch, (step + 1) * batch) % len(rows)
@@ -234,15 +235,14 @@ def train(model: Qwen3ForCausalLM, rows: np.ndarray, minutes: float, batch: int 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        step, share = step + 1, (time.monotonic() - start) / (60 * minutes)
         running = loss.item() if running is None else 0.98 * running + 0.02 * loss.item()
-        if step % 100 == 0:
-            speed = step * batch * LENGTH / (time.monotonic() - start)
-            print(f"step {step} loss {running:.3f} lr {rate:.2e} {speed:.0f} tokens/s {share:.0%}", flush=True)
+        if step % 100 == 99:
+            speed = (step + 1) * batch * LENGTH / (time.monotonic() - start)
+            print(f"step {step + 1} loss {running:.3f} lr {rate:.2e} {speed:.0f} tokens/s", flush=True)
     with torch.no_grad():
         held_loss = float(np.mean([loss_of(model.eval(), held[i : i + 50]).item() for i in range(0, len(held), 50)]))
     seconds = time.monotonic() - start
-    return {"steps": step, "tokens": step * batch * LENGTH, "minutes": seconds / 60, "loss": held_loss}
+    return {"steps": steps, "tokens": steps * batch * LENGTH, "minutes": seconds / 60, "loss": held_loss}
 
 
 def save(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, card: str, output: Path) -> None:
@@ -256,7 +256,7 @@ def save(model: Qwen3ForCausalLM, tokenizer: Qwen2Tokenizer, card: str, output: 
     fresh.rename(output)
 
 
-def model_card(parameters: int, figures: dict[str, float], counts: dict[str, int]) -> str:
+def model_card(parameters: int, figures: dict[str, Any], counts: dict[str, int]) -> str:
     """The model card, with measured figures only."""
     kinds = "\n".join(f"| {k} | {v:,} |" for k, v in counts.items())
     return f"""---
@@ -272,8 +272,8 @@ tokenizer of {VOCABULARY:,} entries, among them Qwen3's special tokens. It exist
 without a network; it knows a dictionary's English and nothing of pictures.
 
 Made by `recipes/demo/pretrain_lm.py`: next-token prediction from random weights, {figures["steps"]:,} steps,
-{figures["tokens"]:,} tokens of text in {figures["minutes"]:.1f} minutes on two CPU cores. Cross-entropy on 200 rows of
-{LENGTH} tokens kept out of training: {figures["loss"]:.3f} nats per token.
+{figures["tokens"]:,} tokens of text in {figures["minutes"]:.1f} minutes on {figures["device"]}.
+Cross-entropy on 200 rows of {LENGTH} tokens kept out of training: {figures["loss"]:.3f} nats per token.
 
 | text | number |
 |---|---|
@@ -295,7 +295,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "qwen3")
     parser.add_argument("--scenes", type=Path, default=Path(__file__).parent / "scenes", help="for its held-out pairs")
-    parser.add_argument("--minutes", type=float, default=7.0)
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--batch", type=int, default=64, help=f"rows of {LENGTH} tokens in a step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
@@ -306,7 +307,8 @@ def main() -> None:
     model = build_model(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{counts} -> {rows.size:,} tokens, {len(tokenizer)} entries, {parameters:,} parameters", flush=True)
-    figures = train(model, rows, args.minutes)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    figures = train(model, rows, args.steps, args.batch) | {"device": device_name(model.device)}
     save(model, tokenizer, model_card(parameters, figures, counts), args.output)
     print(json.dumps(figures))
 

@@ -17,7 +17,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from canvases import COLOURS, GRID, IGNORED, PATCH, SIDE, CanvasBatches, CanvasMaker, Entry, load_entries
+from canvases import (
+    COLOURS,
+    GRID,
+    IGNORED,
+    PATCH,
+    SIDE,
+    CanvasBatches,
+    CanvasMaker,
+    Entry,
+    load_entries,
+    written_digits,
+)
 from emoji_art import CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
 from peft import get_peft_model
 from pretrain_clip import VENDORS, embed_pictures
@@ -45,6 +56,7 @@ class Targets:
         self._embeddings, self._tokenizer, self._entries = embeddings, tokenizer, entries
         self._codes = Codes(embeddings.shape[1], 0)
         self._nouns = {c.phrase: c.noun for c in CONCEPTS}
+        self._numbers = {i: entry.label for i, entry in enumerate(entries) if entry.label.isdigit()}
         self._known: dict[str, torch.Tensor] = {}
 
     def _word(self, word: str) -> torch.Tensor:
@@ -58,6 +70,7 @@ class Targets:
         """Cells (64, D_t), and which of them are known (64,): not those on a ground without a name."""
         cells = torch.zeros(len(labels), self._embeddings.shape[1])
         known = torch.zeros(len(labels), dtype=torch.bool)
+        digits = written_digits(labels[None], boxes[None], self._numbers)[0].tolist()
         edges, shown = np.zeros((len(labels), 4)), np.zeros(len(labels), bool)
         for patch, (label, box) in enumerate(zip(labels.tolist(), boxes.tolist(), strict=True)):
             row, column = divmod(patch, GRID)
@@ -67,7 +80,9 @@ class Targets:
                 continue
             entry = self._entries[label]
             word = self._nouns[entry.texts[0]] if entry.demo else entry.label
-            # Long names, and numbers of two digits: a mean of their tokens has lost their order.
+            if label in self._numbers:
+                word = str(digits[patch])
+            # A long name: a mean of its tokens has lost their order.
             if len(self._tokenizer.encode(f" {word}")) > 2:
                 continue
             across = min((column + 1) * PATCH, box[2]) - max(column * PATCH, box[0])

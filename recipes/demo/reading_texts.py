@@ -26,6 +26,7 @@ NAMES_A_CELL = 4
 GRID = 1000
 FULL_SIDE = 8
 NOWHERE = ("nowhere", "not there", "none")
+_NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven")
 _PHRASES = {c.noun: c.phrase for c in CONCEPTS}
 
 
@@ -81,7 +82,7 @@ class Scene:
 class Cells:
     """Cells (n): token ids (n, K) with weights (n, K), edges (n, 4) or NaN, and place (n, 2), all of the latter 0..1.
 
-    `where` has the cells that show a word.
+    `where` has the cells that show a word, `boxes` the box of a word that one thing has and no other.
     """
 
     ids: np.ndarray
@@ -89,6 +90,7 @@ class Cells:
     edges: np.ndarray
     place: np.ndarray
     where: dict[str, np.ndarray]
+    boxes: dict[str, tuple[float, float, float, float]]
 
 
 Part = "list[int] | Cells"
@@ -162,13 +164,14 @@ class ReadingTexts:
             "both": (self._both, 0.8),
             "which of": (self._which_of, 0.7),
             "count": (self._count, 1.0),
+            "number": (self._number, 1.0),
             "count of": (self._count_of, 0.8),
             "more": (self._more, 0.6),
             "beside": (self._beside, 2.0),
             "relation": (self._relation, 2.0),
             "first": (self._first, 0.7),
-            "larger": (self._larger, 0.7),
-            "larger?": (self._is_larger, 0.4),
+            "larger": (self._larger, 1.0),
+            "larger?": (self._is_larger, 1.2),
             "colour": (self._colour, 0.8),
             "colour?": (self._is_colour, 0.5),
             "place": (self._place, 2.2),
@@ -179,9 +182,9 @@ class ReadingTexts:
         }
         self._two_looks = {
             "say": 1.5, "list": 0.7, "present": 2.0, "check": 0.7, "missing": 0.5, "both": 0.6, "which of": 0.6,
-            "count": 2.5, "count of": 0.6, "more": 0.6, "beside": 4.0, "relation": 4.5, "first": 1.8, "larger": 1.0,
-            "larger?": 1.2, "colour": 0.5, "colour?": 1.2, "place": 7.0, "edge": 2.5, "at": 1.0, "half": 2.0,
-            "sorted": 2.0,
+            "count": 2.5, "number": 4.0, "count of": 0.6, "more": 0.6, "beside": 4.0, "relation": 3.5, "first": 1.8,
+            "larger": 2.5, "larger?": 4.0, "colour": 0.5, "colour?": 1.2, "place": 7.0, "edge": 2.5, "at": 1.0,
+            "half": 2.0, "sorted": 2.0,
         }  # fmt: skip
 
     # Words and token ids
@@ -197,15 +200,13 @@ class ReadingTexts:
 
     def _draw(self, count: int, taken: list[str] | None = None) -> list[str]:
         """Different words, no two of which (nor one with those taken) are a held-out pair."""
-        while True:
-            words = list(taken or [])
-            while len(words) < count + len(taken or []):
-                demo = self.rng.random() < self._demo_share
-                word = self.rng.choice(self._demo if demo else self._words)
-                if word not in words:
-                    words.append(word)
-            if not self._held_out(" ; ".join(words)):
-                return words[len(taken or []) :]
+        words = list(taken or [])
+        while len(words) < count + len(taken or []):
+            word = self.rng.choice(self._demo if self.rng.random() < self._demo_share else self._words)
+            # Word by word: twenty of the demo's nouns at once hardly ever hold no pair.
+            if word not in words and not self._held_out(" ; ".join([*words, word])):
+                words.append(word)
+        return words[len(taken or []) :]
 
     def bare_name(self, word: str) -> list[int]:
         """Token ids of a word at the beginning of an answer."""
@@ -332,9 +333,10 @@ class ReadingTexts:
             edges[best] = thing.box
             shown = at[cover[at] >= min(0.4, cover.max())]
             where[thing.word] = np.concatenate([where.get(thing.word, shown[:0]), shown])
+        where[scene.ground] = np.flatnonzero(covers.sum(0) < 0.5)
         rows, columns = np.divmod(np.arange(number), side)
         place = np.stack([(columns + 0.5) * step, (rows + 0.5) * step], 1).astype(np.float32)
-        return Cells(ids, weights, edges, place, where)
+        return Cells(ids, weights, edges, place, where, {each.word: each.box for each in scene.single()})
 
     def doubt(self, scene: Scene) -> None:
         """Gives some things a rival that no question of this scene names."""
@@ -473,6 +475,31 @@ class ReadingTexts:
             "Say how many there are.", "How many are here?",
         )  # fmt: skip
         return question, str(len(scene.things))
+
+    def _number(self, scene: Scene) -> tuple[str, str] | None:
+        """Whether the number of things is more, less, or just so many."""
+        count, wanted = len(scene.things), self.rng.random() < 0.5
+        holds = {
+            "over": lambda number: count > number, "under": lambda number: count < number,
+            "least": lambda number: count >= number, "most": lambda number: count <= number,
+            "just": lambda number: count == number,
+        }  # fmt: skip
+        way = self.rng.choice(list(holds))
+        near = [number for number in range(max(1, count - 2), count + 3) if holds[way](number) == wanted]
+        if not near:
+            return None
+        number = self.rng.choice(near)
+        said = self.rng.choice((str(number), _NUMBERS[number]))
+        things = "thing" if number == 1 else "things"
+        question = self._pick(*{
+            "over": (f"Do you see over {said} {things}?", f"Is the count more than {said}?", f"Above {said} {things}?"),
+            "under": (f"Do you see under {said} {things}?", f"Is the count fewer than {said}?", f"Less than {said}?"),
+            "least": (f"Do you see at least {said} {things}?", f"Is the count {said} or more?"),
+            "most": (f"Do you see at most {said} {things}?", f"Is the count {said} or less?"),
+            "just": (f"Is the count {said}?", f"Do you see just {said} {things}?", f"Only {said} {things} here?",
+                     f"Is the count exactly {said}?"),
+        }[way])  # fmt: skip
+        return question, "yes" if wanted else "no"
 
     def _count_of(self, scene: Scene) -> tuple[str, str] | None:
         word = scene.absent[0] if self.rng.random() < 0.2 else self.rng.choice(scene.words())
@@ -724,7 +751,8 @@ class ReadingTexts:
         scene = self.scene(side)
         if not clean:
             self.doubt(scene)
-        document = Document([self._user, self.cells(scene, side)], [], words=scene.words() + scene.absent)
+        words = [*scene.words(), *scene.absent, *COLOURS]
+        document = Document([self._user, self.cells(scene, side)], [], words=words)
         for _ in range(branches):
             if not easy and self.rng.random() < 0.08:
                 spans, kind = self._dialogue(scene)
@@ -761,7 +789,8 @@ class ReadingTexts:
     def pages(self, side: int, number: int) -> Document:
         """Pages of grids, each with a title word above rows of a word and a number."""
         rng = self.rng
-        rows = [rng.randint(1, min(3, side // 2)) for _ in range(number)]
+        tall = 1 if side < 6 else 2
+        rows = [rng.randint(1, min(3, side // tall - 1)) for _ in range(number)]
         words = self._draw(number + sum(rows) + 1)
         titles, left = words[:number], words[number:]
         pages: list[list[tuple[str, int]]] = []
@@ -769,16 +798,20 @@ class ReadingTexts:
         for title, count in zip(titles, rows, strict=True):
             entries = [(left.pop(), rng.choice((rng.randint(0, 9), rng.randint(10, 99)))) for _ in range(count)]
             pages.append(entries)
-            step, things = 1 / side, []
+            step, things, loose = 1 / side, [], 0.0 if side < 6 else rng.uniform(0.05, 0.3)
+            low = (tall - loose) * step
             wide = rng.randint(1, side // 2)
-            things.append(Thing(title, (0, 0, max(wide, side // 2) * step, step)))
+            things.append(Thing(title, (0, loose * step, max(wide, side // 2) * step, low)))
             for row, (word, figure) in enumerate(entries, 1):
-                top = row * (1 if side < 6 else 2) * step
+                top = row * tall * step
                 start = rng.randint(0, 1) * step
-                things.append(Thing(word, (start, top, start + wide * step, top + step)))
+                things.append(Thing(word, (start, top + loose * step, start + wide * step, top + low)))
+                # On large grids numbers end at the right, and their digits need not fit the cells.
+                size = 1.0 if side < 6 else rng.uniform(0.8, 1.15)
+                first = side - 2 if side < 6 else side - rng.uniform(0.1, 0.5) - size * len(str(figure))
                 for place, digit in enumerate(str(figure)):
-                    x = (side - 2 + place) * step
-                    things.append(Thing(digit, (x, top, x + step, top + step)))
+                    x = (first + place * size) * step
+                    things.append(Thing(digit, (x, top + loose * step, x + size * step, top + low)))
             grids.append(self.cells(Scene(things, rng.choice(("white", "gray", "yellow")), None, []), side))
         document = Document([self._user, *grids], [], words=words)
         absent = left.pop()
