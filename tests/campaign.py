@@ -447,7 +447,9 @@ def table_trial(draw: random.Random, folder: Path) -> Trial:
             draw.choice(["a [1]", "who?", "x*", "ü {y}", "-n", "a%20b", "~", "$HOME", "a:b"]) + source.suffix
         )
         source.rename(new) if source is path else shutil.move(source, new)
-        return Trial("table", f"{said} {new.name}", partial(expect, new, texts), "pass")
+        # `datasets`, which reads parquet files, would take it for the variable.
+        must = "either" if parquet and "$" in new.name else "pass"
+        return Trial("table", f"{said} {new.name}", partial(expect, new, texts), must)
     return Trial("table", said, whole, "pass")
 
 

@@ -253,6 +253,22 @@ def test_brackets_and_stars_in_names_are_letters(tmp_path, name, kind):
         assert pictures.open(0).getpixel((0, 0))[0] == 90
 
 
+@pytest.mark.parametrize("place", ["$PLACE.parquet", "$PLACE/train.parquet", "${PLACE}/train.parquet"])
+def test_variables_in_names_are_letters_or_refused(tmp_path, monkeypatch, place):
+    """`datasets` would read the file that the variable names, which is there, too."""
+    monkeypatch.setenv("PLACE", "other")
+    for each, word in ((place, "right"), (place.replace("${PLACE}", "other").replace("$PLACE", "other"), "wrong")):
+        (tmp_path / each).parent.mkdir(exist_ok=True)
+        Dataset.from_list([{"image": "a.png", "caption": word}]).to_parquet(tmp_path / each)
+        Dataset.from_list([{"image": "a.png", "caption": word}]).to_csv((tmp_path / each).with_suffix(".csv"))
+    assert load_rows(str((tmp_path / place).with_suffix(".csv")), "train")["caption"][:] == ["right"]
+    for name in (tmp_path / place, (tmp_path / place).parent):
+        if name != tmp_path:
+            (tmp_path / place).with_suffix(".csv").unlink(missing_ok=True)
+            with pytest.raises(ValueError, match=r"takes a \$ and a name in a path for a variable, .* rename"):
+                load_rows(str(name), "train")
+
+
 # --- rows of one picture ---
 
 

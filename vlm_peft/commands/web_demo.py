@@ -53,6 +53,9 @@ SHOWN_PIXELS = 768
 MAX_UPLOAD = 50_000_000
 """Bytes of a picture's file; larger uploads are refused while they arrive."""
 
+# Visitors come in several threads, and the largest picture takes a third of a gigabyte while it is opened.
+_OPENING = threading.Lock()
+
 
 class PictureAnswers:
     """Answers about one picture, from after and from before fine-tuning.
@@ -101,7 +104,8 @@ class PictureAnswers:
         Raises:
             UnreadablePictureError: When the picture cannot be read.
         """
-        features = self._see(open_picture(Path(picture)))
+        with _OPENING:
+            features = self._see(open_picture(Path(picture)))
         after = self._generate(features, question)
         yield after, ""
         if isinstance(self._model, PeftModel):
@@ -119,8 +123,8 @@ class PictureAnswers:
             ValueError: For labels that cannot be used.
         """
         check_labels(labels)
-        shown = open_picture(Path(picture))
-        with self._lock:
+        with _OPENING, self._lock:
+            shown = open_picture(Path(picture))
             found = by_captioner(self._model, self._processor, self.settings, labels)([shown])[0]
         return dict(zip(labels, found.tolist(), strict=True))
 
@@ -139,8 +143,10 @@ class PictureAnswers:
             ValueError: For a text without names.
         """
         question = names_question(names, self.settings.instruction)
-        opened = open_picture(Path(picture))
-        features, shown = self._see(opened), thumbnail(opened, SHOWN_PIXELS)
+        with _OPENING:
+            opened = open_picture(Path(picture))
+            features, shown = self._see(opened), thumbnail(opened, SHOWN_PIXELS)
+            del opened
         after = _boxes_page(shown, self._detect(features, question))
         yield after, ""
         if self.has_before:
@@ -219,7 +225,8 @@ class ClipAnswers:
             UnreadablePictureError: When the picture cannot be read.
             ValueError: For labels or a template that cannot be used.
         """
-        found = by_clip(self._encoder, labels, [template])([open_picture(Path(picture))])[0]
+        with _OPENING:
+            found = by_clip(self._encoder, labels, [template])([open_picture(Path(picture))])[0]
         return dict(zip(labels, found.tolist(), strict=True))
 
 
@@ -249,7 +256,9 @@ class FolderSearch:
         Raises:
             ValueError: For a text that is empty or too long.
         """
-        return result_cards(search_text(self._encoder, self._index, text, MOST_FOUND), self._folder)
+        found = search_text(self._encoder, self._index, text, MOST_FOUND)
+        with _OPENING:
+            return result_cards(found, self._folder)
 
 
 def _boxes_page(shown: Thumbnail, found: Found) -> str:

@@ -5,6 +5,7 @@ Stage: data set -> raw pictures, in one flat order that rows, feature cache and 
 
 import base64
 import binascii
+import ctypes
 import io
 import os
 import stat
@@ -20,8 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
-from PIL import ExifTags, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
 from PIL import Image as PILImage
+from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_PIXELS = 64 * 1024 * 1024
 """Pictures with more pixels are refused before they are decoded (64 Mi pixels take 268 MB as Pillow keeps them)."""
@@ -29,9 +31,17 @@ MAX_PIXELS = 64 * 1024 * 1024
 SCALED_PIXELS = 16 * 1024 * 1024
 """Larger pictures are halved as they are decoded: no encoder sees so much, and processors copy what they get twice."""
 
-# Decoders that hold the picture several times: so many times fewer pixels. A progressive JPEG waits as coefficients.
-_HUNGRY = {"AVIF": 3, "JPEG2000": 4, "TIFF": 2, "WEBP": 4}
+# Decoders that hold the picture several times: so many times fewer pixels. JPEG of several scans waits as coefficients.
+_HUNGRY = {"AVIF": 4, "JPEG2000": 5, "TIFF": 2, "WEBP": 4}
 _STRIP = 128  # rows
+
+# Bytes of texts, profiles and programs' own data beside the pixels of a large picture. A PNG is read without them.
+_NOTES = 16 * 1024 * 1024
+PngImagePlugin.MAX_TEXT_MEMORY = 4 * 1024 * 1024
+
+# Freed blocks of more than 32 MB go back to the system at once; Pillow's own of 16 MB would stay with the thread.
+PILImage.core.set_block_size(64 * 1024 * 1024)
+_give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 MAX_ASPECT = 64
 """Longer pictures are refused, too: scaled to an encoder's 1024 pixels on the short side they would be larger."""
@@ -47,6 +57,7 @@ FORMATS = tuple(
 
 # Parts of a PNG beside its pixels; Pillow refuses the whole picture for a long one.
 _PNG_START, _PNG_NOTES = b"\x89PNG\r\n\x1a\n", (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_PNG_FRAMES = (b"acTL", b"fcTL", b"fdAT")
 _UPRIGHT = {
     2: PILImage.Transpose.FLIP_LEFT_RIGHT,
     3: PILImage.Transpose.ROTATE_180,
@@ -82,8 +93,12 @@ def open_picture(value) -> PILImage.Image:
     try:
         if isinstance(value, PILImage.Image):
             _check_size(value)
-            return _to_rgb(value)
-        return _read(value, _decode)
+            flat, turn = _flat(value)
+        else:
+            flat, turn = _read(value, _decode)
+        # A file's own pixels are gone by now.
+        found = PILImage.fromarray(flat) if isinstance(flat, np.ndarray) else flat
+        return found if turn is None else found.transpose(turn)
     except UnreadablePictureError:
         raise
     except PILImage.DecompressionBombError as error:
@@ -117,20 +132,31 @@ def _read(value, take: Callable[[PILImage.Image], Any]) -> Any:
         return read(source)
     except UnreadablePictureError:
         raise
-    except ValueError:
-        encoded = encoded_bytes(value)
-        if not encoded.startswith(_PNG_START):
-            raise
-        return read(io.BytesIO(_without_notes(encoded)))
+    except ValueError as error:
+        said = str(error)
+    # Outside: the error holds on to what was read.
+    short = _without_notes(encoded_bytes(value))
+    if short is None:
+        raise ValueError(said)
+    return read(io.BytesIO(short))
 
 
-def _decode(picture: PILImage.Image) -> PILImage.Image:
+def _decode(picture: PILImage.Image) -> tuple[PILImage.Image | np.ndarray, PILImage.Transpose | None]:
     _check_size(picture)
+    if picture.width * picture.height > SCALED_PIXELS // 4:
+        own = getattr(picture, "applist", None) or getattr(picture, "private_chunks", [])
+        notes = sum(len(each) for each in picture.info.values() if isinstance(each, (bytes, str)))
+        notes += sum(len(chunk[1]) for chunk in own)
+        if notes > _NOTES:
+            raise ValueError(f"its texts and profiles take {notes} bytes, expected {_NOTES} at most: take them out.")
+        if _give_back is not None:
+            # What earlier pictures left in other threads.
+            _give_back(0)
     halved = _halved(picture.size)
     if picture.format in ("JPEG", "MPO") and halved != picture.size:
         # Rounded up there, too.
         picture.draft(None, (picture.width // 2, picture.height // 2))
-    return _to_rgb(picture)
+    return _flat(picture)
 
 
 def _upright_size(picture: PILImage.Image) -> list[int]:
@@ -145,7 +171,7 @@ def _upright_size(picture: PILImage.Image) -> list[int]:
 def _check_size(picture: PILImage.Image) -> None:
     """Refuses what is too large or too long, before it is decoded or scaled."""
     width, height = picture.size
-    kind = "progressive " if picture.info.get("progressive") else ""
+    kind = "" if not isinstance(picture, JpegImageFile) or _is_one_scan(picture) else "progressive "
     allowed = MAX_PIXELS // (2 if kind else _HUNGRY.get(str(picture.format), 1))
     if width * height > allowed:
         raise UnreadablePictureError(
@@ -157,14 +183,53 @@ def _check_size(picture: PILImage.Image) -> None:
             f"The picture has {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other; cut it "
             "into parts first."
         )
+    if isinstance(picture, TiffImagePlugin.TiffImageFile):
+        _check_parts(picture)
 
 
-def _without_notes(encoded: bytes) -> bytes:
-    """A PNG without its texts and its colour profile."""
+def _is_one_scan(picture: JpegImageFile) -> bool:
+    """Whether the first scan has all colours and bits, so that rows are decoded as they come."""
+    if picture.info.get("progressive"):
+        return False
+    # The file stands behind the scan's header: its length, the number of colours, two bytes for each, and three more.
+    length = 6 + 2 * picture.layers
+    file: Any = picture.fp
+    place = file.tell()
+    file.seek(place - length)
+    header = file.read(3)
+    file.seek(place)
+    return header == length.to_bytes(2, "big") + bytes([picture.layers])
+
+
+def _check_parts(picture: TiffImagePlugin.TiffImageFile) -> None:
+    """Refuses a TIFF file whose strips or tiles, each decoded as a whole, take too much beside the pixels."""
+    # The size of one that is going to be turned is the turned one.
+    tags = picture.tag_v2
+    width, height = tags[TiffImagePlugin.IMAGEWIDTH], tags[TiffImagePlugin.IMAGELENGTH]
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (1,))
+    rows = tags.get(TiffImagePlugin.TILELENGTH) or min(tags.get(TiffImagePlugin.ROWSPERSTRIP, height), height)
+    depth = max(sum(bits), bits[0] * tags.get(TiffImagePlugin.SAMPLESPERPIXEL, 1))
+    # Those of files that are not compressed are read where they lie.
+    is_whole = any(tile[0] == "libtiff" for tile in picture.tile)
+    part = tags.get(TiffImagePlugin.TILEWIDTH, width) * rows * depth // 8 if is_whole else 0
+    turned = tags.get(ExifTags.Base.Orientation) in _UPRIGHT
+    if part + width * height * (8 if turned else 4) > 3 * MAX_PIXELS:
+        raise UnreadablePictureError(
+            f"The picture has {width} x {height} pixels in strips or tiles of {part / 1e6:.0f} MB, more than memory is "
+            "kept for: save it in smaller strips, or scale it down first."
+        )
+
+
+def _without_notes(encoded: bytes) -> bytes | None:
+    """A PNG without texts, colour profile and programs' own data; nothing for other pictures."""
+    if not encoded.startswith(_PNG_START):
+        return None
     kept, place = [encoded[:8]], 8
     while place < len(encoded):
         end = place + 12 + int.from_bytes(encoded[place : place + 4], "big")
-        if encoded[place + 4 : place + 8] not in _PNG_NOTES:
+        name = encoded[place + 4 : place + 8]
+        # The second letter says that it is somebody's own; animations are, too.
+        if name not in _PNG_NOTES and (not name[1:2].islower() or name in _PNG_FRAMES):
             kept.append(encoded[place:end])
         place = end
     return b"".join(kept)
@@ -226,22 +291,25 @@ def _halved(size: tuple[int, int]) -> tuple[int, int]:
     return (width, height) if width * height <= SCALED_PIXELS else ((width + 1) // 2, (height + 1) // 2)
 
 
-def _to_rgb(picture: PILImage.Image) -> PILImage.Image:
-    """RGB; upright; halved where it is large; transparency on white, as a page would show it."""
+def _flat(picture: PILImage.Image) -> tuple[PILImage.Image | np.ndarray, PILImage.Transpose | None]:
+    """In RGB, halved where it is large, transparency on white, as a page would show it; and how it is to be turned.
+
+    A large one is an array `(H, W, 3)`: beside what was decoded, the bytes that Pillow keeps for each pixel are four.
+    """
     # Pillow turns TIFF files itself as it loads them, and then takes the orientation out.
     picture.load()
     turn = _UPRIGHT.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
     convert = _conversion(picture)
     halved = _halved(picture.size)
-    if halved == picture.size:
-        found = convert(picture)
-    else:
-        # Strip by strip: each conversion is a copy.
-        found = PILImage.new("RGB", halved)
-        for top in range(0, picture.height, _STRIP):
-            strip = picture.crop((0, top, picture.width, min(top + _STRIP, picture.height)))
-            found.paste(convert(strip).reduce(2), (0, top // 2))
-    return found if turn is None else found.transpose(turn)
+    factor = 1 if halved == picture.size else 2
+    if factor == 1 and convert is _opaque:
+        return convert(picture), turn
+    # Strip by strip: each conversion is a copy.
+    found = np.empty((halved[1], halved[0], 3), np.uint8)
+    for top in range(0, picture.height, _STRIP):
+        strip = convert(picture.crop((0, top, picture.width, min(top + _STRIP, picture.height))))
+        found[top // factor : (top + _STRIP) // factor] = np.asarray(strip.reduce(factor))
+    return found, turn
 
 
 def _conversion(picture: PILImage.Image) -> Callable[[PILImage.Image], PILImage.Image]:
@@ -256,7 +324,11 @@ def _conversion(picture: PILImage.Image) -> Callable[[PILImage.Image], PILImage.
         return lambda part: PILImage.fromarray(_to_bytes(np.asarray(part), high)).convert("RGB")
     if picture.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in picture.info:
         return _on_white
-    return lambda part: part.convert("RGB")
+    return _opaque
+
+
+def _opaque(part: PILImage.Image) -> PILImage.Image:
+    return part.convert("RGB")
 
 
 def _extremes(picture: PILImage.Image) -> tuple[float, float]:

@@ -78,6 +78,7 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
         part = split.partition("[")[0]
         if kind in TABLES:
             return {"path": "tables", "data_files": {part: [path.absolute()]}}
+        _check_literal([path])
         check_parquet(path)
         return {"path": "parquet", "data_files": {part: glob.escape(str(path))}}
     if not path.exists() and looks_local(name):
@@ -98,6 +99,7 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
         )
         if _are_tables(kind, files):
             return {"path": "tables", "data_files": {part: list(map(Path, paths)) for part, paths in files.items()}}
+        _check_literal([Path(file) for paths in files.values() for file in paths])
         where = {
             "path": kind,
             "data_files": {part: [glob.escape(str(file)) for file in paths] for part, paths in files.items()},
@@ -117,6 +119,16 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
     if missing:
         raise ValueError(f"The data set {name} has no split {missing[0]!r}; it has {', '.join(splits)}.")
     return {**where, "revision": revision}
+
+
+def _check_literal(files: list[Path]) -> None:
+    """Refuses paths in which `datasets` would put a variable's value for its name: it would read another file."""
+    for file in files:
+        if (other := os.path.expandvars(file.absolute())) != str(file.absolute()):
+            raise ValueError(
+                f"{file} cannot be read: `datasets` takes a $ and a name in a path for a variable, and would read "
+                f"{other}; rename the file or its folder."
+            )
 
 
 @lru_cache
