@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -98,6 +99,31 @@ def test_a_file_that_is_no_picture_is_said(trained, tmp_path):
     (tmp_path / "notes.txt").write_text("no picture")
     with pytest.raises(UnreadablePictureError, match="Cannot read the picture"):
         next(PictureAnswers(*trained, SETTINGS)(tmp_path / "notes.txt", ""))
+
+
+def test_visitors_open_pictures_one_at_a_time(trained, picture, monkeypatch):
+    """Two large ones would not fit into a gigabyte."""
+    opened = []
+
+    def slowly(path):
+        opened.append("begins")
+        time.sleep(0.05)
+        opened.append("ends")
+        return open_picture(path)
+
+    monkeypatch.setattr(web_demo, "open_picture", slowly)
+    answers = PictureAnswers(*trained, SETTINGS)
+    asked = [
+        lambda: next(answers(picture, "")),
+        lambda: answers.classify(picture, ["cat", "dog"]),
+        lambda: next(answers.detect(picture, "cat")),
+    ]
+    threads = [threading.Thread(target=each) for each in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert opened == ["begins", "ends"] * 3
 
 
 def test_bases_are_named_without_the_folders_of_this_machine(trained):

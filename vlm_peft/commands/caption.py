@@ -158,9 +158,10 @@ def read_batches(
         pixels, readable = [], []
         for record in records:
             try:
-                # Scaled at once: opened pictures of a whole batch may not fit into memory.
-                picture = open_picture(Path(record["image"]))
-                pixels.append(processor.image_processor(picture, return_tensors="pt")["pixel_values"])
+                # Scaled at once, and named by nothing: two opened pictures may not fit into memory.
+                pixels.append(
+                    processor.image_processor(open_picture(Path(record["image"])), return_tensors="pt")["pixel_values"]
+                )
                 readable.append(record)
             except UnreadablePictureError as error:
                 record["error"] = str(error)

@@ -4,6 +4,7 @@ Stage: trained model and labels -> one record a picture, in the order of the fil
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,9 @@ def by_captioner(
     said = ask(settings, instruction=instruction)
 
     def judge(pictures: Iterable[Image]) -> torch.Tensor:
-        pixels = [processor.image_processor(each, return_tensors="pt")["pixel_values"] for each in pictures]
+        # A loop's name would keep a picture while the next one is opened.
+        scaled = map(partial(processor.image_processor, return_tensors="pt"), pictures)
+        pixels = [each["pixel_values"] for each in scaled]
         if not pixels:
             return torch.empty(0, len(labels))
         return picture_class_probabilities(

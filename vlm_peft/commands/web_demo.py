@@ -26,7 +26,7 @@ from PIL.Image import Image
 
 from ..contrastive.encoder import DualEncoder, check_labels
 from ..contrastive.search import PictureIndex
-from ..data.pictures import UnreadablePictureError, open_picture
+from ..data.pictures import ALONE, UnreadablePictureError, give_memory_back, open_picture
 from ..evaluation.choices import choice_log_probs
 from ..evaluation.generation import generate_texts
 from ..json_files import parse_json
@@ -52,9 +52,6 @@ SHOWN_PIXELS = 768
 
 MAX_UPLOAD = 50_000_000
 """Bytes of a picture's file; larger uploads are refused while they arrive."""
-
-# Visitors come in several threads, and the largest picture takes a third of a gigabyte while it is opened.
-_OPENING = threading.Lock()
 
 
 class PictureAnswers:
@@ -104,7 +101,7 @@ class PictureAnswers:
         Raises:
             UnreadablePictureError: When the picture cannot be read.
         """
-        with _OPENING:
+        with ALONE:
             features = self._see(open_picture(Path(picture)))
         after = self._generate(features, question)
         yield after, ""
@@ -123,7 +120,7 @@ class PictureAnswers:
             ValueError: For labels that cannot be used.
         """
         check_labels(labels)
-        with _OPENING, self._lock:
+        with ALONE, self._lock:
             shown = open_picture(Path(picture))
             found = by_captioner(self._model, self._processor, self.settings, labels)([shown])[0]
         return dict(zip(labels, found.tolist(), strict=True))
@@ -143,7 +140,7 @@ class PictureAnswers:
             ValueError: For a text without names.
         """
         question = names_question(names, self.settings.instruction)
-        with _OPENING:
+        with ALONE:
             opened = open_picture(Path(picture))
             features, shown = self._see(opened), thumbnail(opened, SHOWN_PIXELS)
             del opened
@@ -225,7 +222,7 @@ class ClipAnswers:
             UnreadablePictureError: When the picture cannot be read.
             ValueError: For labels or a template that cannot be used.
         """
-        with _OPENING:
+        with ALONE:
             found = by_clip(self._encoder, labels, [template])([open_picture(Path(picture))])[0]
         return dict(zip(labels, found.tolist(), strict=True))
 
@@ -257,7 +254,7 @@ class FolderSearch:
             ValueError: For a text that is empty or too long.
         """
         found = search_text(self._encoder, self._index, text, MOST_FOUND)
-        with _OPENING:
+        with ALONE:
             return result_cards(found, self._folder)
 
 
@@ -515,6 +512,7 @@ def serve_page(page: gradio.Blocks, host: str, port: int | None, share: bool) ->
         OSError: When the port is taken.
         KeyboardInterrupt: At the end.
     """
+    give_memory_back()
     _, local, public = page.launch(
         server_name=host,
         server_port=port,

@@ -111,7 +111,11 @@ class DualEncoder(nn.Module):
         return _joined(self._scaled(pictures))
 
     def _scaled(self, pictures: Iterable[Any]) -> list[dict[str, torch.Tensor]]:
-        return [self.processor.image_processor(open_picture(each), return_tensors="pt") for each in pictures]
+        # A loop's name would keep a picture while the next one is opened.
+        return list(map(self._scale, pictures))
+
+    def _scale(self, picture: Any) -> dict[str, torch.Tensor]:
+        return self.processor.image_processor(open_picture(picture), return_tensors="pt")
 
     def too_long(self, texts: Sequence[str]) -> list[int]:
         """Numbers of the texts that are longer than the text tower reads."""

@@ -28,7 +28,7 @@ from datasets.config import HF_DATASETS_CACHE
 from ..drafts import draft_of, sweep
 from ..model.configuration_vision_qwen import VisionQwenConfig
 from ..model.modeling_vision_qwen import VisionQwen
-from .pictures import Pictures, UnreadablePictureError, stored_hash
+from .pictures import Pictures, UnreadablePictureError, stored_hash, while_scaled
 
 logger = logging.getLogger(__name__)
 
@@ -299,7 +299,8 @@ def prepare_picture(index: int, image_processor, pictures: Pictures) -> torch.Te
     except UnreadablePictureError as error:
         prepared = str(error)
     else:
-        prepared = image_processor([picture], return_tensors="pt")["pixel_values"][0]
+        with while_scaled(picture):
+            prepared = image_processor([picture], return_tensors="pt")["pixel_values"][0]
     # Its entry would be found for ever by the old content's hash.
     if stored_hash(pictures.raw(index)) != pictures.hashes[index]:
         raise ValueError(f"The file of picture {index} changed while the pictures were being read: start again.")

@@ -9,9 +9,11 @@ import ctypes
 import io
 import os
 import stat
+import threading
 import warnings
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import xxhash
 from datasets import Dataset
-from PIL import ExifTags, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, TiffImagePlugin, UnidentifiedImageError
 from PIL import Image as PILImage
 from PIL.JpegImagePlugin import JpegImageFile
 
@@ -33,15 +35,14 @@ SCALED_PIXELS = 16 * 1024 * 1024
 
 # Decoders that hold the picture several times: so many times fewer pixels. JPEG of several scans waits as coefficients.
 _HUNGRY = {"AVIF": 4, "JPEG2000": 5, "TIFF": 2, "WEBP": 4}
-_STRIP = 128  # rows
+_STRIP = 32  # rows
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 
 # Bytes of texts, profiles and programs' own data beside the pixels of a large picture. A PNG is read without them.
 _NOTES = 16 * 1024 * 1024
-PngImagePlugin.MAX_TEXT_MEMORY = 4 * 1024 * 1024
 
-# Freed blocks of more than 32 MB go back to the system at once; Pillow's own of 16 MB would stay with the thread.
-PILImage.core.set_block_size(64 * 1024 * 1024)
-_give_back = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+ALONE = threading.RLock()
+"""Held while a large picture is decoded, which takes up to a third of a gigabyte; to be held while it is scaled."""
 
 MAX_ASPECT = 64
 """Longer pictures are refused, too: scaled to an encoder's 1024 pixels on the short side they would be larger."""
@@ -144,19 +145,42 @@ def _read(value, take: Callable[[PILImage.Image], Any]) -> Any:
 def _decode(picture: PILImage.Image) -> tuple[PILImage.Image | np.ndarray, PILImage.Transpose | None]:
     _check_size(picture)
     if picture.width * picture.height > SCALED_PIXELS // 4:
-        own = getattr(picture, "applist", None) or getattr(picture, "private_chunks", [])
-        notes = sum(len(each) for each in picture.info.values() if isinstance(each, (bytes, str)))
-        notes += sum(len(chunk[1]) for chunk in own)
-        if notes > _NOTES:
+        notes = _notes(picture)
+        if notes > (_NOTES if picture.format != "PNG" else _NOTES // 16):
             raise ValueError(f"its texts and profiles take {notes} bytes, expected {_NOTES} at most: take them out.")
-        if _give_back is not None:
-            # What earlier pictures left in other threads.
-            _give_back(0)
+    large = picture.width * picture.height > _allowed(picture) // 4
     halved = _halved(picture.size)
     if picture.format in ("JPEG", "MPO") and halved != picture.size:
         # Rounded up there, too.
         picture.draft(None, (picture.width // 2, picture.height // 2))
-    return _flat(picture)
+        large = large and _waits(picture)
+    with _alone() if large else nullcontext():
+        flat = _flat(picture)
+        # Its memory goes before another one's comes.
+        picture.close()
+    return flat
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Holds [`ALONE`], and keeps pixels in blocks that go back to the system at once: smaller ones may stay."""
+    with ALONE:
+        usual = PILImage.core.get_block_size()
+        PILImage.core.set_block_size(4 * usual)
+        try:
+            yield
+        finally:
+            PILImage.core.set_block_size(usual)
+
+
+def while_scaled(picture: PILImage.Image) -> AbstractContextManager:
+    """What is held while a picture is scaled that processors copy several times: [`ALONE`] for large ones.
+
+    Args:
+        picture (`PIL.Image.Image`): Of [`open_picture`].
+    """
+    # Photographs of 12 million pixels still go in parallel.
+    return ALONE if picture.width * picture.height > SCALED_PIXELS * 3 // 4 else nullcontext()
 
 
 def _upright_size(picture: PILImage.Image) -> list[int]:
@@ -171,12 +195,12 @@ def _upright_size(picture: PILImage.Image) -> list[int]:
 def _check_size(picture: PILImage.Image) -> None:
     """Refuses what is too large or too long, before it is decoded or scaled."""
     width, height = picture.size
-    kind = "" if not isinstance(picture, JpegImageFile) or _is_one_scan(picture) else "progressive "
-    allowed = MAX_PIXELS // (2 if kind else _HUNGRY.get(str(picture.format), 1))
+    allowed = _allowed(picture)
     if width * height > allowed:
+        scans = " of several scans" if _waits(picture) else ""
         raise UnreadablePictureError(
             f"The picture has {width} x {height} = {width * height} pixels, more than the {allowed} allowed"
-            f"{f' of a {kind}{picture.format}' if allowed < MAX_PIXELS else ''}: scale it down first."
+            f"{f' of a {picture.format}' if allowed < MAX_PIXELS else ''}{scans}: scale it down first."
         )
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UnreadablePictureError(
@@ -187,10 +211,18 @@ def _check_size(picture: PILImage.Image) -> None:
         _check_parts(picture)
 
 
-def _is_one_scan(picture: JpegImageFile) -> bool:
-    """Whether the first scan has all colours and bits, so that rows are decoded as they come."""
-    if picture.info.get("progressive"):
+def _allowed(picture: PILImage.Image) -> int:
+    """How many pixels a picture of its kind may have."""
+    return MAX_PIXELS // (2 if _waits(picture) else _HUNGRY.get(str(picture.format), 1))
+
+
+def _waits(picture: PILImage.Image) -> bool:
+    """Whether it is a JPEG whose first scan has not all colours and bits, so that no row is decoded before the end."""
+    # A picture that was decoded before has no file.
+    if not isinstance(picture, JpegImageFile) or picture.fp is None:
         return False
+    if picture.info.get("progressive"):
+        return True
     # The file stands behind the scan's header: its length, the number of colours, two bytes for each, and three more.
     length = 6 + 2 * picture.layers
     file: Any = picture.fp
@@ -198,7 +230,7 @@ def _is_one_scan(picture: JpegImageFile) -> bool:
     file.seek(place - length)
     header = file.read(3)
     file.seek(place)
-    return header == length.to_bytes(2, "big") + bytes([picture.layers])
+    return header != length.to_bytes(2, "big") + bytes([picture.layers])
 
 
 def _check_parts(picture: TiffImagePlugin.TiffImageFile) -> None:
@@ -220,18 +252,42 @@ def _check_parts(picture: TiffImagePlugin.TiffImageFile) -> None:
         )
 
 
+def _notes(picture: PILImage.Image) -> int:
+    """Bytes of what a file holds beside its pixels and stays in memory."""
+    if picture.format == "PNG":
+        # Those behind the pixels, too.
+        lengths = [length for name, length in _chunks(picture.fp) if _is_note(name)]
+    else:
+        lengths = [len(each) for each in picture.info.values() if isinstance(each, (bytes, str))]
+        lengths += [len(segment) for _, segment in getattr(picture, "applist", ())]
+    return sum(lengths)
+
+
+def _chunks(file: Any) -> Iterator[tuple[bytes, int]]:
+    """Names and lengths of a PNG's parts; the file stands afterwards where it stood."""
+    place = file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length = int.from_bytes(head[:4], "big")
+        yield head[4:], length
+        file.seek(length + 4, os.SEEK_CUR)
+    file.seek(place)
+
+
+def _is_note(name: bytes) -> bool:
+    """Whether a PNG's part says nothing of its pixels; the second letter is small in those of programs' own."""
+    return name in _PNG_NOTES or (name[1:2].islower() and name not in _PNG_FRAMES)
+
+
 def _without_notes(encoded: bytes) -> bytes | None:
     """A PNG without texts, colour profile and programs' own data; nothing for other pictures."""
     if not encoded.startswith(_PNG_START):
         return None
     kept, place = [encoded[:8]], 8
-    while place < len(encoded):
-        end = place + 12 + int.from_bytes(encoded[place : place + 4], "big")
-        name = encoded[place + 4 : place + 8]
-        # The second letter says that it is somebody's own; animations are, too.
-        if name not in _PNG_NOTES and (not name[1:2].islower() or name in _PNG_FRAMES):
-            kept.append(encoded[place:end])
-        place = end
+    for name, length in _chunks(io.BytesIO(encoded)):
+        if not _is_note(name):
+            kept.append(encoded[place : place + length + 12])
+        place += length + 12
     return b"".join(kept)
 
 
@@ -278,6 +334,16 @@ def _regular_file(path: str | Path) -> str | Path:
             f"Cannot read the picture: {path} is no regular file, but a folder, pipe or device."
         )
     return path
+
+
+def give_memory_back() -> None:
+    """Lets the C library give large buffers back to the system as they are freed, in threads, too.
+
+    For a process that answers for a long time; one that trains uses them again.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1024 * 1024)
 
 
 def is_path(value: object) -> bool:
