@@ -344,6 +344,7 @@ def test_a_full_save_takes_the_place_of_an_adapter(options, tmp_path):
         ),
         (["--top_layers", "0"], "top_layers is 0, expected at least 1"),
         (["--lora_target_modules", "("], r"--lora_target_modules \(: expected names of layers, or a"),
+        (["--lora_modules_to_save", "lm_head", "[1"], r"--lora_modules_to_save \[1: expected names of layers"),
     ],
 )
 def test_options_are_refused_before_anything_is_loaded(options, tmp_path, given, message):

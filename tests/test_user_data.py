@@ -1,6 +1,7 @@
 """Users' data: texts stay what the files say, paths are literal, and what cannot be used is named in a line."""
 
 import csv
+import gzip
 import io
 import json
 import os
@@ -99,6 +100,37 @@ def test_numbers_of_json_are_their_literals(tmp_path):
     rows = load_rows(str(tmp_path / "rows.jsonl"), "train")
     assert rows["answer"][:] == ["12.50", "true", "12345678901234567890"]
     assert rows["more"][:] == [["1.0", "a"], ["1e3", None], []]
+
+
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_nan_in_json_is_what_is_missing(tmp_path, kind):
+    """Python writes a missing caption so; the word would be learnt."""
+    rows = [{"image": "0.png", "caption": float("nan")}, {"image": "1.png", "caption": "nan"}]
+    text = json.dumps(rows) if kind == "json" else "\n".join(map(json.dumps, rows))
+    (tmp_path / f"rows.{kind}").write_text(text.replace('"1.png"', "Infinity"))
+    found = load_rows(str(tmp_path / f"rows.{kind}"), "train")
+    assert (found["caption"][:], found["image"][:]) == ([None, "nan"], ["0.png", "Infinity"])
+
+
+def test_compressed_tables_whose_types_would_be_inferred_are_refused(tmp_path):
+    with gzip.open(tmp_path / "train.csv.gz", "wt") as file:
+        file.write("image,digits\n0.png,0417\n")
+    with pytest.raises(ValueError, match=r"train\.csv\.gz is no table ending in .*: unpack or rename it"):
+        load_rows(str(tmp_path), "train")
+
+
+def test_columns_of_parquet_files_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "rows.parquet"
+    pairs = pa.array([[("a", "b")]], pa.map_(pa.string(), pa.string()))
+    pq.write_table(pa.table({"image": ["0.png"], "notes": pairs}), path)
+    for place in (path, tmp_path):
+        with pytest.raises(
+            ValueError, match=r"rows\.parquet, column 'notes': a column of the type map<.* leave it out"
+        ):
+            load_rows(str(place), "train")
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"])] * 2, names=["caption"] * 2), path)
+    with pytest.raises(ValueError, match=r"rows\.parquet has two columns 'caption': rename one"):
+        load_rows(str(path), "train")
 
 
 @pytest.mark.parametrize("kind", ["json", "jsonl"])

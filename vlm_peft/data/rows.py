@@ -99,6 +99,12 @@ def locate(name: str, split: str, revision: str | None = None, *, streaming: boo
         )
         if _are_tables(kind, files):
             return {"path": "tables", "data_files": {part: list(map(Path, paths)) for part, paths in files.items()}}
+        if kind in ("csv", "json"):
+            # `datasets` would infer types.
+            other = next(
+                Path(file) for paths in files.values() for file in paths if Path(file).suffix.lower() not in TABLES
+            )
+            raise ValueError(f"{other} is no table ending in {', '.join(TABLES)}: unpack or rename it.")
         _check_literal([Path(file) for paths in files.values() for file in paths])
         where = {
             "path": kind,

@@ -16,6 +16,7 @@ from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import xxhash
 from datasets import (
@@ -162,14 +163,30 @@ def check_parquet(path: Path) -> None:
     """Looks at a parquet file's end, where its columns are.
 
     Raises:
-        ValueError: When it is empty, cut off, something else, or has no rows.
+        ValueError: When it is empty, cut off, something else, has no rows, two columns of one name, or a column that
+            `datasets` has no type for.
     """
     try:
-        count = pq.ParquetFile(path).metadata.num_rows
+        with pq.ParquetFile(path) as file:
+            count, schema = file.metadata.num_rows, file.schema_arrow
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is no whole parquet file; write or download it again: {_line(error)}") from error
     if not count:
         raise ValueError(f"{path} has no rows.")
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{path} has two columns {_twice(schema.names)!r}: rename one.")
+    for column in schema:
+        try:
+            Features.from_arrow_schema(pa.schema([column]))
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, column {column.name!r}: a column of the type {column.type} cannot be read; store it as text, "
+                "or leave it out."
+            ) from error
+
+
+def _twice(names: list[str]) -> str:
+    return next(name for name in names if names.count(name) > 1)
 
 
 def _generate(files: tuple, folder: str | None, split: str, kind: dict, stamp: str) -> Iterator[dict]:
@@ -345,8 +362,7 @@ def _read_separated(path: Path, text: str) -> Iterator[tuple[str, dict]]:
             f"{path} separates its cells by {other!r}: expected {separator!r}; save it so, or tabs in a file .tsv."
         )
     if len(set(columns)) < len(columns):
-        twice = next(name for name in columns if columns.count(name) > 1)
-        raise ValueError(f"{path} has two columns {twice!r}: rename one.")
+        raise ValueError(f"{path} has two columns {_twice(columns)!r}: rename one.")
     table: list[tuple[str, dict[str, Any]]] = []
     for line, cells in lines[1:]:
         if len(cells) != len(columns):
@@ -422,8 +438,10 @@ def _whole_object(text: str) -> dict | None:
 
 
 def _parse(text: str) -> Any:
-    """JSON with its numbers, true and false as they are written."""
-    return _words(parse_json(text, parse_int=str, parse_float=str, parse_constant=str))
+    """JSON with its numbers, true and false as they are written; NaN is how programs write what is missing."""
+    return _words(
+        parse_json(text, parse_int=str, parse_float=str, parse_constant=lambda word: None if word == "NaN" else word)
+    )
 
 
 def _words(value):

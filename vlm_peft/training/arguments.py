@@ -5,6 +5,7 @@ Stage: command line and YAML file -> dataclasses, for recipes and for the checks
 
 import difflib
 import os
+import re
 from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field, fields, replace
@@ -395,6 +396,10 @@ def _check_strategy(vision: VisionArguments, training: Any, model_args: Any) -> 
         ValueError: For options that contradict each other.
     """
     strategy = chosen_strategy(vision, model_args)
+    for name in model_args.lora_modules_to_save or ():
+        # peft makes a regular expression of it.
+        if not re.fullmatch(r"[\w.]+", name):
+            raise ValueError(f"--lora_modules_to_save {name}: expected names of layers, such as lm_head.")
     if strategy.trains_whole_layers and model_args.dtype not in (None, "auto", "float32"):
         raise ValueError(
             f"--dtype {model_args.dtype}: the layers that --strategy {vision.strategy} trains must be in float32, "
