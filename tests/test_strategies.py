@@ -344,6 +344,12 @@ def test_a_full_save_takes_the_place_of_an_adapter(options, tmp_path):
         ),
         (["--top_layers", "0"], "top_layers is 0, expected at least 1"),
         (["--lora_target_modules", "("], r"--lora_target_modules \(: expected names of layers, or a"),
+        # As many as YAML makes of 1e308; and more than a float holds.
+        (
+            ["--gradient_accumulation_steps", f"{10**308}"],
+            "gradient_accumulation_steps is .* 1024 bits, expected 63 at",
+        ),
+        (["--save_steps", f"{10**309}"], "steps is infinite, expected finite --logging_steps"),
         (["--lora_modules_to_save", "lm_head", "[1"], r"--lora_modules_to_save \[1: expected names of layers"),
     ],
 )

@@ -318,6 +318,10 @@ def parse_arguments(
         *parsed, unknown = parse()
         if parsed[1].device.type == "cuda":
             *parsed, unknown = parse(**_gpu_defaults(parsed[0], parsed[2]))
+    except OverflowError as error:
+        # transformers makes whole numbers of those above 1.
+        said = "a number of steps is infinite, expected finite --logging_steps, --eval_steps and --save_steps"
+        raise SystemExit(f"{program}: {said}.") from error
     except (ValueError, TypeError, ImportError) as error:
         # Options that contradict each other or the machine (bf16 without a GPU and without use_cpu), what is
         # not installed (deepspeed), or a broken file.

@@ -337,6 +337,9 @@ def _check(option: Field, value: Any) -> None:
             raise ValueError(f"{name} is {value!r}, expected one of {', '.join(backends)}.")
     if isinstance(value, bool) or not isinstance(value, int | float):
         return
+    if isinstance(value, int) and abs(value) >= 2**63:
+        # Libraries make floats of it, or numbers of 64 bits.
+        raise ValueError(f"{name} is a whole number of {value.bit_length()} bits, expected 63 at most.")
     expected = None
     if not math.isfinite(value):
         expected = "a finite number"
