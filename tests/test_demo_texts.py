@@ -17,13 +17,13 @@ DEMO = ROOT / "recipes/demo"
 def scripts():
     """The scripts beside each other, as when one of them is run."""
     before = set(sys.modules)
-    sys.path.insert(0, str(DEMO))
-    import canvases
-    import pretrain_reading
-    import reading_texts
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DEMO))
+        import canvases
+        import pretrain_reading
+        import reading_texts
 
-    yield canvases, pretrain_reading, reading_texts
-    sys.path.remove(str(DEMO))
+        yield canvases, pretrain_reading, reading_texts
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == DEMO:
             del sys.modules[name]
