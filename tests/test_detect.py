@@ -26,7 +26,7 @@ from vlm_peft.evaluation.task_scores import score_rows
 from vlm_peft.metrics.boxes import LabelledBox, box_spans
 from vlm_peft.tasks import TASK_FILE, TaskSettings
 from vlm_peft.tasks.example import picture_turn
-from vlm_peft.tasks.grounding import grid_box, names_question, pixel_box
+from vlm_peft.tasks.grounding import grid_box, names_questions, pixel_box
 
 TEXT = "dog [0, 0, 499, 249]; caf\u00e9 au lait [500, 500, 999, 999]; dog [3, 4"
 QUESTIONS = ["detect: dog", "detect: dog; caf\u00e9 au lait", "detect: ant", "detect: dog"]
@@ -142,12 +142,14 @@ def test_pixels_are_what_the_grid_was_made_of(size):
 
 
 def test_names_are_asked_as_in_training():
-    assert names_question(" dog;red  ball ; dog;") == "detect: dog; red ball"
-    assert names_question("detect: dog") == "detect: dog"
-    assert names_question("dog; [cat]", "find") == "find dog; cat"
+    asked = {"dog": "detect: dog", "red ball": "detect: red ball"}
+    assert names_questions(" dog;red  ball ; dog;") == asked
+    assert list(names_questions(" red ball; dog")) == ["red ball", "dog"]
+    assert names_questions("detect: dog") == {"dog": "detect: dog"}
+    assert names_questions("dog; [cat]", "find") == {"dog": "find dog", "cat": "find cat"}
     for nothing in ("", " ; ", "detect:", "[]"):
         with pytest.raises(ValueError, match="Expected names of what to look for"):
-            names_question(nothing)
+            names_questions(nothing)
 
 
 def test_rows_with_wrong_confidences_are_named():
@@ -219,7 +221,8 @@ def test_records_have_pixels_of_the_picture_as_it_is_seen(run, grounded, picture
     ]
     assert "Cannot read the picture" in broken["error"]
     assert list(png) == ["image", "boxes", "unread", "drawn"]
-    assert png["unread"] == ["dog [3, 4"]
+    # Each name is asked for alone, and a box of another is none of its own.
+    assert png["unread"] == ["caf\u00e9 au lait [500, 500, 999, 999]", "dog [3, 4", "dog [0, 0, 499, 249]"]
     lying, upright = (
         {box["label"]: box["box"] for box in record["boxes"]} for record in (png, turned)
     )  # fmt: skip
@@ -235,7 +238,8 @@ def test_records_have_pixels_of_the_picture_as_it_is_seen(run, grounded, picture
     with Image.open(turned["drawn"]) as copy:
         assert copy.size == (40, 80)
         assert max(copy.getpixel((38, 79))) > 100
-    assert run(grounded, pictures / "plain.png", "dog", "--batch_size", 1)[1][0]["boxes"] == png["boxes"]
+    one = run(grounded, pictures / "plain.png", "DOG; Caf\u00e9 au lait", "--batch_size", 1)[1][0]
+    assert one["boxes"] == png["boxes"]
 
 
 def test_what_is_not_there_is_an_empty_list(run, grounded, pictures, monkeypatch):
@@ -248,9 +252,10 @@ def test_what_is_not_there_is_an_empty_list(run, grounded, pictures, monkeypatch
     monkeypatch.setattr(confidence, "generate_ids", fake)
     status, (record,), err = run(grounded, pictures / "plain.png", " dog;cat ")
     assert (status, record, err) == (0, {"image": str(pictures / "plain.png"), "boxes": []}, "")
-    assert "detect: dog; cat<|im_end|>" in asked[0]
+    assert "detect: dog<|im_end|>" in asked[0]
+    assert "detect: cat<|im_end|>" in asked[1]
     run(grounded, pictures / "plain.png", "dog", "--instruction", "find:")
-    assert "find: dog<|im_end|>" in asked[1]
+    assert "find: dog<|im_end|>" in asked[2]
 
 
 def test_what_cannot_be_asked_is_said(run, adapter, grounded, pictures):
@@ -299,7 +304,7 @@ def test_the_page_draws_boxes_before_and_after(grounded, pictures, monkeypatch):
         return [[-0.01 * (1 + 2 * adapted[-1])] * len(ids) for ids in answers]
 
     monkeypatch.setattr(confidence, "answer_log_probs", known)
-    after, (again, before) = answers.detect(pictures / "turned.jpg", "dog")
+    after, (again, before) = answers.detect(pictures / "turned.jpg", "<b>dog; caf\u00e9 au lait")
     assert after == (again, "")
     assert adapted == [False, True]
     assert again != before
@@ -308,7 +313,7 @@ def test_the_page_draws_boxes_before_and_after(grounded, pictures, monkeypatch):
         assert shown.count('<rect class="predicted"') == 2
         assert 'viewBox="0 0 500 1000"' in shown
         assert re.search(r'<text class="predicted"[^>]*>&lt;b&gt;dog 0\.\d\d</text>', shown)
-        assert "No boxes, but written: &lt;b&gt;dog [3, 4" in shown
+        assert "Also written: caf\u00e9 au lait [500, 500, 999, 999]; &lt;b&gt;dog [3, 4; &lt;b&gt;dog [0, 0" in shown
     say(monkeypatch, processor, "none")
     assert "Nothing was found." in list(answers.detect(pictures / "turned.jpg", "dog"))[1][1]
     with pytest.raises(ValueError, match="Expected names"):

@@ -336,7 +336,7 @@ def detect(options: argparse.Namespace) -> int:
     from .commands.caption import find_pictures
     from .commands.detect import detect_pictures
     from .tasks import TASK_FILE, TaskSettings, find_kind
-    from .tasks.grounding import names_question
+    from .tasks.grounding import names_questions
 
     # A folder's name may well be that of a thing.
     if os.path.isfile(options.names):
@@ -348,7 +348,7 @@ def detect(options: argparse.Namespace) -> int:
         raise ValueError(
             f"{options.model} answers no boxes: its {TASK_FILE} says that it was trained for the task {stored.task}."
         )
-    question = names_question(options.names, options.instruction or (stored.instruction if stored else None))
+    questions = names_questions(options.names, options.instruction or (stored.instruction if stored else None))
     _, model, processor, settings = _load(options)
 
     from tqdm.auto import tqdm
@@ -358,7 +358,7 @@ def detect(options: argparse.Namespace) -> int:
         model,
         processor,
         paths,
-        question,
+        questions,
         batch_size=options.batch_size,
         max_new_tokens=settings.max_new_tokens,
         num_beams=options.num_beams or settings.num_beams,

@@ -25,43 +25,54 @@ COLOURS = ("#1f6feb", "#d9660b", "#1a7f4b", "#c0459b", "#7a6ad8", "#b3382c", "#0
 
 @dataclass(frozen=True)
 class Found:
-    """What a model's text says of one picture.
+    """What a model says of one picture.
 
     Args:
         boxes (`list[tuple[LabelledBox, float]]`): On the grid, each with its confidence, the surest first.
-        unread (`list[str]`): Entries of the text that are no boxes.
+        unread (`list[str]`): What it wrote beside: no boxes, and boxes of what it was not asked for.
     """
 
     boxes: list[tuple[LabelledBox, float]]
     unread: list[str]
 
     @classmethod
-    def of_text(cls, text: str, confidences: Sequence[float]) -> "Found":
-        """From what [`~vlm_peft.evaluation.confidence.generate_with_confidences`] gives."""
-        boxes, unread = parse_boxes(text)
-        return cls(sorted(zip(boxes, confidences, strict=True), key=lambda each: -each[1]), unread)
+    def of_answers(cls, answers: Iterable[tuple[str, tuple[str, Sequence[float]]]]) -> "Found":
+        """From names, and what [`~vlm_peft.evaluation.confidence.generate_with_confidences`] gives for each."""
+        found: list[tuple[LabelledBox, float]] = []
+        beside: list[str] = []
+        for name, (text, confidences) in answers:
+            boxes, unread = parse_boxes(text)
+            for box, confidence in zip(boxes, confidences, strict=True):
+                if box.label.casefold() == name.casefold():
+                    found.append((box, confidence))
+                else:
+                    beside.append(f"{box.label} {list(box.box)}")
+            beside += unread
+        return cls(sorted(found, key=lambda each: -each[1]), list(dict.fromkeys(beside)))
 
 
-def detect(model, processor, question: str, fetch_images, count: int, **decoding: Any) -> list[Found]:
+def detect(model, processor, questions: dict[str, str], fetch_images, count: int, **decoding: Any) -> list[Found]:
     """Asks the same about several pictures.
 
     Args:
         model, processor: Of [`~vlm_peft.adapters.loading.load_model`].
-        question (`str`): Of [`~vlm_peft.tasks.grounding.names_question`].
+        questions (`dict[str, str]`): Of [`~vlm_peft.tasks.grounding.names_questions`].
         fetch_images (`Callable`): Numbers of pictures, from 0 on -> model inputs.
         count (`int`): Of the pictures.
         decoding: See [`~vlm_peft.evaluation.generation.generate_texts`].
     """
-    prompts, image_ids = [picture_turn(question)] * count, [[index] for index in range(count)]
-    answers = generate_with_confidences(model, processor, prompts, image_ids, fetch_images, box_spans, **decoding)
-    return [Found.of_text(text, confidences) for text, confidences in answers]
+    prompts = [picture_turn(question) for _ in range(count) for question in questions.values()]
+    image_ids = [[index] for index in range(count) for _ in questions]
+    answers = list(generate_with_confidences(model, processor, prompts, image_ids, fetch_images, box_spans, **decoding))
+    of_picture = [answers[first : first + len(questions)] for first in range(0, len(answers), len(questions))]
+    return [Found.of_answers(zip(questions, each, strict=True)) for each in of_picture]
 
 
 def detect_pictures(
     model,
     processor,
     paths: Iterable[str],
-    question: str,
+    questions: dict[str, str],
     *,
     batch_size: int = 16,
     max_new_tokens: int = 48,
@@ -71,17 +82,17 @@ def detect_pictures(
     """Looks for the same things in every picture; records come batch by batch, in order.
 
     Args:
-        model, processor, question: See [`detect`].
+        model, processor, questions: See [`detect`].
         paths (`Iterable[str]`): Picture files.
-        batch_size (`int`, *optional*, defaults to 16): Pictures at a time; the boxes do not depend on it.
+        batch_size (`int`, *optional*, defaults to 16): Pictures, and answers, at a time; the boxes do not depend on it.
         max_new_tokens, num_beams (`int`, *optional*): See [`~vlm_peft.evaluation.generation.generate_texts`].
         draw (`Path`, *optional*): Folder for copies of the pictures with their boxes; files of earlier runs are
             overwritten, and nothing else is.
 
     Yields:
         `dict`: `image` and `boxes`, each with `label`, `box` and `confidence`, the surest first; see
-            [`~vlm_peft.tasks.grounding.pixel_box`] for the pixels. `unread` has what the model wrote and is no box, if
-            there is such; `drawn` is the copy. `image` and `error` for a picture that cannot be read.
+            [`~vlm_peft.tasks.grounding.pixel_box`] for the pixels. `unread` has what the model wrote beside, if there
+            is such; `drawn` is the copy. `image` and `error` for a picture that cannot be read.
     """
     names: set[str] = set()
     for records, readable, pixel_values in read_batches(processor, paths, batch_size):
@@ -89,7 +100,7 @@ def detect_pictures(
         if pixel_values is not None:
             fetch = partial(select_pixels, pixel_values)
             decoding = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
-            found = detect(model, processor, question, fetch, len(readable), **decoding)
+            found = detect(model, processor, questions, fetch, len(readable), **decoding)
         for record, each in zip(readable, found, strict=True):
             path = Path(record["image"])
             size = picture_size(path)

@@ -38,7 +38,7 @@ from ..report.gallery import Thumbnail, thumbnail
 from ..report.pages import render
 from ..tasks import TaskSettings, find_kind
 from ..tasks.example import picture_turn
-from ..tasks.grounding import names_question
+from ..tasks.grounding import names_questions
 from .caption import ask
 from .classify import TEMPLATE, by_captioner, by_clip
 from .detect import Found, detect
@@ -139,15 +139,15 @@ class PictureAnswers:
             UnreadablePictureError: When the picture cannot be read.
             ValueError: For a text without names.
         """
-        question = names_question(names, self.settings.instruction)
+        questions = names_questions(names, self.settings.instruction)
         with ALONE:
             opened = open_picture(Path(picture))
             features, shown = self._see(opened), thumbnail(opened, SHOWN_PIXELS)
             del opened
-        after = _boxes_page(shown, self._detect(features, question))
+        after = _boxes_page(shown, self._detect(features, questions))
         yield after, ""
         if self.has_before:
-            yield after, _boxes_page(shown, self._detect(features, question, is_before=True))
+            yield after, _boxes_page(shown, self._detect(features, questions, is_before=True))
 
     def _see(self, picture: Image) -> torch.Tensor:
         """Vision features `(1, N_v, D_v)`."""
@@ -163,11 +163,11 @@ class PictureAnswers:
                 held.enter_context(self._model.disable_adapter())
             return held.pop_all()
 
-    def _detect(self, features: torch.Tensor, question: str, is_before: bool = False) -> Found:
+    def _detect(self, features: torch.Tensor, questions: dict[str, str], is_before: bool = False) -> Found:
         decoding = {"max_new_tokens": self.settings.max_new_tokens, "num_beams": self.settings.num_beams}
         with self._alone(is_before):
             fetch = {"image_features": features}
-            return detect(self._model, self._processor, question, lambda _: fetch, 1, **decoding)[0]
+            return detect(self._model, self._processor, questions, lambda _: fetch, 1, **decoding)[0]
 
     def _generate(self, features: torch.Tensor, question: str, is_before: bool = False) -> str:
         model = self._model
@@ -263,7 +263,7 @@ def _boxes_page(shown: Thumbnail, found: Found) -> str:
     named = [LabelledBox(f"{box.label} {confidence:.2f}", box.box) for box, confidence in found.boxes]
     said = "; ".join(f"{box.label} {confidence:.2f}" for box, confidence in found.boxes) or "Nothing was found."
     if found.unread:
-        said += f" No boxes, but written: {'; '.join(found.unread)}"
+        said += f" Also written: {'; '.join(found.unread)}"
     # Of boxes that lie on each other, the surest is drawn last.
     drawn = box_overlay(named[::-1], [], shown.width, shown.height)
     return render("boxes.html.jinja", picture=shown, said=said, drawn=drawn)

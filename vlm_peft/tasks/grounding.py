@@ -178,12 +178,18 @@ def pixel_box(box: Sequence[int], size: Sequence[int]) -> list[int]:
     return starts + ends
 
 
-def names_question(text: str, instruction: str | None = None) -> str:
-    """The names of `dog; red ball` as a model was asked for them in training.
+def names_questions(text: str, instruction: str | None = None) -> dict[str, str]:
+    """A question for each of the names of `dog; red ball`, as a model was asked for it in training.
+
+    Each is asked for alone: more names at once than a picture of the training had are answered worse, and where some of
+    them are not there, the others suffer.
 
     Args:
         text (`str`): Names with semicolons between them; the instruction may stand before them already.
         instruction (`str`, *optional*): Of the training; "detect:" by default.
+
+    Returns:
+        `dict[str, str]`: From the name, clean as the model writes it, to the question.
 
     Raises:
         ValueError: When no name is left, or one is no text.
@@ -193,7 +199,7 @@ def names_question(text: str, instruction: str | None = None) -> str:
     found = list(dict.fromkeys(filter(None, map(_clean, names))))
     if not found:
         raise ValueError(f'Expected names of what to look for, as "dog; red ball", got {text!r}.')
-    return f"{said} {'; '.join(found)}".strip()
+    return {name: f"{said} {name}".strip() for name in found}
 
 
 def choose_absent(rows: list[tuple[str, list[str]]]) -> list[list[str]]:
