@@ -25,7 +25,7 @@ from vlm_peft.report.gallery import best_and_worst, choose_gallery, picture_path
 EVIL = '<script>alert("1")</script>&amp;<img src=x onerror=alert(2)>'
 ALLOWED = set(
     "html head meta title style body main h1 h2 h3 p b br small span div dl dt dd table thead tbody tr th td figure "
-    "details summary figcaption svg line text polyline circle rect path article img ul li pre".split()
+    "details summary figcaption svg wbr line text polyline circle rect path article img ul li pre".split()
 )
 
 
