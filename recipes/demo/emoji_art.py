@@ -17,7 +17,6 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
 
 DEFAULT_ART = Path.home() / ".cache" / "vlm_peft" / "emoji-art"
@@ -264,8 +263,3 @@ class HeldOutFilter:
         """Whether a held-out pair's two nouns are both in ``text``."""
         found = sorted(self.nouns(text))
         return any(frozenset((a, b)) in self._pairs for i, a in enumerate(found) for b in found[i + 1 :])
-
-
-def device_name(device: torch.device) -> str:
-    """As the cards say it."""
-    return f"one {torch.cuda.get_device_name(device)}" if device.type == "cuda" else "one CPU core"

@@ -40,7 +40,8 @@ from canvases import (
     load_entries,
     written_digits,
 )
-from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, HeldOutFilter, device_name, load_held_out_pairs
+from devices import choose_device, device_name
+from emoji_art import BACKGROUNDS, CONCEPTS, DEFAULT_ART, HeldOutFilter, load_held_out_pairs
 from torch.nn.functional import cross_entropy, normalize
 from transformers import AutoTokenizer, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig, PreTrainedTokenizerBase
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -126,10 +127,12 @@ class PlaceHead(torch.nn.Module):
         rows, columns = torch.meshgrid(torch.arange(GRID), torch.arange(GRID), indexing="ij")
         self.register_buffer("truth", torch.stack((rows.flatten(), columns.flatten())), persistent=False)
 
-    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits of rows and columns (B, 64, 2, 8) and of the four edges' bins (B, 64, 4, EDGE_BINS)."""
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Logits of rows and columns (B, 64, 2, 8), of the four edges' bins (B, 64, 4, EDGE_BINS), and of digits
+        (B, 64, 10)."""
         states = self.norm(states)
-        return self.places(states).unflatten(-1, (2, GRID)), self.edges(states).unflatten(-1, (4, EDGE_BINS))
+        edges = self.edges(states).unflatten(-1, (4, EDGE_BINS))
+        return self.places(states).unflatten(-1, (2, GRID)), edges, self.digits(states)
 
     def losses(
         self, states: torch.Tensor, labels: torch.Tensor, boxes: torch.Tensor, digits: torch.Tensor
@@ -139,15 +142,15 @@ class PlaceHead(torch.nn.Module):
 
         An edge's target is a bell over the bins, one bin wide, so that near misses cost little.
         """
-        places, edges = self(states)
+        places, edges, said = self(states)
         truth = self.truth.T.expand(len(states), -1, -1)
         place = cross_entropy(places.float().flatten(0, 2), truth.flatten())
         shown = labels >= 0
         middles = (torch.arange(EDGE_BINS, device=boxes.device) + 0.5) * SIDE / EDGE_BINS
         bell = torch.softmax(-0.5 * ((boxes[shown][..., None] - middles) * EDGE_BINS / SIDE) ** 2, -1)
         edge = -(bell * edges[shown].float().log_softmax(-1)).sum(-1).mean()
-        said = self.digits(self.norm(states))[digits != IGNORED].float()
-        return place, edge, cross_entropy(said, digits[digits != IGNORED])
+        written = digits != IGNORED
+        return place, edge, cross_entropy(said[written].float(), digits[written])
 
     @torch.no_grad()
     def read_boxes(self, states: torch.Tensor) -> torch.Tensor:
@@ -481,7 +484,7 @@ def main() -> None:
     pairs = load_held_out_pairs(options.scenes / "held_out_pairs.json")
     entries = load_entries(options.art, options.vendors, HeldOutFilter(pairs))
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer)
-    model = build_model(tokenizer).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(tokenizer).to(choose_device())
     print(f"{len(entries)} concepts, {sum(len(e.sprites) for e in entries)} sprites", flush=True)
 
     def export(average: CLIPModel, figures: dict[str, float]) -> None:

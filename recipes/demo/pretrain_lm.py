@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from devices import choose_device, device_name
 from emoji_art import (
     BACKGROUNDS,
     CONCEPTS,
     DEFAULT_ART,
     HeldOutFilter,
     cldr_entries,
-    device_name,
     fetch_wordnet,
     load_held_out_pairs,
 )
@@ -307,7 +307,7 @@ def main() -> None:
     model = build_model(tokenizer)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{counts} -> {rows.size:,} tokens, {len(tokenizer)} entries, {parameters:,} parameters", flush=True)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(choose_device())
     figures = train(model, rows, args.steps, args.batch) | {"device": device_name(model.device)}
     save(model, tokenizer, model_card(parameters, figures, counts), args.output)
     print(json.dumps(figures))

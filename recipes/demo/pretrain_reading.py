@@ -28,7 +28,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from emoji_art import DEFAULT_ART, HeldOutFilter, device_name, fetch_wordnet, load_held_out_pairs
+from devices import choose_device, device_name
+from emoji_art import DEFAULT_ART, HeldOutFilter, fetch_wordnet, load_held_out_pairs
+from pretrain_clip import overlaps
 from pretrain_lm import build_texts, save
 from reading_texts import DEMO_SHARE, Cells, Document, ReadingTexts, english_tokens, split_words
 from tokenizers import Tokenizer
@@ -488,10 +490,7 @@ def boxes_overlap(guessed: list[str], true: list[str]) -> bool:
             elif token.isdigit():
                 found.append(token)
     boxes = [torch.tensor([float(each) for each in found]).view(-1, 4) for found in numbers]
-    low, high = torch.maximum(boxes[0][:, :2], boxes[1][:, :2]), torch.minimum(boxes[0][:, 2:], boxes[1][:, 2:])
-    shared = (high - low).clamp(min=0).prod(-1)
-    areas = [(each[:, 2:] - each[:, :2]).clamp(min=0).prod(-1) for each in boxes]
-    return bool((shared >= 0.5 * (areas[0] + areas[1] - shared)).all())
+    return bool((overlaps(*boxes) >= 0.5).all())
 
 
 def separate_digits(model, tokenizer) -> None:
@@ -677,7 +676,7 @@ def main() -> None:
         name: [pack(each, codes, 1.0, options.rows, LENGTH, full=True) for _ in range(MEASURED_ROWS // options.rows)]
         for name, each in (("unseen", unseen), ("demo", demo))
     }
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(choose_device())
     figures = train(model, make, held, tokenizer, options)
     print(json.dumps(figures))
     before = (options.model / "README.md").read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ def detect(model, processor, questions: dict[str, str], fetch_images, count: int
     """
     prompts = [picture_turn(question) for _ in range(count) for question in questions.values()]
     image_ids = [[index] for index in range(count) for _ in questions]
-    answers = list(generate_with_confidences(model, processor, prompts, image_ids, fetch_images, box_spans, **decoding))
+    answers = generate_with_confidences(model, processor, prompts, image_ids, fetch_images, box_spans, **decoding)
     of_picture = [answers[first : first + len(questions)] for first in range(0, len(answers), len(questions))]
     return [Found.of_answers(zip(questions, each, strict=True)) for each in of_picture]
 
